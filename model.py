@@ -1,0 +1,470 @@
+"""What the model computes: load, see, tokenise, forward, cached forward, log-probabilities. And the plumbing of a run.
+
+Both Qwen families run through transformers' own modules; the lines that a reader wants to see are written out here: how an
+image becomes tokens (`View`), how a chat becomes ids (`VLM.chat`), which positions they get (`mrope`), the forward pass
+over them (`VLM.forward`), the same pass with a cache for sampling (`VLM.extend`), and the trainer's log-probabilities
+(`VLM.logprobs`). The vision tower is frozen, as in both papers, so an image is encoded once and its features are reused by
+every rollout of the group, every turn, the reference pass and the update.
+
+Shapes:  B rows (episodes)   T tokens   D width   V vocabulary   S cache slots   N image tokens
+"""
+import argparse, dataclasses, inspect, json, math, os, re, shutil, sys, typing
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch.utils.checkpoint import checkpoint
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+import transformers
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
+
+transformers.logging.set_verbosity_error()
+ROOT = os.path.dirname(os.path.abspath(__file__))
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+    path: str               # folder or hub name
+    convention: str         # how this family writes coordinates: "pixel" of the fed image, or "thousand" (0-1000 of its sides)
+    max_pixels: int         # of a prompt image as fed
+    window: int             # side of a zoom crop in source pixels ...
+    crop: int               # ... and the side to which it is resized (ViGoRL, visual search: 364 -> 672)
+
+
+MODELS = {
+    "tiny": Spec(os.path.join(ROOT, "checkpoints", "tiny"), "pixel", 112 * 112, 112, 112),
+    "qwen2.5-vl-3b": Spec("Qwen/Qwen2.5-VL-3B-Instruct", "pixel", 2_850_000, 364, 672),
+    "qwen2.5-vl-7b": Spec("Qwen/Qwen2.5-VL-7B-Instruct", "pixel", 2_850_000, 364, 672),
+    "qwen3-vl-2b": Spec("Qwen/Qwen3-VL-2B-Instruct", "thousand", 2_850_000, 364, 672),
+    "qwen3-vl-4b": Spec("Qwen/Qwen3-VL-4B-Instruct", "thousand", 2_850_000, 364, 672),
+    "qwen3-vl-8b": Spec("Qwen/Qwen3-VL-8B-Instruct", "thousand", 2_850_000, 364, 672),
+}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+class View:
+    """One image as the model sees it: which box of which source image, at which size, with its features once encoded.
+
+    The only place that maps between source pixels and the coordinates that the model reads and writes: `scale` is the
+    pair (sx, sy) with  source = model * scale  for a view of the whole image."""
+
+    def __init__(self, source, fed, convention, index=0, box=None):
+        self.source, self.fed, self.index = source, fed, index            # PIL, (width, height) fed, prompt image number
+        self.box = box or (0, 0, *source.size)                             # source pixels
+        w, h = self.box[2] - self.box[0], self.box[3] - self.box[1]
+        self.scale = (w / 1000, h / 1000) if convention == "thousand" else (w / fed[0], h / fed[1])
+        self.grid, self.patches = None, None                               # (1, h, w); (h * w, patch values)
+        self.features, self.deep = None, None                              # (N, D); Qwen3-VL also [(N, D), ...]
+
+    def to_source(self, x, y):
+        return self.box[0] + x * self.scale[0], self.box[1] + y * self.scale[1]
+
+    def from_source(self, x, y):
+        """Source pixels -> the integers a model would write."""
+        return round((x - self.box[0]) / self.scale[0]), round((y - self.box[1]) / self.scale[1])
+
+    def pixels(self):
+        """The fed image. PIL reads nothing outside the box, so a crop does not bleed."""
+        return self.source.resize(self.fed, Image.Resampling.BICUBIC, box=self.box)
+
+    def tokens(self, merge=2):
+        return self.grid[1] * self.grid[2] // merge ** 2
+
+
+class KVCache:
+    """Keys and values of rows of different lengths, in preallocated (B, heads, S, head_dim) blocks. A row's tokens fill
+    slots 0, 1, 2, ... without gaps, so one rule masks everything: a query at slot s sees the slots <= s. What lies beyond
+    a row's length is garbage that this rule hides until it is overwritten."""
+
+    def __init__(self, layers, rows, device):
+        self.keys, self.values = [None] * layers, [None] * layers
+        self.lengths = torch.zeros(rows, dtype=torch.long, device=device)  # (B,) filled slots
+        self.slots, self.size = None, 0                                    # (B, Q) where the next update writes; slots in use
+
+    def update(self, k, v, layer, *_, **__):
+        """Called by transformers' attention. k, v (B, heads, Q, head_dim) -> all keys and values in use."""
+        rows = torch.arange(len(k), device=k.device)[:, None]
+        for store, new in ((self.keys, k), (self.values, v)):
+            old = store[layer]
+            if old is None or old.shape[2] < self.size:                    # grow by a quarter: few copies over an episode
+                store[layer] = new.new_zeros(len(k), k.shape[1], self.size + self.size // 4, k.shape[3])
+                if old is not None:
+                    store[layer][:, :, :old.shape[2]] = old
+            store[layer][rows, :, self.slots] = new.transpose(1, 2)        # (B, Q, heads, head_dim)
+        return self.keys[layer][:, :, :self.size], self.values[layer][:, :, :self.size]
+
+    def rows(self, index):
+        """The cache of the given rows (a row may be taken several times: that is how a group shares its prompt)."""
+        new = KVCache(len(self.keys), 0, self.lengths.device)
+        new.keys, new.values = [k[index] for k in self.keys], [v[index] for v in self.values]
+        new.lengths, new.size = self.lengths[index], self.size
+        return new
+
+
+def mrope(ids, grids, image_token, start=0, merge=2):
+    """Multimodal rotary positions (Qwen2-VL, arXiv 2409.12191, section 2.1): a text token at p has (p, p, p); the patches
+    of an image that begins at p have (p, p + row, p + column); text goes on after the largest position used.
+
+    ids: list of T token ids, grids: the (1, h, w) of the images in them. -> positions (3, T), the next free position.
+    Works chunk by chunk: the second return value is the `start` of the next chunk."""
+    out, grids, t = torch.empty(3, len(ids), dtype=torch.long), iter(grids), 0
+    while t < len(ids):
+        if ids[t] == image_token:
+            _, h, w = next(grids)
+            h, w = h // merge, w // merge
+            out[0, t:t + h * w] = start
+            out[1, t:t + h * w] = start + torch.arange(h).repeat_interleave(w)
+            out[2, t:t + h * w] = start + torch.arange(w).repeat(h)
+            t, start = t + h * w, start + max(h, w)
+        else:
+            out[:, t] = start
+            t, start = t + 1, start + 1
+    return out, start
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+class VLM:
+    """A vision-language model, its tokenizer and its image processor, behind one small surface."""
+
+    def __init__(self, model, tokenizer, processor, name, spec):
+        self.model, self.tokenizer, self.processor, self.name, self.spec = model.eval(), tokenizer, processor, name, spec
+        self.device, self.dtype = model.device, model.dtype
+        self.im_start, self.im_end, self.image_token, self.vision_start, self.vision_end = tokenizer.convert_tokens_to_ids(
+            ["<|im_start|>", "<|im_end|>", "<|image_pad|>", "<|vision_start|>", "<|vision_end|>"])
+        self.factor = processor.patch_size * processor.merge_size          # fed sides are multiples of this
+        self.max_pixels, self._text_ids = spec.max_pixels, {}
+        self.model.requires_grad_(True)
+        self.model.model.visual.requires_grad_(False)                      # tower and merger, as in both papers
+
+    # ---- see
+    def view(self, source, index=0, box=None, fed=None):
+        """PIL image -> View, at most max_pixels large unless `fed` gives the size; sides are multiples of `factor`."""
+        if fed is None:
+            try:
+                h, w = smart_resize(source.height, source.width, self.factor, 4 * self.factor ** 2, self.max_pixels)
+            except ValueError as e:
+                raise ValueError(f"an image of {source.width} x {source.height} pixels cannot be fed: {e}") from None
+            fed = (w, h)
+        v = View(source, fed, self.spec.convention, index, box)
+        v.grid = (1, fed[1] // self.processor.patch_size, fed[0] // self.processor.patch_size)
+        return v
+
+    def patchify(self, view):
+        """Normalise and cut into patches, by the model's own image processor. Sets view.patches."""
+        fed = self.processor([view.pixels()], do_resize=False, return_tensors="pt")
+        assert tuple(fed["image_grid_thw"][0].tolist()) == view.grid
+        view.patches = fed["pixel_values"]                                 # (h * w, 3 * 2 * patch ** 2)
+
+    def encode(self, views, grad=False, max_patches=65536):
+        """Run the vision tower on the views that have no features yet, a bounded number of patches at a time."""
+        todo = [v for v in {id(v): v for v in views}.values() if v.features is None]
+        while todo:
+            batch, n = [], 0
+            while todo and (not batch or n + math.prod(todo[0].grid) <= max_patches):
+                batch.append(todo.pop(0))
+                n += math.prod(batch[-1].grid)
+                if batch[-1].patches is None:
+                    self.patchify(batch[-1])
+            with torch.set_grad_enabled(grad):
+                out = self.model.model.get_image_features(torch.cat([v.patches for v in batch]).to(self.device, self.dtype),
+                                                          torch.tensor([v.grid for v in batch]).to(self.device), return_dict=True)
+            deep = getattr(out, "deepstack_features", None) or []
+            for i, v in enumerate(batch):
+                v.features, v.deep, v.patches = out.pooler_output[i], [layer[i] for layer in deep], None
+
+    # ---- read and write
+    def ids(self, text):
+        """Text -> ids. Special tokens in the text stay text: a question cannot end the turn that quotes it."""
+        if text not in self._text_ids:
+            if len(self._text_ids) > 10_000:
+                self._text_ids.clear()
+            self._text_ids[text] = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        return self._text_ids[text]
+
+    def text(self, ids):
+        return self.tokenizer.decode(ids, skip_special_tokens=False)
+
+    def chat(self, role, *parts, open=False):
+        """One ChatML message as ids. parts: text or View. open: leave the message open for the model to go on."""
+        out = [self.im_start] + self.ids(role + "\n")
+        for p in parts:
+            out += [self.vision_start] + [self.image_token] * p.tokens() + [self.vision_end] if isinstance(p, View) else self.ids(p)
+        return out if open else out + [self.im_end] + self.ids("\n")
+
+    # ---- compute
+    def forward(self, ids, positions, views, mask=None, cache=None):
+        """ids (B, T), positions (3, B, T), views of all rows in reading order -> hidden states (B, T, D).
+        mask None: causal (rows are padded on the right, where no token that counts can see the padding)."""
+        lm = self.model.model.language_model
+        h = lm.embed_tokens(ids)                                           # (B, T, D)
+        at = ids == self.image_token                                       # (B, T)
+        if views:
+            h = h.masked_scatter(at[..., None], torch.cat([v.features for v in views]).to(h.dtype))
+        rope = lm.rotary_emb(h, positions)
+        for i, layer in enumerate(lm.layers):
+            h = layer(h, attention_mask=mask, position_embeddings=rope, past_key_values=cache)
+            if views and i < len(views[0].deep):                           # Qwen3-VL: deeper vision features join early layers
+                h = h + torch.zeros_like(h).masked_scatter(at[..., None], torch.cat([v.deep[i] for v in views]).to(h.dtype))
+        return lm.norm(h)
+
+    @torch.no_grad()
+    def extend(self, cache, chunks, starts, views=()):
+        """Append a chunk of tokens to every row of the cache (the prompt, an observation, one sampled token).
+
+        chunks: B lists of ids, of any lengths >= 1; starts: B next positions; views: those in the chunks, row by row.
+        -> logits after each row's last token (B, V), the B positions that follow. Nothing already cached is recomputed."""
+        self.encode(views)
+        B, Q, grids = len(chunks), max(map(len, chunks)), iter(views)
+        ids = torch.zeros(B, Q, dtype=torch.long)
+        positions, after = torch.zeros(3, B, Q, dtype=torch.long), []
+        if Q == 1:                                                         # decoding: no Python work per row
+            ids[:, 0] = torch.tensor([c[0] for c in chunks])
+            positions[:, :, 0] = torch.tensor(starts)
+            after = [s + 1 for s in starts]
+        else:
+            for b, c in enumerate(chunks):
+                ids[b, :len(c)] = torch.tensor(c)
+                images = sum(1 for t, x in enumerate(c) if x == self.vision_start)
+                p, end = mrope(c, [next(grids).grid for _ in range(images)], self.image_token, starts[b])
+                positions[:, b, :len(c)] = p
+                after.append(end)
+        n = torch.tensor([len(c) for c in chunks], device=self.device)
+        cache.slots = cache.lengths[:, None] + torch.arange(Q, device=self.device)                        # (B, Q)
+        cache.size = max(cache.size, int(cache.lengths.max()) + Q)
+        mask = torch.arange(cache.size, device=self.device) <= cache.slots[:, None, :, None]              # (B, 1, Q, S)
+        h = self.forward(ids.to(self.device), positions.to(self.device), list(views), mask, cache)
+        cache.lengths = cache.lengths + n
+        last = h[torch.arange(B, device=self.device), n - 1]                                              # (B, D)
+        return self.model.lm_head(last).float(), after
+
+    def new_cache(self, rows):
+        return KVCache(len(self.model.model.language_model.layers), rows, self.device)
+
+    def logprobs(self, episodes, temperature=1.0, chunk=4096):
+        """The trainer's log-probabilities of what was sampled, in one pass over whole episodes.
+
+        -> logprobs (B, T), entropy (B, T), mask (B, T): at [b, t] for token t of episode b, zero and False where the
+        policy did not choose the token. Only sampled positions meet the vocabulary, `chunk` at a time and recomputed in
+        the backward pass: the full logits of one ViGoRL step would be hundreds of gigabytes."""
+        B, T = len(episodes), max(len(e.ids) for e in episodes)
+        views = [v for e in episodes for v in e.views]
+        self.encode(views)
+        ids, mask = torch.zeros(B, T, dtype=torch.long), torch.zeros(B, T, dtype=torch.bool)
+        positions = torch.zeros(3, B, T, dtype=torch.long)
+        for b, e in enumerate(episodes):
+            n = len(e.ids)
+            ids[b, :n], mask[b, :n] = torch.tensor(e.ids), torch.tensor(e.sampled)
+            positions[:, b, :n] = mrope(e.ids, [v.grid for v in e.views], self.image_token)[0]
+        ids, mask, positions = ids.to(self.device), mask.to(self.device), positions.to(self.device)
+        h = self.forward(ids, positions, views)                            # (B, T, D)
+        h, target = h[:, :-1][mask[:, 1:]], ids[:, 1:][mask[:, 1:]]        # (M, D), (M,): token t is predicted at t - 1
+
+        def head(h, target):
+            logp = F.log_softmax(self.model.lm_head(h).float() / temperature, -1)                         # (m, V)
+            return logp.gather(1, target[:, None])[:, 0], -(logp.exp() * logp).sum(-1)
+
+        out = [checkpoint(head, a, b, use_reentrant=False) if torch.is_grad_enabled() else head(a, b)
+               for a, b in zip(h.split(chunk), target.split(chunk))]
+        dense = lambda values: torch.zeros(B, T, device=self.device).masked_scatter(mask, torch.cat(values))
+        if not out:
+            return torch.zeros(B, T, device=self.device) + 0 * h.sum(), torch.zeros(B, T, device=self.device), mask
+        return dense([o[0] for o in out]), dense([o[1].detach() for o in out]), mask
+
+    def parameters(self):
+        return [p for p in self.model.parameters() if p.requires_grad]
+
+    def save(self, folder, **card):
+        """A checkpoint that transformers can read too: safetensors, tokenizer, processor, and vlm.json (which model this
+        is and how it writes coordinates). Written aside and renamed: a folder of this name is always whole."""
+        tmp = folder.rstrip("/") + ".tmp"
+        shutil.rmtree(tmp, ignore_errors=True)
+        for part in (self.model, self.tokenizer, self.processor):
+            part.save_pretrained(tmp)
+        write_json(os.path.join(tmp, "vlm.json"), {"name": self.name, **dataclasses.asdict(self.spec), "path": ".", **card})
+        return tmp
+
+
+def replace_folder(tmp, folder):
+    """Rename tmp to folder, so that a crash leaves the old one or the new one, never half of one."""
+    old = folder.rstrip("/") + ".old"
+    shutil.rmtree(old, ignore_errors=True)
+    if os.path.exists(folder):
+        os.rename(folder, old)
+    os.rename(tmp, folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def load(name, device="auto", dtype="auto", max_pixels=0, quiet=False):
+    """A name of MODELS, or a checkpoint folder -> VLM. Calls fail() with one clear line when that cannot work."""
+    folder = name if os.path.isdir(name) else None
+    if name in MODELS:
+        folder, spec = None, MODELS[name]
+    elif folder and os.path.exists(os.path.join(folder, "vlm.json")):
+        card = json.load(open(os.path.join(folder, "vlm.json")))
+        name, spec = card["name"], Spec(**{k.name: card[k.name] for k in dataclasses.fields(Spec)} | {"path": folder})
+    elif folder:
+        fail(f"{folder} is no checkpoint of this project: it has no vlm.json")
+    else:
+        fail(f"unknown model {name!r}; expected one of {', '.join(MODELS)} or a checkpoint folder")
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    dtype = (torch.bfloat16 if device.startswith("cuda") and name != "tiny" else torch.float32) if dtype == "auto" else getattr(torch, dtype)
+    try:
+        model = transformers.AutoModelForImageTextToText.from_pretrained(spec.path, dtype=dtype, attn_implementation="sdpa").to(device)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(spec.path)
+        processor = Qwen2VLImageProcessorPil.from_pretrained(spec.path)
+    except (OSError, ValueError, RuntimeError, KeyError) as e:
+        fail(f"cannot load {name} from {spec.path}: {' '.join(str(e).split())[:300]}"
+             + ("" if os.path.isdir(spec.path) else "; its weights come from the Hugging Face hub, which needs a network or a filled cache (HF_HOME)"))
+    vlm = VLM(model, tokenizer, processor, name, dataclasses.replace(spec, max_pixels=max_pixels or spec.max_pixels))
+    if not quiet:
+        why = "the GPU's tensor cores want it" if dtype == torch.bfloat16 else "asked for" if device.startswith("cuda") else "bf16 is slower on most CPUs"
+        n = sum(p.numel() for p in model.parameters())
+        print(f"{name}: {n / 1e6:.2f} M parameters ({sum(p.numel() for p in vlm.parameters()) / 1e6:.2f} M trained, vision tower frozen), "
+              f"{str(dtype)[6:]} ({why}), attention sdpa, on {torch.cuda.get_device_name() if device.startswith('cuda') else f'{torch.get_num_threads()} CPU threads'}")
+    return vlm
+
+
+TINY = dict(hidden=128, layers=3, heads=4, kv_heads=2, mlp=384, vocab=640, vision=64, vision_layers=2, vision_mlp=128, vision_heads=4)
+
+
+def make_tiny(texts, phrases, seed=0):
+    """The tiny model from nothing: the Qwen2.5-VL architecture at a thousandth of its size, and its own tokenizer.
+
+    texts: a corpus for the byte-level BPE. phrases: strings that never vary (prompts, tags, the tool call's JSON) become
+    one token each, so that a small model's steps go to what does vary; digits are always single tokens."""
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex(r", | ?\(|\)[.,]?|\p{N}| ?\p{L}+|\n| ?[^\s\p{L}\p{N}]+|\s+"), "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    bpe.decoder = decoders.ByteLevel()
+    bpe.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=TINY["vocab"] - len(special) - len(phrases), show_progress=False,
+                                                       initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet())))
+    bpe.add_tokens([AddedToken(p, normalized=False) for p in sorted(phrases, key=len, reverse=True)])
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|endoftext|>",
+                                                     clean_up_tokenization_spaces=False, extra_special_tokens=special[1:])
+    of = dict(zip(special, tokenizer.convert_tokens_to_ids(special)))
+    t, rope = TINY, {"rope_type": "default", "mrope_section": [4, 6, 6], "rope_theta": 10_000.0}
+    config = transformers.Qwen2_5_VLConfig(
+        text_config=dict(vocab_size=len(tokenizer), hidden_size=t["hidden"], intermediate_size=t["mlp"], num_hidden_layers=t["layers"],
+                         num_attention_heads=t["heads"], num_key_value_heads=t["kv_heads"], rope_parameters=rope, tie_word_embeddings=True,
+                         max_position_embeddings=4096, bos_token_id=None, eos_token_id=of["<|im_end|>"], pad_token_id=of["<|endoftext|>"]),
+        vision_config=dict(depth=t["vision_layers"], hidden_size=t["vision"], intermediate_size=t["vision_mlp"], num_heads=t["vision_heads"],
+                           out_hidden_size=t["hidden"], patch_size=14, window_size=112, fullatt_block_indexes=list(range(t["vision_layers"]))),
+        image_token_id=of["<|image_pad|>"], video_token_id=of["<|video_pad|>"], vision_start_token_id=of["<|vision_start|>"],
+        vision_end_token_id=of["<|vision_end|>"], tie_word_embeddings=True)
+    torch.manual_seed(seed)
+    model = transformers.Qwen2_5_VLForConditionalGeneration(config)
+    for name, p in model.named_parameters():                               # transformers' 0.02 hardly starts at this width
+        if p.ndim >= 2:
+            torch.nn.init.normal_(p, std=p[0].numel() ** -0.5)
+    processor = Qwen2VLImageProcessorPil(size={"shortest_edge": 4 * 28 ** 2, "longest_edge": MODELS["tiny"].max_pixels})
+    return VLM(model, tokenizer, processor, "tiny", MODELS["tiny"])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+class AdamW:
+    """torch's AdamW on fp32 masters. A bf16 weight near 1 cannot move by less than 0.4 %: an RL step of 1e-6 would be
+    rounded away every time. The master keeps the sum; the bf16 copy follows when it has moved far enough."""
+
+    def __init__(self, params, lr, betas=(0.9, 0.999), weight_decay=0.01):
+        self.params = list(params)
+        self.masters = [p if p.dtype == torch.float32 else p.detach().float().clone() for p in self.params]
+        self.opt = torch.optim.AdamW(self.masters, lr=lr, betas=betas, weight_decay=weight_decay, fused=True)
+
+    def step(self, lr, clip=1.0):
+        """Clip the global norm, update, clear the gradients. -> the norm before clipping. A non-finite gradient is not
+        applied (the caller sees the norm and counts it)."""
+        for p, m in zip(self.params, self.masters):
+            if m is not p:
+                m.grad, p.grad = p.grad.float() if p.grad is not None else None, None
+        norm = torch.nn.utils.clip_grad_norm_(self.masters, clip).item()
+        for group in self.opt.param_groups:
+            group["lr"] = lr
+        if norm == norm and norm != float("inf"):
+            self.opt.step()
+            with torch.no_grad():
+                for p, m in zip(self.params, self.masters):
+                    if m is not p:
+                        p.copy_(m)
+        self.opt.zero_grad(set_to_none=True)
+        return norm
+
+    def tensors(self):
+        """The state as one flat dict of tensors (safetensors holds no objects)."""
+        out = {f"{i}.master": m for i, m in enumerate(self.masters) if m is not self.params[i]}
+        return out | {f"{i}.{k}": v for i, m in enumerate(self.masters) for k, v in self.opt.state[m].items()}
+
+    def load_tensors(self, state):
+        for key, value in state.items():
+            i, k = key.split(".")
+            m = self.masters[int(i)]
+            if k == "master":
+                m.data.copy_(value)
+            else:
+                self.opt.state[m][k] = value.to(m.device) if k != "step" else value
+
+
+def save_checkpoint(folder, vlm, optimizer, state):
+    """Everything a run needs to go on: weights, optimizer, RNG, and `state` (JSON: step, config, ...)."""
+    tmp = vlm.save(folder)
+    save_file({k: v.contiguous() for k, v in optimizer.tensors().items()}, os.path.join(tmp, "optimizer.safetensors"))
+    save_file({"torch": torch.get_rng_state()}, os.path.join(tmp, "rng.safetensors"))
+    write_json(os.path.join(tmp, "state.json"), state)
+    replace_folder(tmp, folder)
+
+
+def load_checkpoint(folder, optimizer):
+    """Restores optimizer and RNG (the weights come through `load`) -> state."""
+    try:
+        optimizer.load_tensors(load_file(os.path.join(folder, "optimizer.safetensors")))
+        torch.set_rng_state(load_file(os.path.join(folder, "rng.safetensors"))["torch"])
+        return json.load(open(os.path.join(folder, "state.json")))
+    except (OSError, KeyError, ValueError, RuntimeError) as e:
+        fail(f"{folder} is no checkpoint that training can resume from: {' '.join(str(e).split())[:200]}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+def fail(message):
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def write_json(path, obj):
+    """Atomic: a reader sees the old file or the new one."""
+    with open(path + ".tmp", "w") as f:
+        json.dump(obj, f, indent=1)
+    os.replace(path + ".tmp", path)
+
+
+def make_dir(path):
+    try:
+        os.makedirs(path, exist_ok=True)
+        probe = os.path.join(path, ".writable")
+        open(probe, "w").close()
+        os.remove(probe)
+    except OSError as e:
+        fail(f"cannot write into {path}: {e.strerror}")
+    return path
+
+
+def cli(Config, argv=None, description=""):
+    """A flat dataclass -> its instance from the command line. Flags are the field names with dashes; the trailing comment
+    of a field is its help; a flag that no field has is an error; what differs from the default is printed."""
+    helps = dict(re.findall(r"^    (\w+):[^#\n]*# (.*)$", inspect.getsource(Config), re.M))
+    parser = argparse.ArgumentParser(description=description.strip().split("\n")[0], allow_abbrev=False)
+    for f in dataclasses.fields(Config):
+        flag, note = "--" + f.name.replace("_", "-"), helps.get(f.name, "").replace("%", "%%") + f" (default: {f.default!r})".replace("%", "%%")
+        if f.type in (bool, "bool"):
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=f.default, help=note)
+        elif typing.get_origin(f.type) is typing.Literal:
+            parser.add_argument(flag, choices=typing.get_args(f.type), default=f.default, help=note)
+        else:
+            parser.add_argument(flag, type=f.type, default=f.default, help=note)
+    config = Config(**vars(parser.parse_args(argv)))
+    changed = {f.name: getattr(config, f.name) for f in dataclasses.fields(Config) if getattr(config, f.name) != f.default}
+    print("settings: " + (", ".join(f"{k} = {v!r}" for k, v in changed.items()) or "all at their defaults"))
+    return config
