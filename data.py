@@ -164,6 +164,7 @@ def ask_boxes(rng, new_scene):
                                   targets=[{"image": target, "box": object_box(o)}])
 
 
+RECIPES = {"search": "vigorl-zoom", "point": "vigorl", "relation": "vigorl", "boxes": "univg-r1"}      # how a toy task is rewarded
 ASK = {"search": ask_search, "point": ask_point, "relation": ask_relation, "boxes": ask_boxes}
 
 
@@ -204,6 +205,7 @@ SYSTEM = {
              "every step to a coordinate (x, y) of the image. Then answer:\n<answer> your answer </answer>",
     "boxes": "You are a helpful assistant.",
 }
+STYLES = {"vigorl-zoom": "zoom", "vigorl": "think", "univg-r1": "boxes"}         # recipe (rewards.RECIPES) -> its prompt
 FORMAT = {
     "point": "Answer with the point (x, y).",
     "box": "First output the thinking process in <think> </think> tags and then output the bounding box in <answer> </answer> tags "

@@ -133,6 +133,7 @@ class VLM:
         self.device, self.dtype = model.device, model.dtype
         self.im_start, self.im_end, self.image_token, self.vision_start, self.vision_end = tokenizer.convert_tokens_to_ids(
             ["<|im_start|>", "<|im_end|>", "<|image_pad|>", "<|vision_start|>", "<|vision_end|>"])
+        self.unsayable = torch.tensor([self.image_token, self.vision_start, self.vision_end], device=self.device)
         self.factor = processor.patch_size * processor.merge_size          # fed sides are multiples of this
         self.max_pixels, self._text_ids = spec.max_pixels, {}
         self.model.requires_grad_(True)
@@ -213,16 +214,16 @@ class VLM:
     def extend(self, cache, chunks, starts, views=()):
         """Append a chunk of tokens to every row of the cache (the prompt, an observation, one sampled token).
 
-        chunks: B lists of ids, of any lengths >= 1; starts: B next positions; views: those in the chunks, row by row.
+        chunks: B lists of ids, of any lengths; starts: B next positions; views: those in the chunks, row by row.
         -> logits after each row's last token (B, V), the B positions that follow. Nothing already cached is recomputed."""
         self.encode(views)
         B, Q, grids = len(chunks), max(map(len, chunks)), iter(views)
         ids = torch.zeros(B, Q, dtype=torch.long)
         positions, after = torch.zeros(3, B, Q, dtype=torch.long), []
         if Q == 1:                                                         # decoding: no Python work per row
-            ids[:, 0] = torch.tensor([c[0] for c in chunks])
+            ids[:, 0] = torch.tensor([c[0] if c else 0 for c in chunks])
             positions[:, :, 0] = torch.tensor(starts)
-            after = [s + 1 for s in starts]
+            after = [s + len(c) for s, c in zip(starts, chunks)]
         else:
             for b, c in enumerate(chunks):
                 ids[b, :len(c)] = torch.tensor(c)
@@ -230,14 +231,19 @@ class VLM:
                 p, end = mrope(c, [next(grids).grid for _ in range(images)], self.image_token, starts[b])
                 positions[:, b, :len(c)] = p
                 after.append(end)
-        n = torch.tensor([len(c) for c in chunks], device=self.device)
+        n = torch.tensor([len(c) for c in chunks], device=self.device)     # (B,) a row with an empty chunk stays as it is
         cache.slots = cache.lengths[:, None] + torch.arange(Q, device=self.device)                        # (B, Q)
         cache.size = max(cache.size, int(cache.lengths.max()) + Q)
         mask = torch.arange(cache.size, device=self.device) <= cache.slots[:, None, :, None]              # (B, 1, Q, S)
         h = self.forward(ids.to(self.device), positions.to(self.device), list(views), mask, cache)
         cache.lengths = cache.lengths + n
-        last = h[torch.arange(B, device=self.device), n - 1]                                              # (B, D)
-        return self.model.lm_head(last).float(), after
+        last = h[torch.arange(B, device=self.device), (n - 1).clamp(min=0)]                               # (B, D)
+        return self.logits(last), after
+
+    def logits(self, h):
+        """Hidden states -> logits in fp32. The policy cannot say an image token, in sampling and training alike: one written
+        in a turn would claim features that no image has."""
+        return self.model.lm_head(h).float().index_fill(-1, self.unsayable, -1e9)
 
     def new_cache(self, rows):
         return KVCache(len(self.model.model.language_model.layers), rows, self.device)
@@ -262,7 +268,7 @@ class VLM:
         h, target = h[:, :-1][mask[:, 1:]], ids[:, 1:][mask[:, 1:]]        # (M, D), (M,): token t is predicted at t - 1
 
         def head(h, target):
-            logp = F.log_softmax(self.model.lm_head(h).float() / temperature, -1)                         # (m, V)
+            logp = F.log_softmax(self.logits(h) / temperature, -1)                                        # (m, V)
             return logp.gather(1, target[:, None])[:, 0], -(logp.exp() * logp).sum(-1)
 
         out = [checkpoint(head, a, b, use_reentrant=False) if torch.is_grad_enabled() else head(a, b)

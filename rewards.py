@@ -40,7 +40,7 @@ def parse_answer(text, answer_type):
 
     The answer is what stands in the LAST <answer>...</answer>. Without such a tag it is what was said after the last thought
     or tool call, and never inside one: a point that was only considered is no answer. A tag is read from its start, loose talk
-    from its end, where the conclusion stands. A box where a point is asked counts by its centre.
+    from its end, where the conclusion stands. A box where a point is asked counts by its center.
     """
     start = text.rfind("<answer>", 0, max(0, text.rfind("</answer>")))
     tagged = start >= 0
@@ -110,7 +110,7 @@ def choice_match(said, sample, frames):
     letter), or by a lone letter. A text that equals an option is that option, even if it looks like another one's letter.
     """
     named, options = plain(said), [plain(option) for option in sample.options]
-    lettered = re.fullmatch(r"\(?([a-z])(?:[.)]\s*(.*))?", named, re.DOTALL)
+    lettered = re.fullmatch(r"\(?([a-z])(?:[.)]\s*(.*))?", named)
     if lettered and named not in options:
         letter, text = lettered.groups()
         named = text or dict(zip("abcdefghijklmnopqrstuvwxyz", options)).get(letter)
@@ -183,7 +183,7 @@ def zooms_well(turn):
 def grounded(turn_text, frames):
     """C: the thought names at least one point (x, y), and every point it names lies in an image of the prompt."""
     thought = turn_text.partition("<think>")[2].partition("</think>")[0]
-    points = [(float(x), float(y)) for x, y in POINT.findall(thought)]
+    points = [(float(x), float(y)) for x, y in set(POINT.findall(thought))]
     return bool(points) and all(inside(point, frames) for point in points)
 
 # -----------------------------------------------------------------------------

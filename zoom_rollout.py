@@ -9,7 +9,7 @@ out: what was sampled is never decoded and encoded again, and the mask of traine
 Not here, from ViGoRL: resampling of a turn after an unparsable call (its own code goes on from a broken prompt); the red
 dot on web crops; the character-length filter of prompts. Every row of a round waits for the slowest one.
 """
-import json, math, random, re
+import json, math, re
 from dataclasses import dataclass, field
 
 import torch
@@ -79,3 +79,127 @@ def crop(vlm, view, x, y, crop_from="source", black=False):
     side = max(vlm.spec.crop // vlm.factor, 1) * vlm.factor
     fed = (max(round(side * w / vlm.spec.window / vlm.factor), 1) * vlm.factor, max(round(side * h / vlm.spec.window / vlm.factor), 1) * vlm.factor)
     return vlm.view(source, view.index, (left, top, left + w, top + h), fed)
+
+
+def read_call(text):
+    """The first tool call of a turn -> ((x, y), None), or (None, what was wrong with it)."""
+    call = re.search(r"<tool_call>(.*?)</tool_call>", text, re.S)
+    try:
+        x, y = json.loads(call[1])["arguments"]["coordinate"]
+        assert type(x) is int and type(y) is int and json.loads(call[1])["name"] == "search_coordinate"
+        return (x, y), None
+    except (TypeError, KeyError, ValueError, AssertionError, RecursionError):
+        return None, "The tool call could not be read."
+
+
+def draw(logits, u, temperature):
+    """Sample by inverse transform: logits (B, V), u (B,) uniform -> tokens (B,), their log-probabilities (B,).
+
+    One uniform number, fixed beforehand, decides each token of each episode: the same seed gives the same tokens however
+    the rows are batched. No top-p or top-k: the trainer could not reproduce the log-probabilities."""
+    logprobs = torch.log_softmax(logits / (temperature or 1.0), -1)
+    if temperature == 0:
+        tokens = logprobs.argmax(-1)
+    else:
+        total = logprobs.double().exp().cumsum(-1)                                  # (B, V)
+        tokens = torch.searchsorted(total, u[:, None] * total[:, -1:], right=True)[:, 0].clamp(max=logits.shape[1] - 1)
+    return tokens, logprobs.gather(1, tokens[:, None])[:, 0]
+
+
+def sample_turn(vlm, cache, logits, starts, u, temperature, max_new_tokens):
+    """One assistant turn for every row, token by token. logits (B, V) of the first token, u (B, max_new_tokens).
+
+    -> ids and logprobs per row, the next positions. A row ends with <|im_end|>, which is sampled, counted and trained like
+    any token but not yet in the cache: it goes in with what follows it. Rows that have ended wait (an empty chunk)."""
+    ids, logps, live = [[] for _ in starts], [[] for _ in starts], [True] * len(starts)
+    for t in range(max_new_tokens):
+        tokens, logp = draw(logits, u[:, t], temperature)
+        for b, (token, lp) in enumerate(zip(tokens.tolist(), logp.tolist())):
+            if live[b]:
+                ids[b].append(token)
+                logps[b].append(lp)
+                live[b] = token != vlm.im_end and t + 1 < max_new_tokens
+        if not any(live):
+            return ids, logps, starts
+        logits, starts = vlm.extend(cache, [[i[-1]] if on else [] for i, on in zip(ids, live)], starts)
+
+
+def respond(vlm, e, text, ended=True, forced=False, zooms_left=1, crop_from="source", black=False):
+    """The environment's move after the turn `text` (whose tokens `e` holds already): record the turn, then either stop
+    the episode or append the observation, up to the open header of the next turn.
+
+    -> the ids appended and their new views, or None if the episode is over (e.stop says why)."""
+    turn = Turn(text, forced=forced)
+    e.turns.append(turn)
+    e.stop = ("length" if not ended else "answer" if "</answer>" in text else "no_action" if "<tool_call>" not in text
+              else "" if zooms_left else "invalid")
+    if e.stop:
+        return None
+    view, shown = e.views[0], []
+    turn.point, turn.error = read_call(text)
+    if turn.point:
+        x, y = view.to_source(*turn.point)
+        if not (0 <= x < view.source.width and 0 <= y < view.source.height):
+            turn.error = f"The coordinate {turn.point} lies outside the image."
+    if turn.error:
+        message = vlm.chat("user", data.REFUSE.format(error=turn.error))
+    else:
+        shown = [crop(vlm, view, x, y, crop_from, black)]
+        turn.crop = shown[0].box
+        message = vlm.chat("user", data.OBSERVE[0], *shown, data.OBSERVE[1])
+    ids = vlm.ids("\n") + message + vlm.chat("assistant", open=True) + (vlm.ids(data.FORCE) if zooms_left == 1 else [])
+    e.say(vlm, ids, views=shown, sampled=False)
+    return ids, shown
+
+
+def replay(vlm, sample, texts, style="zoom", max_zooms=3):
+    """A trace (the assistant's turns as text) -> the Episode that would have produced it, for supervised fine-tuning."""
+    e = begin(vlm, sample, style)
+    for k, text in enumerate(texts):
+        forced = style == "zoom" and k == max_zooms
+        e.say(vlm, vlm.ids(text[len(data.FORCE):] if forced and text.startswith(data.FORCE) else text) + [vlm.im_end])
+        if respond(vlm, e, text, True, forced, max_zooms - k if style == "zoom" else 0) is None:
+            break
+    return e
+
+
+@torch.no_grad()
+def rollout(vlm, samples, group_size=1, *, max_zooms=3, max_new_tokens=64, temperature=1.0, seed=0, style="zoom", zoom="on",
+            crop_from="source", views=None):
+    """group_size episodes for each sample, all in one batch.
+
+    max_zooms: after so many calls (those that fail count too) the next turn opens with data.FORCE and must answer; its
+    injected tokens are not trained on. zoom: "on"; "off" forces the answer in the first turn; "black" shows empty crops.
+    views: the samples' own prompt views, if already encoded. Single-turn styles ("think", "boxes") end with their first turn."""
+    limit = max_zooms if style == "zoom" and zoom != "off" else 0
+    prompts = [begin(vlm, s, style, views and views[i]) for i, s in enumerate(samples)]
+    if style == "zoom" and limit == 0:
+        for e in prompts:
+            e.say(vlm, vlm.ids(data.FORCE), sampled=False)
+    cache = vlm.new_cache(len(prompts))
+    logits, starts = vlm.extend(cache, [e.ids for e in prompts], [0] * len(prompts), [v for e in prompts for v in e.views])
+    share = [p for p in range(len(prompts)) for _ in range(group_size)]             # a group shares one prefill
+    cache, logits, starts = cache.rows(torch.tensor(share, device=vlm.device)), logits[share], [starts[p] for p in share]
+    episodes = [Episode(e.sample, list(e.ids), list(e.sampled), list(e.logprobs), list(e.views), frames=e.frames)
+                for e in (prompts[p] for p in share)]
+    u = torch.rand(len(share), limit + 1, max_new_tokens, generator=torch.Generator().manual_seed(seed), dtype=torch.double).to(vlm.device)
+
+    active = list(range(len(episodes)))                                             # row b of the cache is episode active[b]
+    for turn in range(limit + 1):
+        forced = style == "zoom" and turn == limit
+        ids, logps, starts = sample_turn(vlm, cache, logits, starts, u[active, turn], temperature, max_new_tokens)
+        rows, chunks, shown = [], [], []
+        for b, i in enumerate(active):
+            episodes[i].say(vlm, ids[b], logps[b])
+            ended = ids[b][-1] == vlm.im_end
+            text = (data.FORCE if forced else "") + vlm.text(ids[b][:-1] if ended else ids[b])
+            answer = respond(vlm, episodes[i], text, ended, forced, limit - turn, crop_from, zoom == "black")
+            if answer:
+                rows.append(b)
+                chunks.append([vlm.im_end] + answer[0])
+                shown += answer[1]
+        if not rows:
+            break
+        cache, active, starts = cache.rows(torch.tensor(rows, device=vlm.device)), [active[b] for b in rows], [starts[b] for b in rows]
+        logits, starts = vlm.extend(cache, chunks, starts, shown)
+    return episodes

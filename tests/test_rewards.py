@@ -58,11 +58,11 @@ POINTS = [
     ("<answer> [3, 4] </answer>", (3, 4)),
     ("<answer>\n( 3 ,\n4 )\n</answer>", (3, 4)),                                    # Bug: no DOTALL, a line break hid the answer
     ("<answer>(3.5, .25)</answer>", (3.5, 0.25)),                                   # Bug: int() only, floats scored 0
-    ("<answer>(-3, -4.5)</answer>", (-3, -4.5)),                                    # Bug: minus signs were skipped over
+    ("<answer>(-3, +4.5)</answer>", (-3, 4.5)),                                     # Bug: minus signs were skipped over
     ("<answer>Point: (3, 4).</answer>", (3, 4)),
     ('<answer>{"point_2d": [3, 4], "label": "a"}</answer>', (3, 4)),
     ('<answer>```json\n[{"label": "key (1, 2)", "point_2d": [3, 4]}]\n```</answer>', (3, 4)),    # numbers in the label
-    ("<answer>(10, 20, 30, 40)</answer>", (20, 30)),                                # a box counts by its centre
+    ("<answer>(10, 20, 30, 40)</answer>", (20, 30)),                                # a box counts by its center
     ("<answer>(10,20),(30,40)</answer>", (20, 30)),
     ('<answer>{"bbox_2d": [10, 20, 30, 40]}</answer>', (20, 30)),
     ("<|box_start|>(10,20),(30,40)<|box_end|>", (20, 30)),
@@ -81,6 +81,8 @@ POINTS = [
     ("<think>a</think><answer>(3, 4)", (3, 4)),                                     # cut off before </answer>
     ('<think>a</think>\n<tool_call>{"arguments": {"coordinate": [3, 4]}}</tool_call>', None),      # a zoom is no answer
     ('<think>a</think>\n<tool_call>{"arguments": {"coordinate": [3, 4]}}', None),
+    ("<think>a</think><tool_call>[1, 2]</tool_call> sorry: nothing", None),
+    ("<tool_call>[1, 2]</tool_call> (3, 4)", (3, 4)),
     ("<answer>(3; 4)</answer>", None),
     ("<answer>3, 4</answer>", None),
     ("<answer>(3)</answer>", None),
@@ -165,7 +167,7 @@ def test_time_is_linear_on_10_megabytes(unit, wrap):
 @pytest.mark.parametrize("said, right", [
     ("(20, 30)", 1), ("(10, 20)", 1), ("(30, 40)", 1), ("(30, 20)", 1),             # edges and corners included
     ("(9.99, 30)", 0), ("(30.01, 30)", 0), ("(20, 40.01)", 0), ("(20, 19)", 0), ("(-20, -30)", 0),
-    ("(0, 0), (40, 60)", 1),                                                        # a box by its centre
+    ("(0, 0), (40, 60)", 1),                                                        # a box by its center
     ("(30, 20) or (20, 30)", 1), ("nowhere", 0),
 ])
 def test_point_in_box_edges_included(said, right):
@@ -184,20 +186,20 @@ def test_point_is_mapped_by_the_frame_of_the_targets_image():
     assert is_right(second, "(250, 200)", frames=frames) == 1                       # the corner itself
     assert is_right(second, "(249, 200)", frames=frames) == 0
 
-@pytest.mark.parametrize("scale", [1 / 3, 0.1, 1.28, 2560 / 1000, 1348 / 1372])
-def test_edges_stay_inclusive_under_a_rounded_scale(scale):
-    """Bug: 3 * 0.1 > 0.3: rounding pushes a point on the edge out of the box, a box on the threshold below it."""
-    for edge in range(1, 300):
-        on_edge = sample("point", targets=[(0, 0, edge, edge)])
-        frames = [(scale, scale, edge, edge)]
-        assert is_right(on_edge, f"({edge / scale!r}, {edge / scale!r})", frames=frames) == 1
-        half = sample("box", targets=[(0, 0, edge, edge)])
-        assert is_right(half, f"(0, 0), ({edge / scale!r}, {edge / scale / 2!r})", frames=frames) == 1
+@pytest.mark.parametrize("size, grid", [(1, 3), (1, 10), (2560, 1000), (1443, 1000), (1348, 1372)])
+def test_edges_stay_inclusive_under_a_rounded_scale(size, grid):
+    """Bug: 3 * 0.1 > 0.3: rounding pushes a point on the edge out of its box, a box on the threshold below it."""
+    scale = size / grid
+    for k in range(1, 300):
+        edge, frames = k * size / grid, [(scale, scale, k * size / grid, k * size / grid)]
+        assert is_right(sample("point", targets=[(0, 0, edge, edge)]), f"({k}, {k})", frames=frames) == 1
+        assert is_right(sample("point", targets=[(edge, edge, 9e9, 9e9)]), f"({k}, {k})", frames=frames) == 1
+        assert is_right(sample("box", targets=[(0, 0, edge, edge)]), f"(0, 0), ({k}, {k / 2})", frames=frames) == 1
 
 def test_point_outside_the_image_is_never_right():
     """A published target may reach over the edge (ScreenSpot-Pro has y1 = -1); nothing can be clicked there."""
     over = sample("point", targets=[(90, -5, 110, 15)])
-    frames = [(1, 1, 100, 100)]
+    frames = [(1, 1, 100, 100), (1, 1, 500, 500)]                                   # the second image is another matter
     assert [is_right(over, said, frames=frames) for said in ("(95, 5)", "(100, 0)", "(101, 5)", "(95, -1)")] == [1, 1, 0, 0]
 
 IOUS = [
@@ -275,10 +277,12 @@ def test_text_equals_any_accepted_string(accepted, said, right):
     assert is_right(sample("text", accepted), said) == right
 
 ACTIONS = [  # gold, said, worth
-    ("click [12]", "click [12]", 1), ("click [12]", "Click [ 12 ].", 1), ("click [12]", "click [13]", 0.5), ("click [12]", "hover [12]", 0.5),
+    ("click [12]", "click [12]", 1), ("click [12]", "Click [ 12 ].", 1),
+    ("click [12]", "click [13]", 0.5), ("click [12]", "hover [12]", 0.5),
     ("click [12]", "click", 0.5), ("click [12]", "I would click [12]", 0.5), ("click [12]", "", 0), ("click [12]", "[12]", 0.5),
     ("type [12] [red shoes]", "type [12] [red shoes]", 1),
     ("type [12] [red shoes]", "type [12] [Red  Shoes] [1]", 1),                     # "press enter" is optional
+    ("type [12] [red shoes] [1]", "type [12] [red shoes]", 1),
     ("type [12] [red shoes]", "type [12] [blue hat]", 0.75),                        # Bug: typed text was never scored
     ("type [12] [red shoes]", "type [7] [red shoes]", 0.75),
     ("type [12] [red shoes]", "type [12]", 0.75),
@@ -318,7 +322,7 @@ def test_hidden_gold_is_said_and_never_right(answer_type):
     assert "hidden" not in reward_of(CHOICE, [answer("left")], "accuracy")          # gold 0 is a gold
 
 def test_wrong_format_tells_no_answer_from_a_wrong_one():
-    assert reward_of(POINT, "no idea", "accuracy")["wrong_format"] == 1
+    assert reward_of(POINT, "no idea", "accuracy") == {"reward": 0, "accuracy": 0, "format": 0, "wrong_format": 1}
     assert reward_of(POINT, "(1, 1)", "accuracy") == {"reward": 0, "accuracy": 0, "format": 1, "wrong_format": 0}
 
 def test_unknown_recipe_names_the_known_ones():
@@ -345,7 +349,7 @@ SINGLE = [  # text, accuracy, format, grounded, reward
     (GOOD + GOOD, 1, 0, 1, 0.5),                                                    # two of each
     (GOOD + "<answer>(20, 30)</answer>", 1, 0, 1, 0.5),                             # Bug: .*? let a second answer through
     (GOOD.replace("<think>", "<think><think>"), 1, 0, 1, 0.5),                      # nested
-    (GOOD.replace("<think>", "<THINK><think>"), 1, 0, 1, 0.5),                      # ... in capitals
+    (GOOD.replace("<think>", "<think> <THINK>"), 1, 0, 1, 0.5),                     # ... in capitals
     (GOOD.replace("sign", "<answer>(1, 1)</answer>"), 1, 0, 1, 0.5),                # an answer inside the thought
     (GOOD.replace("sign", "<observation>"), 1, 0, 1, 0.5),                          # plays the environment
     (GOOD.replace("</think>", ""), 1, 0, 1, 0.5),                                   # unclosed
@@ -375,8 +379,8 @@ def test_vigorl_form_for_every_answer_type():
 
 def test_a_thought_may_point_into_any_image_of_the_prompt():
     frames = [(1, 1, 100, 100), (1, 1, 300, 50)]
-    inside = [reward_of(POINT, f"<think>{said}</think>", "vigorl", frames=frames)["grounded"] for said in ("(50, 90)", "(250, 40)", "(250, 90)")]
-    assert inside == [1, 1, 0]
+    for said, grounded in [("(50, 90)", 1), ("(250, 40)", 1), ("(250, 90)", 0)]:
+        assert reward_of(POINT, f"<think>{said}</think>", "vigorl", frames=frames)["grounded"] == grounded
 
 def test_without_frames_only_negative_points_are_outside():
     assert [reward_of(POINT, f"<think>{said}</think>", "vigorl")["grounded"] for said in ("(5000, 5000)", "(-1, 5)")] == [1, 0]
@@ -406,7 +410,7 @@ def test_zoom_grammar(turns, form):
 @pytest.mark.parametrize("shape", [
     "{0}\n<answer>(20, 30)</answer>",                                               # call and answer in one turn
     "{0}\n{0}",                                                                     # two calls
-    "<think> a </think>{0}", "hm {0}", "{0} hm", "{0}<observation></observation>",
+    "<think> a </think>{0}", "<think> a </think> hm <tool_call>{{}}</tool_call>", "hm {0}", "{0} hm", "{0}<observation></observation>",
 ])
 def test_zoom_turn_is_one_thought_and_one_call(shape):
     crowded = look(1, 1)
@@ -414,7 +418,8 @@ def test_zoom_turn_is_one_thought_and_one_call(shape):
     assert reward_of(POINT, [crowded, RIGHT], "vigorl-zoom")["format"] == 0
 
 @pytest.mark.parametrize("points, distinct", [
-    ([], 0), ([(0, 0)], 0), ([(0, 0), (10, 0)], 0.2), ([(0, 0), (9.99, 0)], 0), ([(0, 0), (6, 8)], 0.2), ([(0, 0), (7, 7)], 0),   # Euclidean
+    ([], 0), ([(0, 0)], 0), ([(0, 0), (10, 0)], 0.2), ([(0, 0), (9.99, 0)], 0),
+    ([(0, 0), (6, 8)], 0.2), ([(0, 0), (7, 7)], 0),                                 # Euclidean
     ([(0, 0), (0, 0), (0, 0), (0, 0)], 0),
     ([(0, 0), (50, 0), (5, 0)], 0.2),                                               # far from the last is not far from all
     ([(0, 0), (6, 0), (12, 0)], 0.2),                                               # greedy: the dropped one is no neighbor
@@ -433,6 +438,10 @@ def test_distinct_bonus_stops_at_the_zooms_allowed():
     """Bug: no cap."""
     got = [reward_of(POINT, FAR + [RIGHT], "vigorl-zoom", max_zooms=n, distinct_bonus=0.1)["distinct"] for n in range(7)]
     assert got == pytest.approx([0, 0, 0.1, 0.2, 0.3, 0.4, 0.4])
+
+def test_distinct_bonus_is_not_paid_for_a_broken_format():
+    parts = reward_of(POINT, FAR[:3] + [say("(20, 30)")], "vigorl-zoom")
+    assert parts["distinct"] == 0.4 and parts["format"] == 0 and parts["reward"] == 0.6
 
 def test_distinct_bonus_knobs():
     turns = [look(0, 0), look(30, 0), RIGHT]
@@ -496,4 +505,5 @@ def test_univg_compares_in_source_pixels():
     """A 0-1000 answer against a gold in pixels: a gold rescaled in one place and not in another is off silently."""
     on_second = sample("box", targets=[{"image": 1, "box": [64, 48, 320, 240]}])
     frames = [(0.1, 0.1, 100, 100), (0.64, 0.48, 640, 480)]
-    assert reward_of(on_second, "<think>a</think><answer>(100,100),(500,500)</answer>", "univg-r1", frames=frames)["reward"] == pytest.approx(2)
+    said = "<think>a</think><answer>(100,100),(500,500)</answer>"
+    assert reward_of(on_second, said, "univg-r1", frames=frames)["reward"] == pytest.approx(2)

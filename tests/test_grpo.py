@@ -1,0 +1,432 @@
+"""
+Does grpo.py compute what the papers write? Each test opens with the bug that it guards against, and at the end MUTATIONS puts
+such bugs into grpo.py, one at a time, and requires the named test to fail.
+
+Everything is float64. `close` measures errors relative to the expected tensor and refuses an expectation of zeros, so a
+gradient that is zero everywhere passes nowhere.
+"""
+import math, os, random, sys, types, warnings
+
+import pytest
+import torch
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+import grpo
+
+LOW, HIGH = 0.2, 0.28
+
+
+@pytest.fixture(autouse=True)
+def quiet_float64():
+    before = torch.get_default_dtype(), torch.get_num_threads()
+    torch.set_default_dtype(torch.float64)
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    yield
+    torch.set_default_dtype(before[0])
+    torch.set_num_threads(before[1])
+
+
+def tensor(values):
+    return torch.as_tensor(values, dtype=torch.float64)
+
+def close(got, want, tolerance=1e-12):
+    got, want = tensor(got).detach(), tensor(want).detach()
+    scale = want.abs().max().item()
+    assert scale > 0, "an expectation of zeros tests nothing"
+    assert got.shape == want.shape
+    error = (got - want).abs().max().item()
+    assert error <= tolerance * scale, f"off by {error:.2g}, scale {scale:.2g}\ngot  {got}\nwant {want}"    # nan fails too
+
+def grad(scalar, leaf):
+    return torch.autograd.grad(scalar, leaf)[0]
+
+def at_ratio(ratios, old=-1.5):
+    """logprobs (a leaf) and old_logprobs whose ratio is as given."""
+    old_logprobs = torch.full_like(tensor(ratios), old)
+    return (old_logprobs + tensor(ratios).log()).requires_grad_(), old_logprobs
+
+def lengths_mask(lengths, T=None):
+    return torch.arange(T or max(lengths)) < torch.tensor(lengths)[:, None]
+
+def batch(lengths=(1, 3, 2, 6)):
+    """Off-policy by about +-50 %, so that every region of the clip is visited: (logprobs, old, ref, advantages, mask)."""
+    shape = len(lengths), max(lengths)
+    old = -2 * torch.rand(shape) - 0.1
+    return ((old + 0.5 * torch.randn(shape)).requires_grad_(), old, old + 0.3 * torch.randn(shape),
+            torch.randn(shape[0]), lengths_mask(lengths))
+
+# -----------------------------------------------------------------------------
+# advantages
+
+def test_unbiased_std():
+    """Bug: the biased std (divide by G): all advantages sqrt(8 / 7) too large."""
+    advantages = grpo.group_advantages(tensor([[2, 0, 0, 0, 0, 0, 0, 0]]))          # mean .25, std .7071
+    close(advantages, [[1.75 / (0.5 ** 0.5 + 1e-6)] + 7 * [-0.25 / (0.5 ** 0.5 + 1e-6)]])
+    assert round(advantages[0, 0].item(), 4) == 2.4749 and round(advantages[0, 1].item(), 4) == -0.3536
+    close(grpo.group_advantages(tensor([[2, 0, 0, 0, 0, 0, 0, 0]]), "none"), [[1.75] + 7 * [-0.25]])
+
+def test_group_order():
+    """Bug: rewards land on other rows than their episodes (nanoGRPO: AAABBB against ABABAB), or the batch is one group."""
+    rewards = tensor([[1, 0, 0], [10, 40, 10]])
+    advantages = grpo.group_advantages(rewards, "none").flatten()                   # B = P * G, all of prompt 0 first
+    close(advantages, [2 / 3, -1 / 3, -1 / 3, -10, 20, -10])
+    close(grpo.group_advantages(rewards).sum(1) + 1, [1, 1])                        # centred group by group
+    logprobs, old = at_ratio(torch.ones(6, 2))
+    loss = grpo.policy_loss(logprobs, old, advantages, torch.ones(6, 2, dtype=bool), LOW, HIGH).sum()
+    close(grad(loss, logprobs), -advantages[:, None].expand(6, 2))
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("scale", ["std", "none"])
+def test_zero_variance_groups(scale, dtype):
+    """Bug: 0 / 0; or equal rewards whose float mean differs from them by one bit, which / (0 + 1e-6) makes a real advantage."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")                                              # torch warns about the std of one number
+        for reward in (0.0, 0.1, 0.3, 0.7, 1.1, 1 / 3, 1e6 / 7):
+            for G in range(1, 9):
+                rewards = torch.full((2, G), reward, dtype=dtype)
+                rewards[1, 0] += 1                                                  # a live neighbour
+                advantages = grpo.group_advantages(rewards, scale)
+                assert advantages.dtype == dtype and (advantages[0] == 0).all(), (reward, G)
+                assert advantages.isfinite().all() and (advantages[1, 0] > 0.1) == (G > 1)
+
+# -----------------------------------------------------------------------------
+# difficulty weights
+
+@pytest.mark.parametrize("kind, want", [("none", [1, 1, 1]), ("exp", [2.718281828, 1.648721271, 1]),
+                                        ("power", [1.05, 0.55, 0.05]), ("log", [3.912023005, 0.653926467, 0])])
+def test_difficulty_values(kind, want):
+    """Bug: other constants than the paper's; the easy prompts up instead of the hard ones."""
+    accuracy = tensor([[0, 0], [0.25, 0.75], [1, 1]])                               # group means 0, 0.5, 1
+    close(grpo.difficulty_weights(accuracy, kind), want, 1e-9)
+    assert grpo.difficulty_weights(accuracy).tolist() == [1, 1, 1]
+
+@pytest.mark.parametrize("kind", list(grpo.WEIGHTS))
+def test_difficulty_never_negative(kind):
+    """Bug: -log(0.02 + m) is negative above m = 0.98, and the prompts that are solved get unlearned."""
+    weights = grpo.difficulty_weights(torch.linspace(0, 1, 1001)[:, None].expand(-1, 4), kind)
+    assert (weights >= 0).all() and (weights.diff() <= 0).all() and weights[0] >= 1
+
+@pytest.mark.parametrize("kind", list(grpo.WEIGHTS))
+def test_difficulty_normalized(kind):
+    """Bug: the control for the larger step size has another mean than 1, changes the proportions, or is 0 / 0 when all is solved."""
+    accuracy = torch.rand(5, 8)
+    plain, normalized = (grpo.difficulty_weights(accuracy, kind, normalize=n) for n in (False, True))
+    close(normalized.mean(), 1)
+    close(normalized / normalized[0], plain / plain[0])
+    assert grpo.difficulty_weights(torch.ones(3, 8), kind, normalize=True).isfinite().all()
+
+def test_difficulty_per_group():
+    """Bug: the mean over the rank's batch instead of the group (UniVG-R1 unless its device batch is exactly one group)."""
+    accuracy = tensor([[0, 0, 0, 1], [1, 1, 1, 0.8]])
+    weights = grpo.difficulty_weights(accuracy, "exp")
+    close(weights, [math.exp(0.75), math.exp(0.05)])
+    close(weights, torch.cat([grpo.difficulty_weights(group[None], "exp") for group in accuracy]))
+
+def test_difficulty_weights_loss():
+    """Bug: weighted advantages that are not the weighted loss of the paper (true only because no weight is negative)."""
+    logprobs, old, _, advantages, mask = batch()
+    weights = grpo.difficulty_weights(torch.rand(2, 2), "log").repeat_interleave(2)                # [P] -> [B]
+    weighted = grpo.policy_loss(logprobs, old, weights * advantages, mask, LOW, HIGH)
+    close(weighted, weights[:, None] * grpo.policy_loss(logprobs, old, advantages, mask, LOW, HIGH))
+
+# -----------------------------------------------------------------------------
+# policy loss
+
+def test_loss_closed_form():
+    """Bug: any, in value or gradient, for 2 x 3 tokens worked out by hand."""
+    logprobs, old = at_ratio([[1.1, 1.5, 0.5], [0.9, 0.5, 7.0]])
+    advantages, mask = tensor([2, -1]), lengths_mask([3, 2])
+    per_token = grpo.policy_loss(logprobs, old, advantages, mask, LOW, HIGH)
+    close(per_token, [[-2.2, -2.56, -1.0], [0.9, 0.8, 0]])          # -A ratio, or -A 1.28 and -A 0.8 where the clip holds
+    close(grpo.aggregate(per_token, mask), -4.06 / 5)
+    close(grad(grpo.aggregate(per_token, mask), logprobs), [[-2.2 / 5, 0, -1 / 5], [0.9 / 5, 0, 0]])
+
+    per_token = grpo.policy_loss(logprobs, old, advantages, mask, LOW, HIGH)
+    close(grpo.aggregate(per_token, mask, "sequence"), (-5.76 / 3 + 1.7 / 2) / 2)
+    close(grad(grpo.aggregate(per_token, mask, "sequence"), logprobs), [[-2.2 / 6, 0, -1 / 6], [0.9 / 4, 0, 0]])
+
+def test_clip_truth_table():
+    """Bug: the clip on the wrong side for A < 0 (max where PPO takes min): stops the way back, lets the rest run away."""
+    logprobs, old = at_ratio([[0.5, 1.5], [0.5, 1.5]])
+    loss = grpo.policy_loss(logprobs, old, tensor([1, -1]), torch.ones(2, 2, dtype=bool), LOW, HIGH).sum()
+    close(grad(-loss, logprobs) / tensor([0.5, 1.5]), [[1, 0],      # d objective / d ratio: A > 0: too low, must rise; enough
+                                                       [0, -1]])    #                        A < 0: enough; too high, must fall
+
+def test_asymmetric_clip():
+    """Bug: clip_low and clip_high swapped, or one of them used on both sides."""
+    ratios = tensor([0.71, 0.73, 0.79, 0.81, 1.19, 1.21, 1.27, 1.29])
+    logprobs, old = at_ratio(ratios.expand(2, 8))
+    loss = grpo.policy_loss(logprobs, old, tensor([3, -3]), torch.ones(2, 8, dtype=bool), 0.2, 0.28).sum()
+    alive = tensor([[1, 1, 1, 1, 1, 1, 1, 0],                       # A > 0: up to 1 + 0.28
+                    [0, 0, 0, 1, 1, 1, 1, 1]])                      # A < 0: down to 1 - 0.2
+    close(grad(loss, logprobs), tensor([[-3], [3]]) * ratios * alive)
+
+@pytest.mark.parametrize("old_is", ["detached", "the same tensor"])
+@pytest.mark.parametrize("kind", list(grpo.LOSSES))
+def test_on_policy_gradient_equals_reinforce(kind, old_is):
+    """Bug: a loss of ~0 taken for 'nothing to learn'; old_logprobs with a gradient, which cancels all of it."""
+    W, tokens, mask = torch.randn(4, 5, 7, requires_grad=True), torch.randint(7, (4, 5, 1)), lengths_mask([5, 2, 4, 1])
+    logprobs = W.log_softmax(-1).gather(2, tokens)[..., 0]                                        # [B, T]
+    advantages = grpo.group_advantages(tensor([[1, 0], [0.2, 0.7]])).flatten()
+    old = logprobs.detach() if old_is == "detached" else logprobs
+    loss = grpo.aggregate(grpo.policy_loss(logprobs, old, advantages, mask, LOW, HIGH, kind), mask, "sequence")
+    if kind == "grpo":
+        assert abs(loss.item()) < 1e-15
+    by_hand = 0
+    for b, n in enumerate([5, 2, 4, 1]):
+        by_hand = by_hand - advantages[b] * logprobs[b, :n].sum() / n / 4
+    close(torch.autograd.grad(loss, W, retain_graph=True)[0], grad(by_hand, W))
+
+def test_reinforce_has_no_ratio():
+    """Bug: a ratio or a clip creeps into plain REINFORCE."""
+    logprobs, old = at_ratio([[0.1, 1.0, 9.0]])
+    per_token = grpo.policy_loss(logprobs, old, tensor([2]), torch.ones(1, 3, dtype=bool), LOW, HIGH, "reinforce")
+    close(per_token, -2 * logprobs)
+    close(grad(per_token.sum(), logprobs), [[-2, -2, -2]])
+
+# -----------------------------------------------------------------------------
+# KL
+
+def kl(p, q):
+    return (p.exp() * (p - q)).sum()
+
+def softmaxes():
+    logits = torch.randn(5, requires_grad=True)
+    return logits, logits.log_softmax(0), torch.randn(5).log_softmax(0)
+
+@pytest.mark.parametrize("kind", ["k2", "k3"])
+def test_kl_gradient(kind):
+    """Bug: k3 as a loss believed to follow KL(pi || ref); it follows KL(ref || pi), and k2 the former. By enumeration."""
+    logits, pi, ref = softmaxes()
+    expected = (pi.exp().detach() * grpo.kl_penalty(pi[None], ref[None], kind)[0]).sum()           # samples fixed, term differentiated
+    want = {"k2": kl(pi, ref), "k3": kl(ref, pi)}
+    close(torch.autograd.grad(expected, logits, retain_graph=True)[0],
+          torch.autograd.grad(want[kind], logits, retain_graph=True)[0])
+    other = grad(kl(ref, pi) if kind == "k2" else kl(pi, ref), logits)
+    with pytest.raises(AssertionError):                                                           # the two do differ here
+        close(grad(want[kind], logits), other, 0.01)
+
+def test_k1_gradient_is_noise():
+    """Bug: k1 used as a loss. Each token has a gradient, their expectation has none."""
+    logits, pi, ref = softmaxes()
+    penalty = grpo.kl_penalty(pi[None], ref[None], "k1")[0]
+    expected = torch.autograd.grad((pi.exp().detach() * penalty).sum(), logits, retain_graph=True)[0]
+    one_sample = torch.autograd.grad(penalty[0], logits, retain_graph=True)[0]
+    close(one_sample, torch.eye(5)[0] - pi.exp())
+    assert expected.abs().max() < 1e-14 * one_sample.abs().max()
+
+def test_kl_values():
+    """Bug: a sign or a direction: k1 and k3 estimate KL(pi || ref), k2 and k3 are never negative, and all are 0 at equality."""
+    _, pi, ref = softmaxes()
+    k1, k2, k3 = (grpo.kl_penalty(pi[None], ref[None], kind)[0] for kind in ("k1", "k2", "k3"))
+    close((pi.exp() * k1).sum(), kl(pi, ref))
+    close((pi.exp() * k3).sum(), kl(pi, ref))
+    close(k2, (pi - ref) ** 2 / 2)
+    assert (k3 > 0).all() and (k1 < 0).any()
+    assert (grpo.kl_penalty(pi, pi, "k3") == 0).all()
+    assert torch.equal(grpo.kl_penalty(pi, ref), k3)                                              # the default
+
+def test_k3_small_differences():
+    """Bug: exp(d) - 1 - d in float32 is rounding noise for small d, often negative; a run starts with small d."""
+    d = torch.logspace(-6, -2, 9, dtype=torch.float32)
+    close(grpo.kl_penalty(-d, torch.zeros(9, dtype=torch.float32)) / d ** 2, torch.full((9,), 0.5), 0.2)
+
+# -----------------------------------------------------------------------------
+# aggregation
+
+@pytest.mark.parametrize("micro", [1, 2, 4])
+@pytest.mark.parametrize("kind", ["token", "sequence"])
+def test_microbatch_invariance(kind, micro):
+    """Bug: every micro-batch divided by its own tokens (nanochat: a token of row 0 weighs .25, .125 or .083 by micro-batch size)."""
+    logprobs, old, ref, advantages, mask = batch((1, 3, 2, 6))
+    def loss(rows, denominator=None):
+        T = mask[rows].sum(1).max()                                                # each micro-batch padded to its own longest
+        p, o, r, m = (x[rows, :T] for x in (logprobs, old, ref, mask))
+        per_token = grpo.policy_loss(p, o, advantages[rows], m, LOW, HIGH) + 0.1 * grpo.kl_penalty(p, r, mask=m)
+        return grpo.aggregate(per_token, m, kind, denominator)
+    whole = loss(slice(0, 4))
+    parts = [slice(i, i + micro) for i in range(0, 4, micro)]
+    summed = sum(loss(rows, {"token": 12, "sequence": 4}[kind]) for rows in parts)
+    close(summed, whole)
+    close(grad(summed, logprobs), grad(whole, logprobs))
+    if kind == "token" and micro < 4:                                              # and it is a real danger with these lengths
+        with pytest.raises(AssertionError):
+            close(sum(loss(rows) for rows in parts) / len(parts), whole, 0.01)
+
+def test_aggregate_weights():
+    """Bug: the two kinds confused: how much one token counts, for lengths 1 and 4, with a third row without any token."""
+    per_token, mask = torch.ones(3, 4, requires_grad=True), lengths_mask([1, 4, 0])
+    dense = lambda a, b: [[a, 0, 0, 0], [b, b, b, b], [0, 0, 0, 0]]
+    close(grad(grpo.aggregate(per_token, mask), per_token), dense(1 / 5, 1 / 5))
+    close(grad(grpo.aggregate(per_token, mask, "sequence"), per_token), dense(1 / 3, 1 / 12))
+    close(grad(grpo.aggregate(per_token, mask, "token", 30), per_token), dense(1 / 30, 1 / 30))
+    close(grad(grpo.aggregate(per_token, mask, "token", mask.sum() * 6), per_token), dense(1 / 30, 1 / 30))
+
+@pytest.mark.parametrize("kind", ["token", "sequence"])
+def test_step_without_tokens(kind):
+    """Bug: 0 / 0 where nothing was sampled; one such micro-batch would turn all weights into nan."""
+    logprobs, old, _, advantages, mask = batch()
+    for denominator in (None, 0, torch.tensor(0), 12):
+        nothing = grpo.aggregate(grpo.policy_loss(logprobs, old, advantages, mask & False, LOW, HIGH), mask & False, kind, denominator)
+        something = grpo.aggregate(grpo.policy_loss(logprobs, old, advantages, mask, LOW, HIGH), mask, kind)
+        assert nothing.item() == 0
+        close(grad(nothing + something, logprobs), grad(something, logprobs).clone()) if False else None
+        both = grad(nothing + something, logprobs)
+        alone = grad(grpo.aggregate(grpo.policy_loss(logprobs, old, advantages, mask, LOW, HIGH), mask, kind), logprobs)
+        close(both, alone)
+
+@pytest.mark.parametrize("garbage", [math.nan, math.inf, -math.inf, 1e30, -1e30])
+@pytest.mark.parametrize("penalty", list(grpo.PENALTIES))
+@pytest.mark.parametrize("kind", ["token", "sequence"])
+@pytest.mark.parametrize("loss", list(grpo.LOSSES))
+def test_padding_does_not_leak(loss, kind, penalty, garbage):
+    """Bug: a mask multiplied onto the result: 0 * nan = nan, in the value and, even behind a `where`, in the backward pass."""
+    logprobs, old, ref, advantages, mask = batch((1, 0, 2, 6))                     # one row is padding from end to end
+    def run(logprobs, old, ref):
+        per_token = grpo.policy_loss(logprobs, old, advantages, mask, LOW, HIGH, loss)
+        assert (per_token[~mask] == 0).all()
+        total = grpo.aggregate(per_token + 0.1 * grpo.kl_penalty(logprobs, ref, penalty, mask=mask), mask, kind)
+        return total, grad(total, leaf)
+    leaf = logprobs
+    value, gradient = run(leaf, old, ref)
+    assert (gradient[~mask] == 0).all()
+    for dirty in [(1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 1)]:
+        leaf = logprobs.detach().clone().requires_grad_()
+        got = run(*(torch.where(mask | (not d), x, garbage) for d, x in zip(dirty, (leaf, old, ref))))
+        close(got[0], value)
+        close(got[1], gradient)
+        leaf = torch.where(mask | (not dirty[0]), logprobs.detach(), garbage).requires_grad_()     # the garbage itself a leaf
+        close(run(leaf, *(torch.where(mask | (not d), x, garbage) for d, x in zip(dirty[1:], (old, ref))))[1], gradient)
+    assert grpo.aggregate(torch.where(mask, 1.0, garbage), mask, kind).isfinite()
+
+def test_nan_in_a_real_token_is_loud():
+    """Bug: a guard so thorough (nan_to_num) that a broken forward pass trains on in silence."""
+    logprobs, old, ref, advantages, mask = batch()
+    broken = logprobs.detach().clone()
+    broken[3, 2] = math.nan
+    assert grpo.aggregate(grpo.policy_loss(broken, old, advantages, mask, LOW, HIGH), mask).isnan()
+    assert grpo.aggregate(grpo.kl_penalty(broken, ref, mask=mask), mask).isnan()
+
+# -----------------------------------------------------------------------------
+# everything at once, against plain loops over Python floats
+
+def by_loops(rewards, accuracy, logprobs, old, ref, lengths, scale, weight, penalty, kind, kl_coef=0.04):
+    """The papers' formulas, literally: -> loss, d loss / d logprobs."""
+    P, G, T = len(rewards), len(rewards[0]), len(logprobs[0])
+    loss, gradient = 0.0, [[0.0] * T for _ in range(P * G)]
+    for p in range(P):
+        mean = sum(rewards[p]) / G
+        std = math.sqrt(sum((r - mean) ** 2 for r in rewards[p]) / (G - 1))
+        m = sum(accuracy[p]) / G
+        phi = {"none": 1, "exp": math.exp(1 - m), "power": 1.05 - m, "log": max(0, -math.log(0.02 + m))}[weight]
+        for g in range(G):
+            b = p * G + g
+            A = (rewards[p][g] - mean) / (std + 1e-6 if scale == "std" else 1)
+            share = 1 / sum(lengths) if kind == "token" else 1 / (P * G * max(1, lengths[b]))
+            for t in range(lengths[b]):
+                ratio = math.exp(logprobs[b][t] - old[b][t])
+                stopped = ratio > 1 + HIGH if A > 0 else ratio < 1 - LOW
+                bounded = min(max(ratio, 1 - LOW), 1 + HIGH)
+                d = ref[b][t] - logprobs[b][t]
+                k, dk = {"k1": (-d, 1), "k2": (d * d / 2, -d), "k3": (math.exp(d) - d - 1, 1 - math.exp(d))}[penalty]
+                loss += share * (-phi * A * (bounded if stopped else ratio) + kl_coef * k)
+                gradient[b][t] += share * ((0 if stopped else -phi * A * ratio) + kl_coef * dk)
+    return loss, gradient
+
+@pytest.mark.parametrize("scale", ["std", "none"])
+@pytest.mark.parametrize("weight", list(grpo.WEIGHTS))
+@pytest.mark.parametrize("penalty", list(grpo.PENALTIES))
+@pytest.mark.parametrize("kind", ["token", "sequence"])
+def test_against_loops(scale, weight, penalty, kind):
+    """Bug: broadcasting along the wrong axis, or any difference between the pieces together and the formulas."""
+    for seed in range(3):
+        rng = random.Random(seed)
+        P, G = rng.randint(1, 3), rng.randint(2, 5)
+        lengths = [rng.randint(0, 7) for _ in range(P * G - 1)] + [7]
+        logprobs, old, ref, _, mask = batch(lengths)
+        rewards, accuracy = torch.rand(P, G), torch.rand(P, G)
+        advantages = grpo.group_advantages(rewards, scale) * grpo.difficulty_weights(accuracy, weight)[:, None]
+        per_token = grpo.policy_loss(logprobs, old, advantages.flatten(), mask, LOW, HIGH)
+        loss = grpo.aggregate(per_token + 0.04 * grpo.kl_penalty(logprobs, ref, penalty, mask=mask), mask, kind)
+        lists = (x.tolist() for x in (rewards, accuracy, logprobs, old, ref))
+        want, want_gradient = by_loops(*lists, lengths, scale, weight, penalty, kind)
+        close(loss, want, 1e-10)
+        close(grad(loss, logprobs), want_gradient, 1e-10)
+
+def test_stats():
+    """Bug: clipfrac counts tokens that are outside the bounds but on their way back; padding in the means; approx_kl reversed."""
+    logprobs, old = at_ratio([[0.5, 1.0, 1.5], [0.5, 1.5, 9.0]])
+    logprobs = logprobs.detach()
+    logprobs[1, 2] = math.nan
+    got = grpo.stats(logprobs, old, lengths_mask([3, 2]), LOW, HIGH, tensor([1, -1]))
+    ratios = [0.5, 1.0, 1.5, 0.5, 1.5]
+    want = {"clipfrac": 2 / 5, "approx_kl": sum(r - 1 - math.log(r) for r in ratios) / 5,
+            "ratio_mean": 1.0, "ratio_min": 0.5, "ratio_max": 1.5}
+    assert got.keys() == want.keys()
+    for name in want:
+        close(got[name], want[name])
+    empty = grpo.stats(logprobs, old, lengths_mask([0, 0], 3), LOW, HIGH, tensor([1, -1]))
+    assert empty == {"clipfrac": 0, "approx_kl": 0, "ratio_mean": 1, "ratio_min": 1, "ratio_max": 1}
+
+def test_unknown_names():
+    """Bug: a misspelt kind that silently runs another algorithm."""
+    x, mask = torch.zeros(2, 3), torch.ones(2, 3, dtype=bool)
+    for call in (lambda: grpo.group_advantages(x, "sdt"), lambda: grpo.difficulty_weights(x, "exponential"),
+                 lambda: grpo.policy_loss(x, x, x[:, 0], mask, LOW, HIGH, "gpro"), lambda: grpo.kl_penalty(x, x, "k4"),
+                 lambda: grpo.aggregate(x, mask, "tokens")):
+        with pytest.raises(AssertionError, match="expected"):
+            call()
+
+# -----------------------------------------------------------------------------
+# do the tests bite? Each line puts one bug into grpo.py; the named test must fail.
+
+MUTATIONS = [
+    ("unbiased = min(1, rewards.shape[1] - 1)", "unbiased = 0", lambda: test_unbiased_std()),
+    ("+ 1e-6)    # UniVG", "+ 1e-4)    # UniVG", lambda: test_unbiased_std()),
+    ("rewards.mean(1, keepdim=True)", "rewards.mean()", lambda: test_group_order()),
+    ("advantages[:, None], mask, clip_low", "advantages.flip(0)[:, None], mask, clip_low", lambda: test_group_order()),
+    ("rewards = rewards - rewards[:, :1]", "rewards = rewards", lambda: test_zero_variance_groups("std", torch.float32)),
+    (".clamp(min=0)", "", lambda: test_difficulty_never_negative("log")),
+    ("accuracy.mean(1)", "accuracy.mean().expand(len(accuracy))", lambda: test_difficulty_per_group()),
+    ("weights.mean()", "weights.sum()", lambda: test_difficulty_normalized("exp")),
+    ("-torch.min(", "-0 * torch.min(", lambda: test_loss_closed_form()),
+    ("-torch.min(", "-torch.max(", lambda: test_clip_truth_table()),
+    ("-torch.min(ratio * advantages, clipped * advantages)",
+     "-torch.where(advantages >= 0, torch.min(ratio, clipped), torch.min(ratio, clipped)) * advantages", lambda: test_clip_truth_table()),
+    ("1 - clip_low, 1 + clip_high)", "1 - clip_high, 1 + clip_low)", lambda: test_asymmetric_clip()),
+    ("1 - clip_low, 1 + clip_high)", "1 - clip_low, 1 + clip_low)", lambda: test_asymmetric_clip()),
+    ("old_logprobs.detach()", "old_logprobs", lambda: test_on_policy_gradient_equals_reinforce("grpo", "the same tensor")),
+    ("torch.exp(logprobs - old_logprobs)", "torch.exp(logprobs - old_logprobs).detach()",
+     lambda: test_on_policy_gradient_equals_reinforce("grpo", "detached")),
+    ("torch.expm1(d) - d,", "torch.expm1(-d) + d,", lambda: test_kl_gradient("k3")),
+    ("torch.expm1(d) - d,", "torch.exp(d) - 1 - d,", lambda: test_k3_small_differences()),
+    ("d ** 2 / 2", "d ** 2", lambda: test_kl_gradient("k2")),
+    ('"k1": lambda d: -d', '"k1": lambda d: d', lambda: test_kl_values()),
+    ("count if denominator is None else denominator", "count", lambda: test_microbatch_invariance("token", 2)),
+    ("count if denominator is None else denominator", "count", lambda: test_microbatch_invariance("sequence", 2)),
+    ("mask.sum(1).clamp(min=1)", "mask.shape[1]", lambda: test_aggregate_weights()),
+    ("mask.sum(1).clamp(min=1)", "mask.sum(1)", lambda: test_padding_does_not_leak("grpo", "sequence", "k3", math.nan)),
+    ("per_token = torch.where(mask, per_token, 0.0)\n", "per_token = per_token * mask\n",
+     lambda: test_padding_does_not_leak("grpo", "token", "k3", math.nan)),
+    ("    logprobs = torch.where(mask, logprobs, 0.0)\n", "",
+     lambda: test_padding_does_not_leak("grpo", "token", "k3", math.nan)),
+    ("    if mask is not None:", "    if False:", lambda: test_padding_does_not_leak("grpo", "token", "k3", math.inf)),
+    ("per_token = torch.where(mask, per_token, 0.0)\n", "per_token = per_token.nan_to_num() * mask\n",
+     lambda: test_nan_in_a_real_token_is_loud()),
+    ("denominator, 1)", "denominator, 0)", lambda: test_step_without_tokens("token")),
+    ("(advantages > 0) & (ratio > 1 + clip_high)", "(ratio > 1 + clip_high)", lambda: test_stats()),
+]
+
+@pytest.mark.parametrize("old, new, test", MUTATIONS, ids=[f"{old.strip()} -> {new.strip()}" for old, new, _ in MUTATIONS])
+def test_mutations(old, new, test, monkeypatch):
+    """Bug: a test that no bug can turn red."""
+    with open(grpo.__file__, encoding="utf-8") as f:
+        source = f.read()
+    assert source.count(old) == 1, f"{old!r} must stand in grpo.py exactly once: update MUTATIONS"
+    mutant = types.ModuleType("mutant")
+    exec(compile(source.replace(old, new), "mutant", "exec"), mutant.__dict__)
+    test()                                                                         # green as it is ...
+    monkeypatch.setitem(globals(), "grpo", mutant)
+    with pytest.raises((AssertionError, ArithmeticError)):                         # ... red with the bug
+        test()
