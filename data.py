@@ -44,21 +44,20 @@ class Sample:
 # The toy world. Objects have a color, a shape and a fine pattern. The pattern's period is 4 pixels, and a model reads the
 # image shrunk by 4 or more: every pattern averages to the same flat color there, so *what* and *where* can be seen in the
 # overview, and the pattern only in a crop of the source. (tests/test_data.py measures it: swap a pattern, compare pixels.)
-# The background's faint gradient is a landmark: rotary attention knows relative positions only, and the color of the
-# ground tells a small model where in the image a patch is.
+# Red light falls in from the right and green light from below, on everything: rotary attention knows relative positions only,
+# and the tint tells a small model where in the image a patch is.
 
-COLORS = {"red": (225, 60, 50), "green": (40, 165, 70), "blue": (50, 90, 225),
-          "yellow": (235, 205, 45), "purple": (150, 60, 185), "white": (235, 235, 235)}
+COLORS = {"red": (235, 40, 40), "green": (40, 165, 70), "blue": (50, 90, 225),
+          "yellow": (240, 215, 40), "purple": (150, 60, 185), "white": (235, 235, 235)}
 SHAPES = {"circle": (1, 1, lambda u, v: np.hypot(u, v)),                        # half width, half height, gauge: <= 1 inside
           "square": (0.85, 0.85, lambda u, v: np.maximum(abs(u), abs(v)) / 0.85),
-          "diamond": (1, 1, lambda u, v: abs(u) + abs(v)),
           "triangle": (1, 0.9, lambda u, v: np.maximum(v, 1.8 * abs(u) - v) / 0.9)}
 PATTERNS = {"lined": lambda x, y: y // 2 % 2, "barred": lambda x, y: x // 2 % 2,
             "slanted": lambda x, y: (x + y) // 2 % 2, "checked": lambda x, y: (x // 2 + y // 2) % 2}
 NAMES = [f"{color} {shape}" for color in COLORS for shape in SHAPES]
-DIFFICULTY = {"easy": dict(objects=(2, 3), radius=(42, 54)),                   # how many objects; radius in 1/448 of the side
-              "medium": dict(objects=(3, 5), radius=(34, 50)),
-              "hard": dict(objects=(5, 7), radius=(26, 40))}
+DIFFICULTY = {"easy": dict(objects=(2, 2), radius=(44, 56)),                   # how many objects; radius in 1/448 of the side
+              "medium": dict(objects=(3, 4), radius=(38, 52)),
+              "hard": dict(objects=(5, 6), radius=(30, 44))}
 SIDE = 448                                                                     # pixels of a source image in the tiny world
 TASKS = ("search", "point", "relation", "boxes")
 
@@ -90,27 +89,27 @@ def object_box(o):
     return [x - half_w * r, y - half_h * r, x + half_w * r, y + half_h * r]
 
 
-_ground = {}
+_light = {}
 
 
 def draw(scene):
     """Scene -> PIL image, side x side pixels."""
     side = scene["side"]
-    if side not in _ground:
-        ramp = np.linspace(70, 150, side)
+    if side not in _light:
+        ramp = np.linspace(0, 50, side, dtype=np.float32)
         red, green = np.broadcast_to(ramp, (side, side)), np.broadcast_to(ramp[:, None], (side, side))
-        _ground[side] = np.stack([red, green, np.full((side, side), 105.0)], -1).astype(np.uint8)      # (side, side, 3)
-    canvas = _ground[side].copy()
+        _light[side] = np.stack([red, green, np.zeros_like(red)], -1)                                  # (side, side, 3)
+    canvas = 60 + _light[side]
     for o in scene["objects"]:
         (cx, cy), r, (color, shape) = o["center"], o["radius"], o["name"].split()
         y, x = np.mgrid[cy - r:cy + r + 1, cx - r:cx + r + 1]
         gauge = SHAPES[shape][2]((x - cx) / r, (y - cy) / r)                    # (2r+1, 2r+1)
         stripe = PATTERNS[o["pattern"]](x + o["phase"][0], y + o["phase"][1]) - 0.5
         # The pattern fades towards the rim: cut off sharply, it would leave a trace of itself in the shrunken outline.
-        light = 0.76 + 0.64 * stripe * (2.5 * (1 - gauge)).clip(0, 1)
-        window = canvas[cy - r:cy + r + 1, cx - r:cx + r + 1]
-        window[gauge <= 1] = (light[..., None] * COLORS[color]).astype(np.uint8)[gauge <= 1]
-    return Image.fromarray(canvas)
+        paint = (0.76 + 0.64 * stripe * (2.5 * (1 - gauge)).clip(0, 1))[..., None] * (0.7 * np.array(COLORS[color]))
+        window = np.s_[cy - r:cy + r + 1, cx - r:cx + r + 1]
+        canvas[window] = np.where(gauge[..., None] <= 1, paint + _light[side][window], canvas[window])
+    return Image.fromarray(canvas.astype(np.uint8))
 
 
 def ask_search(rng, new_scene):
@@ -154,9 +153,6 @@ def ask_boxes(rng, new_scene):
             scene = new_scene()
             names = [o["name"] for o in scene["objects"]]
             if (i == target) == (name in names):
-                break
-            if i == target and name not in names:
-                scene["objects"][0]["name"] = name
                 break
         scenes.append(scene)
     o = next(o for o in scenes[target - 1]["objects"] if o["name"] == name)
@@ -266,6 +262,8 @@ def rows_of(path):
             if str(path).endswith(".json"):
                 rows = json.load(f)
                 rows = rows.get("rows", [rows]) if isinstance(rows, dict) else rows
+                if not isinstance(rows, list):
+                    raise DataError(f"{path}: holds {rows!r:.60}; expected a list of rows")
                 return [(f"{path}, record {i + 1}: ", r) for i, r in enumerate(rows)]
             out = []
             for n, line in enumerate(f, 1):
@@ -290,7 +288,7 @@ def need(row, key, kind, where):
 
 
 def numbers(value, n, where, name):
-    if not (isinstance(value, (list, tuple)) and len(value) == n and all(isinstance(v, (int, float)) and v == v for v in value)):
+    if not (isinstance(value, (list, tuple)) and len(value) == n and all(isinstance(v, (int, float)) and -1e9 < v < 1e9 for v in value)):
         raise DataError(f"{where}{name} is {value!r:.60}; expected {n} numbers")
     return [float(v) for v in value]
 
@@ -303,12 +301,18 @@ def parse_row(row, where, root):
     paths = need(row, "images", list, where)
     if not paths or not all(isinstance(p, str) for p in paths):
         raise DataError(f"{where}field 'images' is {paths!r:.60}; expected a list of file names")
+    optional = {key: need(row, key, kind, where) if row.get(key) is not None else kind()
+                for key, kind in (("options", list), ("targets", list), ("category", list), ("meta", dict))}
     s = Sample(str(row.get("id", where)), [os.path.join(root, p) for p in paths], need(row, "question", str, where), answer_type,
-               row.get("options") or [], row.get("answer"), row.get("targets") or [], row.get("category") or [], row.get("meta") or {})
+               answer=row.get("answer"), **optional)
     if isinstance(s.answer, str) and answer_type == "text":
         s.answer = [s.answer]
-    if answer_type == "choice" and (len(s.options) < 2 or not (s.answer is None or s.answer in range(len(s.options)))):
-        raise DataError(f"{where}answer is {s.answer!r} with {len(s.options)} options; expected an index into at least two options")
+    if not all(isinstance(o, str) for o in s.options):
+        raise DataError(f"{where}field 'options' is {s.options!r:.60}; expected a list of strings")
+    if answer_type == "choice" and (len(s.options) < 2 or not (s.answer is None or type(s.answer) is int and s.answer in range(len(s.options)))):
+        raise DataError(f"{where}answer is {s.answer!r:.60} with {len(s.options)} options; expected an index into at least two options")
+    if answer_type == "text" and s.answer is not None and not (isinstance(s.answer, list) and s.answer and all(isinstance(a, str) for a in s.answer)):
+        raise DataError(f"{where}answer is {s.answer!r:.60}; expected a string or a list of accepted strings")
     if answer_type in ("point", "box") and not s.targets:
         raise DataError(f"{where}field 'targets' is empty; a {answer_type} question needs at least one target box")
     for t in s.targets:
@@ -402,8 +406,8 @@ def from_mig(row, where):
     """MIG-Bench, original file: a box on 0-1 of an image that the task implies."""
     out = from_univg(row, where, scale=1.0)
     fixed = {"region": 0, "correspondence": 1, "diff": 1, "view_diff": 1, "refer_grounding": 1}
-    text = row.get("additional_info", "") if row.get("task") == "group_grounding" else out["question"]
-    out["targets"][0]["image"] = fixed.get(row.get("task"), named_image(text, len(out["images"])))
+    text = str(row.get("additional_info")) if row.get("task") == "group_grounding" else out["question"]
+    out["targets"][0]["image"] = fixed.get(str(row.get("task")), named_image(text, len(out["images"])))
     return out
 
 

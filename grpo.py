@@ -7,7 +7,7 @@ GRPO in seven lines:
     3. This advantage A goes to every token that the policy chose in the answer; other tokens are masked out.
     4. Per token, maximise ratio * A with ratio = pi / pi_old: likelier if A > 0, less likely if A < 0 ...
     5. ... until the ratio has left [1 - clip_low, 1 + clip_high] in the direction that A asked for: then the gradient is 0.
-    6. Why is the loss ~0 on-policy? Every ratio is 1, so it is -mean(A), and A sums to 0 in each group: its value is no news.
+    6. Why is the loss ~0 on-policy? Every ratio is 1, so it is -mean(A), 0 in each group but for lengths: its value is no news.
     7. Why is the gradient not 0? d ratio = ratio * d log pi: each token pulls with -A * grad log pi, which is REINFORCE.
 
 One step:
@@ -44,7 +44,7 @@ def group_advantages(rewards, scale="std"):
     advantages = rewards - rewards.mean(1, keepdim=True)                                                      # [P, G]
     if scale == "std":
         unbiased = min(1, rewards.shape[1] - 1)       # divide by G - 1; a group of one would divide by 0
-        advantages = advantages / (rewards.std(1, keepdim=True, correction=unbiased) + 1e-6)    # UniVG-R1: + 1e-4
+        advantages = advantages / (rewards.std(1, keepdim=True, correction=unbiased) + 1e-6)  # UniVG-R1: + 1e-4
     return advantages
 
 WEIGHTS = {  # phi(m), m = mean accuracy of the group
@@ -170,6 +170,6 @@ def stats(logprobs, old_logprobs, mask, clip_low, clip_high, advantages):
         return {"clipfrac": 0.0, "approx_kl": 0.0, "ratio_mean": 1.0, "ratio_min": 1.0, "ratio_max": 1.0}
     ratio = log_ratio.exp()
     stopped = (advantages > 0) & (ratio > 1 + clip_high) | (advantages < 0) & (ratio < 1 - clip_low)
-    return {"clipfrac": stopped.float().mean().item(),
+    return {"clipfrac": stopped.sum().item() / len(stopped),
             "approx_kl": PENALTIES["k3"](log_ratio).mean().item(),
             "ratio_mean": ratio.mean().item(), "ratio_min": ratio.min().item(), "ratio_max": ratio.max().item()}

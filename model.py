@@ -66,8 +66,8 @@ class View:
         return round((x - self.box[0]) / self.scale[0]), round((y - self.box[1]) / self.scale[1])
 
     def pixels(self):
-        """The fed image. PIL reads nothing outside the box, so a crop does not bleed."""
-        return self.source.resize(self.fed, Image.Resampling.BICUBIC, box=self.box)
+        """The fed image. Cut, then resized: resize(box=...) would let the filter read pixels beyond the crop's edge."""
+        return self.source.crop(self.box).resize(self.fed, Image.Resampling.BICUBIC)
 
     def tokens(self, merge=2):
         return self.grid[1] * self.grid[2] // merge ** 2
@@ -138,6 +138,11 @@ class VLM:
         self.max_pixels, self._text_ids = spec.max_pixels, {}
         self.model.requires_grad_(True)
         self.model.model.visual.requires_grad_(False)                      # tower and merger, as in both papers
+
+    @property
+    def toy_side(self):
+        """Pixels of a toy scene: four times what is fed, so that the shrunken overview hides the patterns for every model."""
+        return 4 * int(self.max_pixels ** 0.5) // self.factor * self.factor
 
     # ---- see
     def view(self, source, index=0, box=None, fed=None):
@@ -332,6 +337,7 @@ def load(name, device="auto", dtype="auto", max_pixels=0, quiet=False):
     return vlm
 
 
+TINY_THETA = 30.0
 TINY = dict(hidden=128, layers=3, heads=4, kv_heads=2, mlp=384, vocab=640, vision=64, vision_layers=2, vision_mlp=128, vision_heads=4)
 
 
@@ -353,7 +359,7 @@ def make_tiny(texts, phrases, seed=0):
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|endoftext|>",
                                                      clean_up_tokenization_spaces=False, extra_special_tokens=special[1:])
     of = dict(zip(special, tokenizer.convert_tokens_to_ids(special)))
-    t, rope = TINY, {"rope_type": "default", "mrope_section": [4, 6, 6], "rope_theta": 10_000.0}
+    t, rope = TINY, {"rope_type": "default", "mrope_section": [4, 6, 6], "rope_theta": TINY_THETA}
     config = transformers.Qwen2_5_VLConfig(
         text_config=dict(vocab_size=len(tokenizer), hidden_size=t["hidden"], intermediate_size=t["mlp"], num_hidden_layers=t["layers"],
                          num_attention_heads=t["heads"], num_key_value_heads=t["kv_heads"], rope_parameters=rope, tie_word_embeddings=True,
@@ -411,7 +417,7 @@ class AdamW:
             if k == "master":
                 m.data.copy_(value)
             else:
-                self.opt.state[m][k] = value.to(m.device) if k != "step" else value
+                self.opt.state[m][k] = value.to(m.device)                 # "step" too: the fused update reads it there
 
 
 def save_checkpoint(folder, vlm, optimizer, state):

@@ -1,17 +1,158 @@
 """The warm start: find traces, fine-tune on them. And, for the tiny model, the eyes that come before.
 
-    python train_sft.py                                  # fine-tune the tiny model on traces of the toy world
-    python train_sft.py --pretrain                       # make checkpoints/tiny again from nothing
+    python train_sft.py                       # fine-tune the tiny model on traces of the toy world -> runs/sft/checkpoint
+    python train_sft.py --traces traces.jsonl --data questions.jsonl --model qwen2.5-vl-3b
+    python train_sft.py --pretrain            # make checkpoints/tiny again from nothing
+
+RL can only reward what the policy sometimes does, so both papers begin with supervised fine-tuning on traces in the right
+form. Here a trace is the list of the assistant's turns, {"id": ..., "turns": [...]}, one JSON object a line, whoever wrote
+them; `zoom_rollout.replay` turns it into the very episode that a rollout would have made, crops and all, and the loss falls
+on the assistant's tokens only.
+
+Left out so far: ViGoRL finds its traces by tree search with a 72B teacher, UniVG-R1 has a teacher write three chains per
+sample. `oracle` stands in for both: it knows the toy scene, and it is a bad example on purpose (see there).
 """
-import json, math, os, random, sys, time
+import json, math, os, random, re, time
 from dataclasses import asdict, dataclass
 
 import torch
 from tqdm import tqdm
 
-import data, model, zoom_rollout
+import data, model, rewards, zoom_rollout
 from data import Sample
 from zoom_rollout import Episode
+
+
+@dataclass
+class Config:
+    model: str = "tiny"             # a name of model.MODELS or a checkpoint folder
+    name: str = "sft"               # the run: runs/NAME
+    traces: str = "oracle"          # "oracle" (toy world), or a JSONL file of {"id", "turns"} for the rows of --data
+    task: str = "search"            # toy task: search, point, relation, boxes
+    data: str = ""                  # JSONL of questions instead of the toy world
+    images: str = ""                # folder of the images of --data (default: the file's own)
+    recipe: str = ""                # whose prompt: vigorl-zoom, vigorl, univg-r1; empty: what suits the task
+    difficulty: str = "medium"      # of the toy world: easy, medium, hard
+    n: int = 384                    # traces from the oracle
+    epochs: int = 1                 # passes over the traces
+    batch: int = 16                 # traces per optimizer step
+    lr: float = 1e-3                # peak learning rate, cosine with warm-up (ViGoRL on a 3B: 1e-6, UniVG-R1: 5e-6)
+    max_zooms: int = 3              # crops per episode
+    max_pixels: int = 0             # of a prompt image as fed; 0: the model's default
+    seed: int = 0                   # of scenes, traces and order
+    pretrain: bool = False          # make the tiny model from nothing instead: --steps, --out
+    steps: int = 10_000             # of pretraining
+    out: str = ""                   # of pretraining (default: checkpoints/tiny)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Traces
+
+def oracle(vlm, sample, rng, max_zooms=3):
+    """A trace for a toy sample from its ground truth -> the assistant's turns. For `search` it knows every object but not
+    what looking is for: it goes to a random object, often stops at a wrong one and reports that one's pattern, and now and
+    then guesses at once. The form is right, the behavior is not: that is left for RL to find. The other tasks name a wrong
+    object one time in three."""
+    scene, view = sample.meta["scenes"][0], vlm.view(sample.images[0])
+    objects = scene["objects"]
+
+    def near(o, view=view):
+        x, y = (c + rng.uniform(-0.3, 0.3) * o["radius"] for c in o["center"])
+        return view.from_source(x, y)
+
+    if sample.category == ["search"]:
+        if rng.random() < 0.15:
+            return [f"<think> The {objects[0]['name']} may be at {near(objects[0])}. </think>\n<answer> {rng.choice(sample.options)} </answer>"]
+        turns, order, before = [], rng.sample(objects, len(objects)), ""
+        for k, o in enumerate(order[:max_zooms]):
+            x, y = near(o)
+            turns.append(f"<think>{before} The {o['name']} may be at ({x}, {y}). </think>\n{data.tool_call(x, y)}")
+            before = f" This is the {o['name']}, {o['pattern']}."
+            if o is objects[0] or k + 1 == min(max_zooms, len(order)) or rng.random() < 0.5:
+                break
+        if len(turns) == max_zooms:
+            return turns + [f"{data.FORCE} {o['pattern']} </answer>"]
+        return turns + [f"<think> The {o['name']} at {near(o)} is {o['pattern']}. </think>\n<answer> {o['pattern']} </answer>"]
+    if sample.category == ["boxes"]:
+        t = sample.targets[0]
+        view = vlm.view(sample.images[t["image"]])
+        others = sample.meta["scenes"][t["image"]]["objects"]
+        o = rng.choice(others) if rng.random() < 0.33 else next(o for o in others if data.object_box(o) == t["box"])
+        return [f"<think> The {o['name']} is at {near(o, view)}. </think>\n<answer>{corners(view, data.object_box(o))}</answer>"]
+    if sample.category == ["relation"]:
+        a, b = (next(o for o in objects if data.object_box(o) == e["box"]) for e in sample.meta["evidence"])
+        option = rng.choice(sample.options) if rng.random() < 0.33 else sample.options[sample.answer]
+        return [f"<think> The {a['name']} is at {near(a)}. The {b['name']} is at {near(b)}. </think>\n<answer> {option} </answer>"]
+    o = rng.choice(objects) if rng.random() < 0.33 else objects[0]
+    return [f"<think> The {o['name']} is at {near(o)}. </think>\n<answer> {near(o)} </answer>"]
+
+
+def read_traces(path, samples):
+    """Trace rows -> [(sample, turns)], each matched to its question by id."""
+    by_id, out = {s.id: s for s in samples}, []
+    for where, row in data.rows_of(path):
+        turns = data.need(row, "turns", list, where)
+        if not turns or not all(isinstance(t, str) for t in turns):
+            raise data.DataError(f"{where}field 'turns' is {turns!r:.60}; expected the assistant's turns as a list of strings")
+        if str(row.get("id")) not in by_id:
+            raise data.DataError(f"{where}id {row.get('id')!r} is no row of the questions")
+        out.append((by_id[str(row["id"])], turns))
+    if not out:
+        raise data.DataError(f"{path} holds no traces")
+    return out
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Fine-tuning
+
+def finetune(vlm, episodes, lr, epochs=1, batch=16, seed=0, progress=True):
+    """Cross-entropy on the assistant's tokens. -> the loss of each step. AdamW; cosine with 10 % warm-up."""
+    optimizer, rng, losses = model.AdamW(vlm.parameters(), lr), random.Random(seed), []
+    steps = epochs * math.ceil(len(episodes) / batch)
+    bar = tqdm(total=steps, desc="warm start", disable=not progress, leave=False)
+    for _ in range(epochs):
+        order = rng.sample(range(len(episodes)), len(episodes))
+        for i in range(0, len(order), batch):
+            chosen = [episodes[j] for j in order[i:i + batch]]
+            tokens = sum(sum(e.sampled) for e in chosen)
+            loss = 0.0
+            for part in micro_batches(chosen):
+                logprobs, _, _ = vlm.logprobs(part)
+                (-logprobs.sum() / tokens).backward()                      # tokens of the whole batch: micro-batches add up
+                loss -= logprobs.sum().item() / tokens
+            step = len(losses)
+            optimizer.step(lr * min((step + 1) / (0.1 * steps + 1), 0.5 * (1 + math.cos(math.pi * step / steps))))
+            losses.append(loss)
+            bar.update(), bar.set_postfix(loss=f"{loss:.3f}")
+    bar.close()
+    return losses
+
+
+def micro_batches(episodes, tokens=16384):
+    """Split into parts of at most `tokens` padded tokens, similar lengths together. A memory knob: gradients do not change."""
+    parts = []
+    for e in sorted(episodes, key=lambda e: len(e.ids)):
+        if not parts or (len(parts[-1]) + 1) * len(e.ids) > tokens:
+            parts.append([])
+        parts[-1].append(e)
+    return parts
+
+
+@torch.no_grad()
+def held_out_loss(vlm, episodes):
+    parts = [vlm.logprobs(part) for part in micro_batches(episodes)]
+    return -sum(p[0].sum().item() for p in parts) / sum(p[2].sum().item() for p in parts)
+
+
+def warm_start(vlm, style, traces="oracle", task="search", questions=None, n=384, epochs=1, batch=16, lr=1e-3, difficulty="medium",
+               max_zooms=3, side=data.SIDE, seed=0):
+    """Find traces, fine-tune on them (in place). -> (the loss of each step, the traces [(sample, turns)])."""
+    rng = random.Random(f"traces/{seed}")
+    if traces == "oracle":
+        pairs = [(s, oracle(vlm, s, rng, max_zooms)) for s in data.toy(task, "train", n, f"sft{seed}", difficulty, side)]
+    else:
+        pairs = read_traces(traces, questions)
+    return finetune(vlm, [zoom_rollout.replay(vlm, s, turns, style, max_zooms) for s, turns in pairs], lr, epochs, batch, seed), pairs
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -40,10 +181,13 @@ def show(vlm, rng, view, objects):
     return zoom_rollout.crop(vlm, view, x, y), f"{o['name']}, {o['pattern']}"
 
 
-def lesson(vlm, rng):
-    """-> Episode whose sampled tokens are the teacher's answers."""
+def lesson(vlm, rng, progress=1.0):
+    """-> Episode whose sampled tokens are the teacher's answers. Lessons begin with one or two large objects; crowded scenes
+    come in as `progress` goes from 0 to 1."""
     def new_scene(names=None):
-        return data.make_scene(rng, **data.DIFFICULTY[rng.choice(list(data.DIFFICULTY))], names=names)
+        level = "first" if rng.random() > 0.2 + progress else rng.choices(("first", "easy", "medium", "hard"), (2, 3, 4, 1))[0]
+        look = dict(objects=(1, 2), radius=(46, 60)) if level == "first" else data.DIFFICULTY[level]
+        return data.make_scene(rng, **look, names=names)
 
     e = Episode(None, [], [], [], [])
     e.say(vlm, vlm.chat("system", data.SYSTEM["boxes"]), sampled=False)
@@ -79,6 +223,8 @@ def lesson(vlm, rng):
         return f"What is {word}?", ", ".join(f"{p['name']} {at(view, p)}" for p in left_to_right if word in p["name"])
 
     def relation(o):
+        if len(objects) < 2:
+            return name(o)
         _, asked = data.ask_relation(rng, lambda: {**scene, "objects": rng.sample(objects, len(objects))})
         a, b = ([p for p in objects if data.object_box(p) == ev["box"]][0] for ev in asked["meta"]["evidence"])
         text = data.prompt(Sample("", [], **asked))[1]
@@ -96,10 +242,7 @@ def lesson(vlm, rng):
             crop, seen = show(vlm, rng, view, objects)
             ask(seen, *first, data.OBSERVE[0], crop, data.OBSERVE[1])
         else:
-            try:
-                question, answer = kind(o)
-            except IndexError:
-                continue
+            question, answer = kind(o)
             ask(answer, *first, question)
     return e
 
@@ -107,14 +250,15 @@ def lesson(vlm, rng):
 class Lessons(torch.utils.data.IterableDataset):
     """An endless stream of batches, drawn in a worker process while the model trains."""
 
-    def __init__(self, vlm, seed, batch):
-        self.vlm, self.seed, self.batch = vlm, seed, batch
+    def __init__(self, vlm, seed, batch, ramp):
+        self.vlm, self.seed, self.batch, self.ramp = vlm, seed, batch, ramp
 
     def __iter__(self):
-        rng = random.Random(self.seed)
+        rng, made = random.Random(self.seed), 0
         torch.set_num_threads(1)
         while True:
-            pool = sorted((lesson(self.vlm, rng) for _ in range(4 * self.batch)), key=lambda e: len(e.ids))   # little padding
+            pool = [lesson(self.vlm, rng, min(1.0, made / self.ramp)) for _ in range(4 * self.batch)]
+            pool, made = sorted(pool, key=lambda e: len(e.ids)), made + 4                                     # little padding
             batches = [pool[i:i + self.batch] for i in range(0, len(pool), self.batch)]
             for episodes in rng.sample(batches, 4):
                 for v in (v for e in episodes for v in e.views):
@@ -123,7 +267,7 @@ class Lessons(torch.utils.data.IterableDataset):
                 yield episodes
 
 
-def pretrain(out, steps, seed=0, batch=16, lr=1.5e-3, save_every=500):
+def pretrain(out, steps, seed=0, batch=8, lr=1.5e-3, save_every=500):
     rng = random.Random(seed)
     texts = []
     stub = model.make_tiny(["a"], data.PHRASES)
@@ -136,7 +280,7 @@ def pretrain(out, steps, seed=0, batch=16, lr=1.5e-3, save_every=500):
     params = list(vlm.model.parameters())
     print(f"pretraining {sum(p.numel() for p in params) / 1e6:.2f} M parameters, vocabulary {len(vlm.tokenizer)}")
     optimizer = model.AdamW(params, lr, betas=(0.9, 0.98), weight_decay=0.01)
-    began, stream = time.time(), iter(torch.utils.data.DataLoader(Lessons(vlm, seed, batch), batch_size=None, num_workers=1, prefetch_factor=4))
+    began, stream = time.time(), iter(torch.utils.data.DataLoader(Lessons(vlm, seed, batch, 0.2 * steps), batch_size=None, num_workers=1, prefetch_factor=4))
     log = []
     for step in range(steps):
         episodes = next(stream)
@@ -155,7 +299,65 @@ def pretrain(out, steps, seed=0, batch=16, lr=1.5e-3, save_every=500):
     return vlm
 
 
+
+def skills(vlm, n=200, seed=0):
+    """What the tiny model can do before any warm start, greedily, on scenes held out from pretraining -> dict of rates."""
+    rng, ask = random.Random(seed), {"point": [], "read a crop": [], "box": []}
+    for s in data.toy("point", "test", n, f"skills{seed}"):
+        o, view = s.meta["scenes"][0]["objects"][0], vlm.view(s.images[0])
+        crop, seen = show(vlm, rng, view, [o])
+        inside = lambda x, y, o=o, view=view: all(abs(a - b) <= o["radius"] for a, b in zip(view.to_source(x, y), o["center"]))
+        ask["point"].append(((view, f"Point to the {o['name']}."), lambda said, f=inside: len(p := numbers(said)) == 2 and f(*p)))
+        ask["read a crop"].append(((data.OBSERVE[0], crop, data.OBSERVE[1]), lambda said, seen=seen: said == seen))
+    for s in data.toy("boxes", "test", n, f"skills{seed}"):
+        views, t = [vlm.view(im, i) for i, im in enumerate(s.images)], s.targets[0]
+        right = lambda said, v=views[t["image"]], box=t["box"]: len(p := numbers(said)) == 4 and rewards.iou([*v.to_source(*p[:2]), *v.to_source(*p[2:])], box) >= 0.5
+        ask["box"].append(((*views, s.question), right))
+    return {skill: sum(right(said) for said, (_, right) in zip(answer(vlm, [q for q, _ in pairs]), pairs)) / n for skill, pairs in ask.items()}
+
+
+def numbers(text):
+    return [int(v) for v in re.findall(r"\d+", text)]
+
+
+def answer(vlm, questions, max_new_tokens=24):
+    """Greedy one-turn answers in the lessons' plain chat."""
+    cache, views = vlm.new_cache(len(questions)), [p for q in questions for p in q if isinstance(p, model.View)]
+    ids = [vlm.chat("system", data.SYSTEM["boxes"]) + vlm.chat("user", *q) + vlm.chat("assistant", open=True) for q in questions]
+    logits, starts = vlm.extend(cache, ids, [0] * len(ids), views)
+    said, _, _ = zoom_rollout.sample_turn(vlm, cache, logits, starts, torch.zeros(len(ids), max_new_tokens), 0, max_new_tokens)
+    return [vlm.text(i[:-1]) for i in said]
+
+
+def main():
+    cfg = model.cli(Config, description=__doc__)
+    if cfg.pretrain:
+        folder = cfg.out or model.MODELS["tiny"].path
+        model.make_dir(os.path.dirname(folder))
+        return pretrain(folder, cfg.steps, cfg.seed)
+    began, run = time.time(), model.make_dir(os.path.join("runs", cfg.name))
+    rows = data.read_jsonl(cfg.data, cfg.images or None) if cfg.data else None
+    if rows and cfg.traces == "oracle":
+        model.fail("the oracle knows the toy world only: --data needs --traces FILE.jsonl")
+    recipe = cfg.recipe or ("vigorl-zoom" if cfg.data else data.RECIPES[cfg.task])
+    vlm = model.load(cfg.model, max_pixels=cfg.max_pixels)
+    model.write_json(os.path.join(run, "config.json"), asdict(cfg))
+    losses, pairs = warm_start(vlm, data.STYLES[recipe], cfg.traces, cfg.task, rows, cfg.n, cfg.epochs, cfg.batch, cfg.lr, cfg.difficulty,
+                               cfg.max_zooms, vlm.toy_side, cfg.seed)
+    with open(os.path.join(run, "traces.jsonl"), "w") as f:
+        f.writelines(json.dumps({"id": s.id, "question": s.question, "options": s.options, "turns": turns}) + "\n" for s, turns in pairs)
+    model.replace_folder(vlm.save(os.path.join(run, "checkpoint")), os.path.join(run, "checkpoint"))
+    summary = {"traces": len(pairs), "loss_first": losses[0], "loss_last": losses[-1], "seconds": round(time.time() - began, 1)}
+    if not cfg.data:
+        rng = random.Random(f"held out/{cfg.seed}")
+        test = [(s, oracle(vlm, s, rng, cfg.max_zooms)) for s in data.toy(cfg.task, "test", 64, cfg.seed, cfg.difficulty, vlm.toy_side)]
+        summary["held_out_loss"] = held_out_loss(vlm, [zoom_rollout.replay(vlm, s, t, data.STYLES[recipe], cfg.max_zooms) for s, t in test])
+    model.write_json(os.path.join(run, "summary.json"), summary)
+    print(f"{summary}\n{run}/checkpoint is ready: python evaluate.py --model {run}/checkpoint")
+
+
 if __name__ == "__main__":
-    if "--pretrain" in sys.argv:
-        torch.set_num_threads(2)
-        pretrain(sys.argv[2], int(sys.argv[3]))
+    try:
+        main()
+    except data.DataError as e:
+        model.fail(str(e))

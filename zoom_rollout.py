@@ -87,6 +87,7 @@ def read_call(text):
     try:
         x, y = json.loads(call[1])["arguments"]["coordinate"]
         assert type(x) is int and type(y) is int and json.loads(call[1])["name"] == "search_coordinate"
+        assert max(abs(x), abs(y)) < 10 ** 9                                        # a 400-digit integer is no float
         return (x, y), None
     except (TypeError, KeyError, ValueError, AssertionError, RecursionError):
         return None, "The tool call could not be read."
@@ -155,6 +156,8 @@ def respond(vlm, e, text, ended=True, forced=False, zooms_left=1, crop_from="sou
 def replay(vlm, sample, texts, style="zoom", max_zooms=3):
     """A trace (the assistant's turns as text) -> the Episode that would have produced it, for supervised fine-tuning."""
     e = begin(vlm, sample, style)
+    if style == "zoom" and max_zooms == 0:
+        e.say(vlm, vlm.ids(data.FORCE), sampled=False)
     for k, text in enumerate(texts):
         forced = style == "zoom" and k == max_zooms
         e.say(vlm, vlm.ids(text[len(data.FORCE):] if forced and text.startswith(data.FORCE) else text) + [vlm.im_end])

@@ -39,7 +39,7 @@ def close(got, want, tolerance=1e-12):
     assert error <= tolerance * scale, f"off by {error:.2g}, scale {scale:.2g}\ngot  {got}\nwant {want}"    # nan fails too
 
 def grad(scalar, leaf):
-    return torch.autograd.grad(scalar, leaf)[0]
+    return torch.autograd.grad(scalar, leaf, retain_graph=True)[0]
 
 def at_ratio(ratios, old=-1.5):
     """logprobs (a leaf) and old_logprobs whose ratio is as given."""
@@ -109,7 +109,7 @@ def test_difficulty_never_negative(kind):
 
 @pytest.mark.parametrize("kind", list(grpo.WEIGHTS))
 def test_difficulty_normalized(kind):
-    """Bug: the control for the larger step size has another mean than 1, changes the proportions, or is 0 / 0 when all is solved."""
+    """Bug: the control for the larger step has another mean than 1, changes the proportions, or is 0 / 0 when all is solved."""
     accuracy = torch.rand(5, 8)
     plain, normalized = (grpo.difficulty_weights(accuracy, kind, normalize=n) for n in (False, True))
     close(normalized.mean(), 1)
@@ -172,11 +172,11 @@ def test_on_policy_gradient_equals_reinforce(kind, old_is):
     old = logprobs.detach() if old_is == "detached" else logprobs
     loss = grpo.aggregate(grpo.policy_loss(logprobs, old, advantages, mask, LOW, HIGH, kind), mask, "sequence")
     if kind == "grpo":
-        assert abs(loss.item()) < 1e-15
+        assert abs(loss.item()) < 1e-12
     by_hand = 0
     for b, n in enumerate([5, 2, 4, 1]):
         by_hand = by_hand - advantages[b] * logprobs[b, :n].sum() / n / 4
-    close(torch.autograd.grad(loss, W, retain_graph=True)[0], grad(by_hand, W))
+    close(grad(loss, W), grad(by_hand, W))
 
 def test_reinforce_has_no_ratio():
     """Bug: a ratio or a clip creeps into plain REINFORCE."""
@@ -199,10 +199,9 @@ def softmaxes():
 def test_kl_gradient(kind):
     """Bug: k3 as a loss believed to follow KL(pi || ref); it follows KL(ref || pi), and k2 the former. By enumeration."""
     logits, pi, ref = softmaxes()
-    expected = (pi.exp().detach() * grpo.kl_penalty(pi[None], ref[None], kind)[0]).sum()           # samples fixed, term differentiated
+    expected = (pi.exp().detach() * grpo.kl_penalty(pi[None], ref[None], kind)[0]).sum()       # sample fixed, term differentiated
     want = {"k2": kl(pi, ref), "k3": kl(ref, pi)}
-    close(torch.autograd.grad(expected, logits, retain_graph=True)[0],
-          torch.autograd.grad(want[kind], logits, retain_graph=True)[0])
+    close(grad(expected, logits), grad(want[kind], logits))
     other = grad(kl(ref, pi) if kind == "k2" else kl(pi, ref), logits)
     with pytest.raises(AssertionError):                                                           # the two do differ here
         close(grad(want[kind], logits), other, 0.01)
@@ -211,10 +210,10 @@ def test_k1_gradient_is_noise():
     """Bug: k1 used as a loss. Each token has a gradient, their expectation has none."""
     logits, pi, ref = softmaxes()
     penalty = grpo.kl_penalty(pi[None], ref[None], "k1")[0]
-    expected = torch.autograd.grad((pi.exp().detach() * penalty).sum(), logits, retain_graph=True)[0]
-    one_sample = torch.autograd.grad(penalty[0], logits, retain_graph=True)[0]
+    expected = grad((pi.exp().detach() * penalty).sum(), logits)
+    one_sample = grad(penalty[0], logits)
     close(one_sample, torch.eye(5)[0] - pi.exp())
-    assert expected.abs().max() < 1e-14 * one_sample.abs().max()
+    assert expected.abs().max() < 1e-12 * one_sample.abs().max()
 
 def test_kl_values():
     """Bug: a sign or a direction: k1 and k3 estimate KL(pi || ref), k2 and k3 are never negative, and all are 0 at equality."""
@@ -238,7 +237,7 @@ def test_k3_small_differences():
 @pytest.mark.parametrize("micro", [1, 2, 4])
 @pytest.mark.parametrize("kind", ["token", "sequence"])
 def test_microbatch_invariance(kind, micro):
-    """Bug: every micro-batch divided by its own tokens (nanochat: a token of row 0 weighs .25, .125 or .083 by micro-batch size)."""
+    """Bug: every micro-batch divided by its own tokens (nanochat: a token of row 0 weighs .25, .125 or .083 for size 1, 2, 4)."""
     logprobs, old, ref, advantages, mask = batch((1, 3, 2, 6))
     def loss(rows, denominator=None):
         T = mask[rows].sum(1).max()                                                # each micro-batch padded to its own longest
@@ -267,14 +266,12 @@ def test_aggregate_weights():
 def test_step_without_tokens(kind):
     """Bug: 0 / 0 where nothing was sampled; one such micro-batch would turn all weights into nan."""
     logprobs, old, _, advantages, mask = batch()
+    def loss(mask, denominator=None):
+        return grpo.aggregate(grpo.policy_loss(logprobs, old, advantages, mask, LOW, HIGH), mask, kind, denominator)
+    nobody = torch.zeros_like(mask)
     for denominator in (None, 0, torch.tensor(0), 12):
-        nothing = grpo.aggregate(grpo.policy_loss(logprobs, old, advantages, mask & False, LOW, HIGH), mask & False, kind, denominator)
-        something = grpo.aggregate(grpo.policy_loss(logprobs, old, advantages, mask, LOW, HIGH), mask, kind)
-        assert nothing.item() == 0
-        close(grad(nothing + something, logprobs), grad(something, logprobs).clone()) if False else None
-        both = grad(nothing + something, logprobs)
-        alone = grad(grpo.aggregate(grpo.policy_loss(logprobs, old, advantages, mask, LOW, HIGH), mask, kind), logprobs)
-        close(both, alone)
+        assert loss(nobody, denominator).item() == 0
+        close(grad(loss(mask) + loss(nobody, denominator), logprobs), grad(loss(mask), logprobs))
 
 @pytest.mark.parametrize("garbage", [math.nan, math.inf, -math.inf, 1e30, -1e30])
 @pytest.mark.parametrize("penalty", list(grpo.PENALTIES))
@@ -283,21 +280,19 @@ def test_step_without_tokens(kind):
 def test_padding_does_not_leak(loss, kind, penalty, garbage):
     """Bug: a mask multiplied onto the result: 0 * nan = nan, in the value and, even behind a `where`, in the backward pass."""
     logprobs, old, ref, advantages, mask = batch((1, 0, 2, 6))                     # one row is padding from end to end
-    def run(logprobs, old, ref):
+    def value_and_gradient(logprobs, old, ref):
+        logprobs = logprobs.detach().requires_grad_()
         per_token = grpo.policy_loss(logprobs, old, advantages, mask, LOW, HIGH, loss)
         assert (per_token[~mask] == 0).all()
         total = grpo.aggregate(per_token + 0.1 * grpo.kl_penalty(logprobs, ref, penalty, mask=mask), mask, kind)
-        return total, grad(total, leaf)
-    leaf = logprobs
-    value, gradient = run(leaf, old, ref)
+        return total, grad(total, logprobs)
+    value, gradient = value_and_gradient(logprobs, old, ref)
     assert (gradient[~mask] == 0).all()
     for dirty in [(1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 1)]:
-        leaf = logprobs.detach().clone().requires_grad_()
-        got = run(*(torch.where(mask | (not d), x, garbage) for d, x in zip(dirty, (leaf, old, ref))))
-        close(got[0], value)
-        close(got[1], gradient)
-        leaf = torch.where(mask | (not dirty[0]), logprobs.detach(), garbage).requires_grad_()     # the garbage itself a leaf
-        close(run(leaf, *(torch.where(mask | (not d), x, garbage) for d, x in zip(dirty[1:], (old, ref))))[1], gradient)
+        soiled = [torch.where(mask | (not d), x, garbage) for d, x in zip(dirty, (logprobs, old, ref))]
+        dirty_value, dirty_gradient = value_and_gradient(*soiled)
+        close(dirty_value, value)
+        close(dirty_gradient, gradient)
     assert grpo.aggregate(torch.where(mask, 1.0, garbage), mask, kind).isfinite()
 
 def test_nan_in_a_real_token_is_loud():
@@ -383,7 +378,7 @@ def test_unknown_names():
 
 MUTATIONS = [
     ("unbiased = min(1, rewards.shape[1] - 1)", "unbiased = 0", lambda: test_unbiased_std()),
-    ("+ 1e-6)    # UniVG", "+ 1e-4)    # UniVG", lambda: test_unbiased_std()),
+    ("correction=unbiased) + 1e-6", "correction=unbiased) + 1e-4", lambda: test_unbiased_std()),
     ("rewards.mean(1, keepdim=True)", "rewards.mean()", lambda: test_group_order()),
     ("advantages[:, None], mask, clip_low", "advantages.flip(0)[:, None], mask, clip_low", lambda: test_group_order()),
     ("rewards = rewards - rewards[:, :1]", "rewards = rewards", lambda: test_zero_variance_groups("std", torch.float32)),
@@ -393,12 +388,12 @@ MUTATIONS = [
     ("-torch.min(", "-0 * torch.min(", lambda: test_loss_closed_form()),
     ("-torch.min(", "-torch.max(", lambda: test_clip_truth_table()),
     ("-torch.min(ratio * advantages, clipped * advantages)",
-     "-torch.where(advantages >= 0, torch.min(ratio, clipped), torch.min(ratio, clipped)) * advantages", lambda: test_clip_truth_table()),
+     "-torch.min(ratio, clipped) * advantages", lambda: test_clip_truth_table()),                  # right for A > 0 only
     ("1 - clip_low, 1 + clip_high)", "1 - clip_high, 1 + clip_low)", lambda: test_asymmetric_clip()),
     ("1 - clip_low, 1 + clip_high)", "1 - clip_low, 1 + clip_low)", lambda: test_asymmetric_clip()),
     ("old_logprobs.detach()", "old_logprobs", lambda: test_on_policy_gradient_equals_reinforce("grpo", "the same tensor")),
-    ("torch.exp(logprobs - old_logprobs)", "torch.exp(logprobs - old_logprobs).detach()",
-     lambda: test_on_policy_gradient_equals_reinforce("grpo", "detached")),
+    ("return -advantages * logprobs", "return -advantages * torch.exp(logprobs - old_logprobs)",
+     lambda: test_reinforce_has_no_ratio()),
     ("torch.expm1(d) - d,", "torch.expm1(-d) + d,", lambda: test_kl_gradient("k3")),
     ("torch.expm1(d) - d,", "torch.exp(d) - 1 - d,", lambda: test_k3_small_differences()),
     ("d ** 2 / 2", "d ** 2", lambda: test_kl_gradient("k2")),

@@ -1,0 +1,120 @@
+"""
+Shared by the tests: two random tiny models, one of each family, the `slow` and `cuda` markers, and a way to put a bug into a
+source file. The models are random, not the shipped checkpoint: what a test here claims holds for any weights.
+"""
+import contextlib, copy, os, sys, types
+
+import pytest
+import torch
+import transformers
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, ROOT)
+import data, model
+
+torch.set_num_threads(1)
+
+# -----------------------------------------------------------------------------
+# markers
+
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="run the tests marked slow too")
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: takes minutes; runs with --slow only")
+    config.addinivalue_line("markers", "cuda: runs only where there is a CUDA GPU")
+
+def pytest_collection_modifyitems(config, items):
+    for item in items:
+        if "slow" in item.keywords and not config.getoption("--slow"):
+            item.add_marker(pytest.mark.skip(reason="takes minutes: run with --slow"))
+        if "cuda" in item.keywords and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+
+# -----------------------------------------------------------------------------
+# models
+
+def tiny_qwen2_5():
+    return model.make_tiny([data.prompt(s)[1] for task in data.TASKS for s in data.toy(task, "train", 10)], data.PHRASES)
+
+def tiny_qwen3():
+    """Qwen3-VL by hand: other patches (16), coordinates (0-1000), rotary layout (interleaved), and deepstack. Its crops are
+    enlarged, window 80 -> side 128, and its window divides no image side."""
+    base = tiny_qwen2_5()
+    of = dict(zip(("image", "video", "vision_start", "vision_end"), base.tokenizer.convert_tokens_to_ids(
+        ["<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"])))
+    config = transformers.Qwen3VLConfig(
+        text_config=dict(vocab_size=len(base.tokenizer), hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
+                         num_key_value_heads=2, head_dim=32, tie_word_embeddings=True, max_position_embeddings=4096,
+                         rope_parameters={"rope_type": "default", "mrope_section": [6, 5, 5], "rope_theta": 100.0}),
+        vision_config=dict(depth=3, hidden_size=32, intermediate_size=48, num_heads=2, out_hidden_size=64, patch_size=16,
+                           num_position_embeddings=64, deepstack_visual_indexes=[0, 1]),
+        tie_word_embeddings=True, **{f"{name}_token_id": token for name, token in of.items()})
+    torch.manual_seed(0)
+    net = transformers.Qwen3VLForConditionalGeneration(config)
+    for p in net.parameters():                                 # with transformers' 0.02 all logits are alike and nothing shows
+        if p.ndim >= 2:
+            torch.nn.init.normal_(p, std=p[0].numel() ** -0.5)
+    spec = model.Spec("nowhere", "thousand", 128 * 128, 80, 128)
+    processor = model.Qwen2VLImageProcessorPil(patch_size=16, size={"shortest_edge": 64 * 64, "longest_edge": 128 * 128})
+    return model.VLM(net, base.tokenizer, processor, "tiny-qwen3", spec)
+
+FAMILIES = {"qwen2.5": tiny_qwen2_5, "qwen3": tiny_qwen3}
+
+@pytest.fixture(scope="session", params=FAMILIES)
+def vlm(request):
+    """float32"""
+    return FAMILIES[request.param]()
+
+@pytest.fixture(scope="session")
+def vlm64(vlm):
+    """The same weights in float64. Use it inside `float64`; transformers' norms compute in float32 whatever they are given."""
+    net = copy.deepcopy(vlm.model).double()
+    for m in net.modules():
+        if type(m).__name__.endswith("RMSNorm"):
+            m.forward = types.MethodType(lambda m, x: torch.nn.functional.rms_norm(x, x.shape[-1:], m.weight, m.variance_epsilon), m)
+    double = model.VLM(net, vlm.tokenizer, vlm.processor, vlm.name, vlm.spec)
+    assert double.dtype == torch.float64
+    return double
+
+@contextlib.contextmanager
+def all_in_float64():
+    """Default dtype float64, and `.float()`, which the code says where bf16 would be too coarse, does not lose bits either."""
+    before, single = torch.get_default_dtype(), torch.Tensor.float
+    torch.set_default_dtype(torch.float64)
+    torch.Tensor.float = torch.Tensor.double
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+        torch.Tensor.float = single
+
+@pytest.fixture
+def float64():
+    with all_in_float64():
+        yield
+
+# -----------------------------------------------------------------------------
+# numbers and mutants
+
+def close(got, want, tolerance):
+    """Equal within tolerance * the size of what is expected; nan is never equal, and an expectation of zeros is refused."""
+    got, want = torch.as_tensor(got).detach().double(), torch.as_tensor(want).detach().double()
+    scale = want.abs().max().item()
+    assert scale > 0 and got.shape == want.shape
+    error = (got - want).abs().max().item()
+    assert error <= tolerance * scale, f"off by {error:.2g}, scale {scale:.2g}"
+
+def mutant(name, old, new):
+    """The module `name` with one line changed."""
+    with open(os.path.join(ROOT, name + ".py"), encoding="utf-8") as f:
+        source = f.read()
+    assert source.count(old) == 1, f"{old!r} must stand in {name}.py exactly once: update MUTATIONS"
+    made = types.ModuleType(name)
+    made.__file__ = os.path.join(ROOT, name + ".py")
+    sys.modules[name], real = made, sys.modules.get(name)      # dataclasses look their module up
+    try:
+        exec(compile(source.replace(old, new), f"{name} with a bug", "exec"), made.__dict__)
+    finally:
+        sys.modules[name] = real
+    return made

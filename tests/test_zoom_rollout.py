@@ -1,0 +1,338 @@
+"""
+Does an episode contain what was said, and would the trainer compute the sampler's probabilities? A random model never writes a
+tool call, so `tell` makes zoom_rollout.draw choose the tokens of a script and report the model's true log-probability of each.
+One story (eight episodes in which everything happens) is told per family and looked at from all sides; at the end MUTATIONS
+puts bugs into the code, one at a time, and requires the named test to fail.
+"""
+import dataclasses, itertools, json, math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import data, rewards, zoom_rollout
+from conftest import all_in_float64, close, mutant
+
+MAX_NEW, MAX_ZOOMS, GROUP = 44, 3, 4
+END = "<|im_end|>"
+
+def thought(text):
+    return f"<think> {text} </think>\n"
+
+def answer(text):
+    return f"{thought('so')}<answer> {text} </answer>"
+
+def call(x, y):
+    return thought(f"at ({x}, {y})") + data.tool_call(x, y)
+
+BROKEN = thought("hm") + data.tool_call("here", 4)
+
+SCRIPT = [  # (turns, how it stops); the first four answer sample 0, the others sample 1
+    ([call(20, 30), call(90, 70), answer("red")], "answer"),                        # calls twice
+    ([answer("red")], "answer"),                                                    # answers at once
+    ([BROKEN, answer("red")], "answer"),                                            # a call that cannot be read
+    ([call(5000, 10), call(1, 1), answer("blue")], "answer"),                       # points outside, then into a corner
+    (["on and on" * 30], "length"),                                                 # never stops
+    ([call(20, 30), BROKEN, call(60, 40), " red </answer>"], "answer"),             # as many calls as allowed: the answer is forced
+    ([call(20, 30), call(21, 31), call(22, 32), call(23, 33)], "invalid"),          # calls even then
+    ([thought("only")], "no_action"),
+]
+
+def ask(**changes):
+    """Two questions with disjoint answers: one about one image, one about three, whose text plays the chat format."""
+    scenes = [data.draw(s) for s in data.toy("boxes", "train", 6, 1)[5].meta["scenes"]]
+    first = data.toy("search", "train", 1)[0]
+    first = dataclasses.replace(first, options=["red", "green"], answer=0, **changes)
+    tricky = f"Which?{END}\n<|im_start|>assistant\n<|image_pad|><|vision_start|> x"
+    images = [scenes[0].resize((448, 200)), first.images[0].resize((321, 447)), scenes[1]]
+    return [first, data.Sample("two", images, tricky, "choice", options=["blue", "white"], answer=0)]
+
+def script_ids(vlm, text, stop):
+    ids = vlm.ids(text) + [vlm.im_end]
+    assert (len(ids) > MAX_NEW) == (stop == "length")
+    return ids[:MAX_NEW]
+
+def tell(vlm, samples, script, monkeypatch, group_size=GROUP, temperature=1.0, **options):
+    """rollout, with episode i saying script[i]. Every token has its own uniform number: found in the table that rollout drew, it
+    says which episode, turn and token is asked for."""
+    tables, rand = [], torch.rand
+    said = [[script_ids(vlm, text, stop) for text in turns] for turns, stop in script]
+
+    def recorded(*size, **kwargs):
+        tables.append(rand(*size, **kwargs))
+        return tables[-1]
+
+    def draw(logits, u, temperature):
+        tokens = []
+        for value in u:
+            (i, turn, t), = (tables[-1] == value).nonzero().tolist()
+            turns = said[i]
+            tokens.append(turns[turn][t] if turn < len(turns) and t < len(turns[turn]) else 0)      # 0: a row that waits
+        return torch.tensor(tokens), torch.log_softmax(logits / temperature, -1)[range(len(tokens)), tokens]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "rand", recorded)
+        patch.setattr(zoom_rollout, "draw", draw)
+        episodes = zoom_rollout.rollout(vlm, samples, group_size, temperature=temperature,
+                                        **{"max_zooms": MAX_ZOOMS, "max_new_tokens": MAX_NEW, **options})
+    return episodes, said
+
+@dataclasses.dataclass
+class Story:
+    vlm: object
+    samples: list
+    episodes: list
+    said: list          # [episode][turn] -> ids
+    encoded: int        # patches that went through the vision tower
+
+def make_story(vlm):
+    with pytest.MonkeyPatch.context() as patch:
+        encoded, run = [], vlm.model.model.get_image_features
+        patch.setattr(vlm.model.model, "get_image_features", lambda p, *a, **k: encoded.append(len(p)) or run(p, *a, **k))
+        samples = ask()
+        episodes, said = tell(vlm, samples, SCRIPT, patch, temperature=0.8)
+        vlm.logprobs(episodes)
+    return Story(vlm, samples, episodes, said, sum(encoded))
+
+@pytest.fixture(scope="session")
+def story(vlm):
+    return make_story(vlm)
+
+@pytest.fixture(scope="session")
+def story64(vlm64):
+    with all_in_float64():
+        return make_story(vlm64)
+
+# -----------------------------------------------------------------------------
+# the story
+
+def gap(story):
+    """Largest difference between the sampler's and the trainer's log-probabilities, per turn."""
+    with torch.no_grad():
+        logprobs, _, mask = story.vlm.logprobs(story.episodes, temperature=0.8)
+    out = {}
+    for i, e in enumerate(story.episodes):
+        assert mask[i, :len(e.ids)].tolist() == e.sampled and not mask[i, len(e.ids):].any()
+        turn = -1
+        for t, on in enumerate(e.sampled):
+            turn += on and not e.sampled[t - 1]
+            if on:
+                assert e.logprobs[t] < -0.1
+                out[turn] = max(out.get(turn, 0), abs(e.logprobs[t] - logprobs[i, t].item()))
+            else:
+                assert e.logprobs[t] == 0 == logprobs[i, t]
+    return out
+
+def test_sampler_equals_trainer(story):
+    """Bug: anything at all between cache and whole pass: positions after a crop, features in the wrong place, a stale cache row."""
+    gaps = gap(story)
+    assert list(gaps) == [0, 1, 2, 3] and max(gaps.values()) <= 1e-4, gaps
+
+def test_sampler_equals_trainer_in_float64(story64, float64):
+    """Bug: the same, but too small to be seen in float32."""
+    gaps = gap(story64)
+    assert list(gaps) == [0, 1, 2, 3] and max(gaps.values()) <= 1e-9, gaps
+
+def test_stops_and_turns(story):
+    """Bug: an episode goes on after its end, ends before it, or forgets what happened."""
+    assert [e.stop for e in story.episodes] == [stop for _, stop in SCRIPT]
+    assert [len(e.turns) for e in story.episodes] == [len(turns) for turns, _ in SCRIPT]
+    def happened(i):
+        return ["error" if t.error else "crop" if t.crop else "" for t in story.episodes[i].turns]
+    assert happened(0) == ["crop", "crop", ""] and happened(1) == [""] and happened(2) == ["error", ""]
+    assert happened(3) == ["error", "crop", ""] and happened(5) == ["crop", "error", "crop", ""] and happened(6)[-1] == ""
+    e = story.episodes[3]
+    assert "(5000, 10)" in e.turns[0].error and e.turns[0].point == (5000, 10) and e.turns[0].crop is None
+    assert e.turns[0].error in story.vlm.text(e.ids) and e.turns[1].crop[:2] == (0, 0)
+    assert [t.text for t in e.turns] == SCRIPT[3][0] and e.text == "\n".join(SCRIPT[3][0])
+
+def test_only_chosen_tokens_are_trained(story):
+    """Bug: the end-of-turn token not trained; prompt, observation or forced prefix trained; a token sampled but not kept."""
+    for e, said, (_, stop) in zip(story.episodes, story.said, SCRIPT):
+        chosen = [token for token, on in zip(e.ids, e.sampled) if on]
+        assert chosen == [token for turn in said for token in turn]                 # token in, token out
+        assert len(e.ids) == len(e.sampled) == len(e.logprobs)
+        ends = sum(token == story.vlm.im_end for token in chosen)
+        assert ends == len(said) - (stop == "length") and (stop != "length" or len(chosen) == MAX_NEW)
+
+def test_the_whole_transcript(story):
+    """Bug: a newline, header or observation that is not where the chat format has it. Written out from end to end."""
+    vlm, e, s = story.vlm, story.episodes[5], story.samples[1]
+    pads = ["<|vision_start|>" + "<|image_pad|>" * v.tokens() + "<|vision_end|>" for v in e.views]
+    system, text = data.prompt(s)
+    user, assistant = f"{END}\n<|im_start|>user\n", f"{END}\n<|im_start|>assistant\n"
+    turns = SCRIPT[5][0]
+    want = [f"<|im_start|>system\n{system}{user}{''.join(pads[:3])}{text}{assistant}", turns[0],
+            f"{user}{data.OBSERVE[0]}{pads[3]}{data.OBSERVE[1]}{assistant}", turns[1],
+            f"{user}{data.REFUSE.format(error=e.turns[1].error)}{assistant}", turns[2],
+            f"{user}{data.OBSERVE[0]}{pads[4]}{data.OBSERVE[1]}{assistant}{data.FORCE}", turns[3], END]
+    assert vlm.text(e.ids) == "".join(want)
+    forced = [t.forced for t in e.turns]
+    assert forced == [False, False, False, True] and e.turns[3].text == data.FORCE + turns[3]
+
+def test_image_tokens_equal_features(story):
+    """Bug: pads and features out of step after a crop; then every later image shows up in the wrong place."""
+    for e in story.episodes:
+        runs = [len(list(run)) for token, run in itertools.groupby(e.ids) if token == story.vlm.image_token]
+        assert runs == [len(v.features) for v in e.views] == [v.tokens() for v in e.views]
+        assert len(e.views) == len(e.sample.images) + sum(t.crop is not None for t in e.turns)
+        assert [v.index for v in e.views[:len(e.sample.images)]] == list(range(len(e.sample.images)))
+
+def test_question_cannot_speak_chatml(story):
+    """Bug: a question with <|im_end|> closes its own turn, one with <|image_pad|> claims features."""
+    e = story.episodes[4]
+    prompt = e.ids[:e.sampled.index(True)]
+    assert story.samples[1].question in story.vlm.text(prompt)
+    assert prompt.count(story.vlm.im_end) == 2 and prompt.count(story.vlm.im_start) == 3 and prompt.count(story.vlm.vision_start) == 3
+
+def test_images_are_encoded_once(story):
+    """Bug: a group encodes its image once per member, or the trainer encodes it all again (the most expensive part of a step)."""
+    views = {id(v): v for e in story.episodes for v in e.views}.values()
+    assert len(views) == 4 + 3 + 2 + 3                                              # prompts of both samples; their crops
+    assert story.encoded == sum(math.prod(v.grid) for v in views)
+
+def test_group_order(story, monkeypatch):
+    """Bug: rewards land on other rows than their episodes (AAAABBBB against ABABABAB)."""
+    everyone = [([answer("red")], "answer")] * 2 * GROUP                            # right for sample 0, wrong for sample 1
+    episodes, _ = tell(story.vlm, story.samples, everyone, monkeypatch)
+    right = [rewards.score(e.sample, e.text, e.turns, "accuracy", e.frames)["accuracy"] for e in episodes]
+    assert right == [1, 1, 1, 1, 0, 0, 0, 0]
+    for e in episodes:
+        assert e.sample.question in story.vlm.text(e.ids) and len(e.views) == len(e.sample.images) == len(e.frames)
+        assert e.frames == [(*v.scale, *image.size) for v, image in zip(e.views, e.sample.images)]
+
+def test_replay_equals_rollout(story):
+    """Bug: the warm start trains on other tokens than RL will sample (a newline, a crop, the forced prefix)."""
+    for e in story.episodes:
+        if e.stop != "length":
+            again = zoom_rollout.replay(story.vlm, e.sample, [t.text for t in e.turns], max_zooms=MAX_ZOOMS)
+            assert (again.ids, again.sampled, again.turns, again.stop) == (e.ids, e.sampled, e.turns, e.stop)
+            assert [v.box for v in again.views] == [v.box for v in e.views] and again.frames == e.frames
+
+# -----------------------------------------------------------------------------
+# modes
+
+@pytest.mark.parametrize("options", [dict(zoom="off"), dict(max_zooms=0)])
+def test_zoom_forbidden(vlm, options, monkeypatch):
+    """Bug: the control that may not zoom zooms, or is trained on the words put into its mouth."""
+    script = [([" red </answer>"], "answer"), ([call(20, 30), answer("red")], "invalid")]
+    (good, bad), _ = tell(vlm, ask()[:1], script, monkeypatch, 2, **options)
+    assert (good.stop, bad.stop) == ("answer", "invalid") and len(good.turns) == len(bad.turns) == len(bad.views) == 1
+    assert good.turns[0].forced and good.text == data.FORCE + " red </answer>"
+    first = good.sampled.index(True)
+    assert vlm.text(good.ids[:first]).endswith("assistant\n" + data.FORCE) and vlm.text(good.ids[first:]) == f" red </answer>{END}"
+    if "max_zooms" in options:
+        again = zoom_rollout.replay(vlm, good.sample, [good.text], max_zooms=0)
+        assert (again.ids, again.sampled) == (good.ids, good.sampled)
+
+@pytest.mark.parametrize("style", ["think", "boxes"])
+def test_single_turn_styles(vlm, style, monkeypatch):
+    """Bug: a style without a tool gets an observation, a forced prefix or the tool's prompt."""
+    script = [([answer("red")], "answer"), ([call(20, 30), answer("red")], "invalid")]
+    for e in tell(vlm, ask()[:1], script, monkeypatch, 2, style=style)[0]:
+        assert e.stop in ("answer", "invalid") and len(e.turns) == 1 and not e.turns[0].forced
+        text = vlm.text(e.ids)
+        assert data.SYSTEM[style] in text and data.FORCE not in text and data.SYSTEM["zoom"] not in text
+
+def shown(vlm, sample, monkeypatch, **options):
+    """The crop around the first object, as the model gets it: pixels, window"""
+    o = sample.meta["scenes"][0]["objects"][0]
+    script = [([call(*vlm.view(sample.images[0]).from_source(*o["center"])), answer("red")], "answer")]
+    (e,), _ = tell(vlm, [sample], script, monkeypatch, 1, **options)
+    return np.asarray(e.views[1].pixels()).astype(int), e.views[1].box
+
+def test_black_crops(vlm, monkeypatch):
+    """Bug: the control with empty crops still shows something, or shows another number of tokens."""
+    sample = data.toy("search", "train", 1, 3)[0]
+    (seen, box), (black, same) = shown(vlm, sample, monkeypatch), shown(vlm, sample, monkeypatch, zoom="black")
+    assert seen.max() > 100 and (black == 0).all() and black.shape == seen.shape and box == same
+
+def test_crop_from_seen(vlm, monkeypatch):
+    """Bug: 'seen' and 'source' swapped: seen pixels hold no pattern, so swapping all patterns in the source must not show."""
+    sample, change = data.toy("search", "train", 1, 4)[0], {}
+    (scene,), crops = sample.meta["scenes"], {}
+    for kind in ("source", "seen"):
+        for pattern in ("lined", "barred"):
+            scene["objects"][0]["pattern"] = pattern
+            sample.images = [data.draw(scene)]
+            crops[pattern], _ = shown(vlm, sample, monkeypatch, crop_from=kind)
+        change[kind] = abs(crops["lined"] - crops["barred"]).mean()
+    assert change["seen"] < 0.5 and change["source"] > 5
+
+# -----------------------------------------------------------------------------
+# the crop, the call
+
+@pytest.mark.parametrize("size", [(448, 448), (500, 337), (81, 1000), (60, 40), (5, 700)])
+def test_crop_window(vlm, size):
+    """Bug: a window that leaves the image, is squashed at the border, or is fed at a size that is not in proportion."""
+    view, want = vlm.view(Image.new("RGB", size)), [min(vlm.spec.window, side) for side in size]
+    w, h = size
+    for x, y in itertools.product((0, 1, w / 2, w - 1), (0, 1, h / 3, h - 1)):
+        crop = zoom_rollout.crop(vlm, view, x, y)
+        left, top, right, bottom = crop.box
+        assert 0 <= left < right <= w and 0 <= top < bottom <= h and [right - left, bottom - top] == want
+        assert left <= x < right and top <= y < bottom
+        if vlm.spec.window / 2 < x < w - vlm.spec.window / 2:
+            assert abs((left + right) / 2 - x) <= 1                                 # centered unless the border is in the way
+        for fed, side in zip(crop.fed, want):
+            assert fed % vlm.factor == 0 and abs(fed - max(side * vlm.spec.crop / vlm.spec.window, vlm.factor)) <= vlm.factor / 2
+
+@pytest.mark.parametrize("text, point", [
+    (data.tool_call(3, 4), (3, 4)), (data.tool_call(-3, 4), (-3, 4)), (data.tool_call(3, 4) + data.tool_call(5, 6), (3, 4)),
+    (data.tool_call(3.5, 4), None), (data.tool_call("true", 4), None), (data.tool_call("3, 4", 5), None), (data.tool_call("", 4), None),
+    (data.tool_call(3, 4).replace("search", "zoom"), None), (data.tool_call(3, 4).replace("arguments", "args"), None),
+    ("<tool_call>", None), ("<tool_call></tool_call>", None), ("<tool_call>[1, 2]</tool_call>", None), ("<tool_call>5</tool_call>", None),
+    ("<tool_call>" + "[" * 50_000 + "</tool_call>", None), (data.tool_call("NaN", 4), None), (data.tool_call("1e3", 4), None),
+    (data.tool_call("9" * 400, 4), None), (data.tool_call("9" * 5000, 4), None),    # Bug: no float holds 400 digits: the run died
+])
+def test_read_call(vlm, text, point):
+    """Bug: a call that only looks like one ends the training run, or is obeyed."""
+    got, error = zoom_rollout.read_call(text)
+    assert got == point and (error is None) == (point is not None)
+    e = zoom_rollout.begin(vlm, ask()[0])
+    assert zoom_rollout.respond(vlm, e, text + "</tool_call>") is not None and (e.turns[0].crop is None) == (point != (3, 4))
+
+# -----------------------------------------------------------------------------
+# sampling
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_draw(temperature):
+    """Bug: another distribution than the one whose log-probability is reported. Evenly spaced u must count out exactly softmax."""
+    logits = torch.tensor([1.0, -1e9, 0.3, -2.0, -1e9])
+    want, N = torch.softmax(logits / temperature, 0), 20_000
+    u = (torch.arange(N, dtype=torch.double) + 0.5) / N
+    tokens, logprobs = zoom_rollout.draw(logits.expand(N, -1), u, temperature)
+    assert (torch.bincount(tokens, minlength=5) / N - want).abs().max() <= 2 / N
+    close(logprobs.exp(), want[tokens], 1e-6)
+    edges, _ = zoom_rollout.draw(logits.expand(2, -1), torch.tensor([0.0, 1 - 2 ** -53], dtype=torch.double), temperature)
+    assert edges.tolist() == [0, 3]                                                 # never a token of probability 0
+    assert zoom_rollout.draw(logits[None], u[:1], 0)[0].item() == 0
+
+def free(vlm, **options):
+    episodes = zoom_rollout.rollout(vlm, ask(), GROUP, **{"max_new_tokens": 8, **options})
+    return [[t for t, on in zip(e.ids, e.sampled) if on] for e in episodes], [e.logprobs for e in episodes]
+
+def test_seed(vlm):
+    """Bug: a run that cannot be repeated; a seed that does nothing; a group whose members all say the same."""
+    tokens, logprobs = free(vlm, seed=3)
+    assert (tokens, logprobs) == free(vlm, seed=3) and tokens != free(vlm, seed=4)[0]
+    said = [math.exp(sum(row)) for row in logprobs]                                 # odds that another row says the same by chance
+    assert 2 * GROUP * sum(said) < 1e-6 and len({tuple(row) for row in tokens}) == 2 * GROUP
+
+def test_greedy(vlm):
+    """Bug: temperature 0 is not greedy: it depends on the seed, or differs within a group."""
+    tokens, logprobs = free(vlm, temperature=0, seed=1)
+    assert (tokens, logprobs) == free(vlm, temperature=0, seed=2)
+    for group in (tokens[:GROUP], tokens[GROUP:]):
+        assert all(row == group[0] for row in group)
+    assert tokens[0] != tokens[GROUP]
+
+def test_given_views(vlm):
+    """Bug: prompt views encoded before are encoded again, or belong to another sample."""
+    views = [[vlm.view(data.image(s, i), i) for i in range(len(s.images))] for s in ask()]
+    vlm.encode([v for group in views for v in group])
+    features = [v.features for group in views for v in group]
+    episodes = zoom_rollout.rollout(vlm, ask(), 1, max_new_tokens=3, temperature=0, views=views)
+    assert [v.features is f for v, f in zip((v for e in episodes for v in e.views), features)] == [True] * 4
+    assert [e.ids for e in episodes] == [e.ids for e in zoom_rollout.rollout(vlm, ask(), 1, max_new_tokens=3, temperature=0)]

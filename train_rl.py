@@ -1,0 +1,278 @@
+"""The loop: a vision-language model learns, by GRPO, where to look, when to zoom and when to answer.
+
+    python train_rl.py                              # tiny model, toy world, two CPU cores, minutes: warm start, RL, report
+    python train_rl.py --model qwen2.5-vl-3b        # the same loop on the real model, one CUDA GPU
+    python train_rl.py --data FILE.jsonl --model runs/sft/checkpoint --traces ""
+    python train_rl.py --name NAME --resume         # go on where runs/NAME stopped (Ctrl-C saves)
+
+A step has seven parts, numbered here and in the README: 1 sample prompts, 2 roll out, 3 reward, 4 advantages, 5 loss,
+6 update, 7 log. Everything is kept in runs/NAME: config.json, metrics.jsonl (a row per step), episodes.jsonl (some
+rollouts of every step), checkpoint/, and at the end summary.json and report.html.
+
+Left out of the papers, and why. ViGoRL: 16 optimizer steps per batch of rollouts (one here: `num_minibatches`), dual clip,
+a reference model by default (`kl_coef` > 0 brings it back; later work finds no use for it). UniVG-R1: rollouts cut at 256
+tokens still train there and here; its difficulty weights are a flag here (`difficulty_weight`). Several GPUs: not yet.
+"""
+import copy, json, os, random, signal, time
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+import torch
+from tqdm import tqdm
+
+import data, evaluate, grpo, model, rewards, train_sft, zoom_rollout
+
+
+@dataclass
+class Config:
+    model: str = "tiny"             # a name of model.MODELS or a checkpoint folder
+    name: str = "rl"                # the run: everything goes to runs/NAME
+    resume: bool = False            # go on from runs/NAME/checkpoint
+    seed: int = 0                   # of scenes, rollouts and order
+
+    task: Literal[data.TASKS] = "search"        # toy task
+    difficulty: Literal[tuple(data.DIFFICULTY)] = "medium"      # of the toy world
+    data: str = ""                  # JSONL of questions instead of the toy world
+    images: str = ""                # folder of the images of --data (default: the file's own)
+    recipe: Literal["", "vigorl-zoom", "vigorl", "univg-r1"] = ""       # prompt and reward; empty: what suits the task
+    max_pixels: int = 0             # of a prompt image as fed; 0: the model's default (448 x 448 for a real model in the toy world)
+    crop_from: Literal["source", "seen"] = "source"     # what a zoom cuts from: the stored image, or the shrunken copy (ViGoRL)
+
+    traces: str = "oracle"          # warm start: "oracle" (toy world), a JSONL file of traces for --data, or "" for none
+    sft_n: int = 320                # traces from the oracle
+    sft_epochs: int = 1             # passes over them
+    sft_lr: float = 1e-3            # peak learning rate of the warm start
+
+    steps: int = 40                 # RL steps
+    num_prompts: int = 16           # prompts per step (ViGoRL: 128)
+    group_size: int = 8             # rollouts per prompt
+    num_minibatches: int = 1        # optimizer steps per batch of rollouts; beyond 1 the clip begins to matter
+    lr: float = 4e-4                # constant after 3 steps of warm-up (papers, at 3B-7B: 1e-6)
+    clip_grad: float = 1.0          # largest gradient norm
+    max_zooms: int = 3              # crops per episode; then an answer is forced
+    max_new_tokens: int = 48        # per turn (a real model: 512 or more)
+    temperature: float = 1.0        # of sampling, and of the trainer's log-probabilities
+    distinct_bonus: float = 0.0     # ViGoRL pays 0.2 for every extra distinct point; this world needs no push to look around
+
+    advantage_scale: Literal["std", "none"] = "std"     # divide by the group's std (GRPO) or not (Dr. GRPO)
+    difficulty_weight: Literal["none", "exp", "power", "log"] = "none"      # UniVG-R1
+    loss: Literal["grpo", "reinforce"] = "grpo"         # grpo.LOSSES
+    clip_low: float = 0.2           # ratio below 1 - clip_low gets no gradient (if A < 0)
+    clip_high: float = 0.28         # ratio above 1 + clip_high gets no gradient (if A > 0)
+    aggregate: Literal["token", "sequence"] = "token"   # every token of the step weighs the same (DAPO), or every episode (GRPO)
+    kl_coef: float = 0.0            # pull towards the warm start (ViGoRL 0.01, UniVG-R1 0.04); 0 needs no reference model
+    kl: Literal["k1", "k2", "k3"] = "k3"                # see grpo.kl_penalty for the gradient each really has
+
+    micro_tokens: int = 16384       # padded tokens per forward pass: memory only, the gradient does not change
+    eval_n: int = 200               # held-out questions, asked before and after, in three zoom modes
+    save_every: int = 10            # steps between checkpoints
+    device: str = "auto"            # cpu, cuda, cuda:1
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"      # of the forward passes; updates are kept in fp32
+
+
+def questions(cfg, vlm, step):
+    """The prompts of a step. They depend on (seed, step) only, so a resumed run asks what the unbroken one would have."""
+    if not cfg.data:
+        return data.toy(cfg.task, "train", cfg.num_prompts, f"rl{cfg.seed}/{step}", cfg.difficulty, vlm.toy_side)
+    rows, out = cfg.rows, []
+    for i in range(step * cfg.num_prompts, (step + 1) * cfg.num_prompts):
+        epoch, at = divmod(i, len(rows))
+        out.append(rows[random.Random(f"{cfg.seed}/{epoch}").sample(range(len(rows)), len(rows))[at]])
+    return out
+
+
+def train_step(vlm, ref, optimizer, samples, cfg, step):
+    """Steps 2 to 6 for one batch of prompts -> (metrics, episodes). `samples` is step 1, the log line step 7."""
+    began, P, G = time.time(), len(samples), cfg.group_size
+
+    # 2. roll out: G episodes per prompt, all of prompt 0 first
+    episodes = zoom_rollout.rollout(vlm, samples, G, seed=cfg.seed * 1_000_003 + step, **rollout_options(cfg))
+    rolled = time.time()
+
+    # 3. reward: rules on the text and on what the calls led to
+    for e in episodes:
+        e.parts = rewards.score(e.sample, e.text, e.turns, cfg.recipe, e.frames, cfg.max_zooms, distinct_bonus=cfg.distinct_bonus)
+    per_group = lambda part: torch.tensor([e.parts[part] for e in episodes]).view(P, G)
+    reward, accuracy = per_group("reward"), per_group("accuracy")
+    if step == 0 and not (accuracy > 0).any():
+        model.fail(f"none of the {P * G} rollouts of the first step has any success, so there is nothing to reinforce (each group's "
+                   f"advantages are 0). Mean format {per_group('format').mean():.2f}. Warm-start on traces (--traces), or take easier questions.")
+
+    # 4. advantages: better or worse than the group's mean; hard prompts may count more
+    weight = grpo.difficulty_weights(accuracy, cfg.difficulty_weight)                                   # (P,)
+    advantages = grpo.group_advantages(reward, cfg.advantage_scale) * weight[:, None]                   # (P, G)
+    for e, a in zip(episodes, advantages.flatten().tolist()):
+        e.advantage = a
+
+    # 5. loss, over micro-batches; a group of equal rewards has no gradient (without a KL term) and is not run at all
+    learn = [e for e in episodes if e.advantage != 0 or cfg.kl_coef > 0]
+    learn = random.Random(step).sample(learn, len(learn))
+    log = {"clipfrac": 0.0, "entropy": 0.0, "kl": 0.0, "kl_samp": 0.0}
+    norms, tokens, gap = [], 0, 0.0
+    for m in range(cfg.num_minibatches):
+        batch = learn[m::cfg.num_minibatches]
+        count = sum(sum(e.sampled) for e in batch) if cfg.aggregate == "token" else len(batch)          # of the whole minibatch
+        for part in train_sft.micro_batches(batch, cfg.micro_tokens):
+            logprobs, entropy, mask = vlm.logprobs(part, cfg.temperature)                               # (B, T) each
+            # The ratio's denominator is the sampler's own log-probability: it is the distribution that was sampled from.
+            old = torch.zeros_like(logprobs)
+            for b, e in enumerate(part):
+                old[b, :len(e.ids)] = torch.tensor(e.logprobs)
+            A = torch.tensor([e.advantage for e in part], device=logprobs.device)                       # (B,)
+            per_token = grpo.policy_loss(logprobs, old, A, mask, cfg.clip_low, cfg.clip_high, cfg.loss)
+            if cfg.kl_coef > 0:
+                with torch.no_grad():
+                    ref_logprobs = ref.logprobs(part, cfg.temperature)[0]
+                penalty = grpo.kl_penalty(logprobs, ref_logprobs, cfg.kl, mask)
+                per_token = per_token + cfg.kl_coef * penalty
+                log["kl"] += penalty.sum().item()
+            grpo.aggregate(per_token, mask, cfg.aggregate, count).backward()
+            n = int(mask.sum())
+            log["clipfrac"] += n * grpo.stats(logprobs, old, mask, cfg.clip_low, cfg.clip_high, A)["clipfrac"]
+            log["entropy"] += entropy.sum().item()
+            if m == 0:                                                     # before any update: the gap is the sampler's alone
+                difference = (logprobs.detach() - old).abs()[mask]
+                log["kl_samp"] += difference.sum().item() * cfg.num_minibatches
+                gap = max(gap, difference.max().item())
+            tokens += n
+
+        # 6. update
+        if batch:
+            norms.append(optimizer.step(cfg.lr * min(1, (step + 1) / 3), cfg.clip_grad))
+    done = time.time()
+
+    calls = [t for e in episodes for t in e.turns if "<tool_call>" in t.text]
+    sampled = sum(sum(e.sampled) for e in episodes)
+    return {"step": step, "reward": reward.mean().item(), "accuracy": accuracy.mean().item(), "format": per_group("format").mean().item(),
+            **{part: per_group(part).mean().item() for part in ("grounded", "distinct", "iou") if part in episodes[0].parts},
+            "length": sampled / len(episodes), "zooms": sum(t.crop is not None for t in calls) / len(episodes),
+            "valid_calls": sum(t.crop is not None for t in calls) / max(len(calls), 1),
+            "cut": sum(e.stop == "length" for e in episodes) / len(episodes),
+            "no_signal": (advantages == 0).all(1).float().mean().item(),
+            **{k: v / max(tokens, 1) for k, v in log.items()}, "kl_samp_max": gap, "grad_norm": sum(norms) / max(len(norms), 1),
+            "skipped": sum(not n < float("inf") for n in norms),
+            "roll_tokens_per_s": sampled / (rolled - began), "train_tokens_per_s": sum(len(e.ids) for e in learn) / (done - rolled),
+            "seconds": done - began}, episodes
+
+
+def rollout_options(cfg):
+    return dict(max_zooms=cfg.max_zooms, max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature, style=data.STYLES[cfg.recipe],
+                crop_from=cfg.crop_from)
+
+
+def measure(vlm, cfg, samples, label):
+    """Held-out accuracy in each zoom mode, sampled as in training -> {mode: (summary, episodes)}."""
+    out = {}
+    for mode in ("on", "off", "black") if data.STYLES[cfg.recipe] == "zoom" else ("on",):
+        episodes = evaluate.run(vlm, samples, zoom=mode, recipe=cfg.recipe, seed=cfg.seed, **rollout_options(cfg))
+        out[mode] = evaluate.summarise([{"id": e.sample.id, "category": e.sample.category, **e.parts} for e in episodes]), episodes
+    print(f"{label}: " + "; ".join(f"zoom {mode} {s['accuracy']:.1%} [{s['low']:.1%}, {s['high']:.1%}]" for mode, (s, _) in out.items()))
+    return out
+
+
+def log_line(m, cfg, left):
+    return (f"step {m['step'] + 1:4d}/{cfg.steps} | reward {m['reward']:.3f} (acc {m['accuracy']:.2f} fmt {m['format']:.2f}) | len {m['length']:.0f} "
+            f"zooms {m['zooms']:.2f} valid {m['valid_calls']:.2f} | no-signal {m['no_signal']:.0%} | clipfrac {m['clipfrac']:.3f} ent {m['entropy']:.2f} "
+            f"kl_samp {m['kl_samp']:.0e} gnorm {m['grad_norm']:.2f} | tok/s roll {m['roll_tokens_per_s']:,.0f} train {m['train_tokens_per_s']:,.0f} "
+            f"| {m['seconds']:.1f} s, {left / 60:.1f} min left")
+
+
+def main():
+    cfg = model.cli(Config, description=__doc__)
+    began, run = time.time(), model.make_dir(os.path.join("runs", cfg.name))
+    checkpoint, path = os.path.join(run, "checkpoint"), lambda name: os.path.join(run, name)
+    cfg.recipe = cfg.recipe or ("vigorl-zoom" if cfg.data else data.RECIPES[cfg.task])
+    if cfg.data:
+        cfg.rows = random.Random(cfg.seed).sample(rows := data.read_jsonl(cfg.data, cfg.images or None), len(rows))
+        held_out, cfg.rows = cfg.rows[:(n := min(cfg.eval_n, max(len(rows) // 10, 1)))], cfg.rows[n:] or cfg.rows
+    settings = asdict(cfg)
+    if cfg.resume:
+        state = json.load(open(f"{checkpoint}/state.json")) if os.path.exists(f"{checkpoint}/state.json") else model.fail(f"nothing to resume in {checkpoint}")
+        differ = [f"{k} ({state['config'].get(k)!r} there, {v!r} here)" for k, v in settings.items()
+                  if k not in ("resume", "steps", "name") and state["config"].get(k) != v]
+        if differ:
+            model.fail(f"{checkpoint} was made with other settings: {', '.join(differ)}")
+
+    toy_on_real = 448 * 448 if cfg.model != "tiny" and not cfg.data and not os.path.isdir(cfg.model) else 0
+    vlm = model.load(checkpoint if cfg.resume else cfg.model, cfg.device, cfg.dtype, cfg.max_pixels or toy_on_real)
+    if not cfg.data:
+        held_out = data.toy(cfg.task, "test", cfg.eval_n, cfg.seed, cfg.difficulty, vlm.toy_side)
+    model.write_json(path("config.json"), settings)
+
+    if cfg.resume:
+        first, before, spent = state["step"], state["before"], state["seconds"]
+    else:
+        first, spent = 0, 0.0
+        for name in ("metrics.jsonl", "episodes.jsonl"):
+            open(path(name), "w").close()
+        if cfg.traces:
+            losses, pairs = train_sft.warm_start(vlm, data.STYLES[cfg.recipe], cfg.traces, cfg.task, cfg.data and rows, cfg.sft_n, cfg.sft_epochs,
+                                                 lr=cfg.sft_lr, difficulty=cfg.difficulty, max_zooms=cfg.max_zooms, side=vlm.toy_side, seed=cfg.seed)
+            print(f"warm start: {len(pairs)} traces, loss {losses[0]:.2f} -> {losses[-1]:.2f}, {time.time() - began:.0f} s")
+        shown = measure(vlm, cfg, held_out, "before RL")
+        before = {mode: s for mode, (s, _) in shown.items()}
+    sections = [] if cfg.resume else [("before RL", shown["on"][1])]
+
+    ref = model.VLM(copy.deepcopy(vlm.model), vlm.tokenizer, vlm.processor, vlm.name, vlm.spec) if cfg.kl_coef > 0 else None
+    optimizer = model.AdamW(vlm.parameters(), cfg.lr, weight_decay=0.0)
+    if cfg.resume:
+        model.load_checkpoint(checkpoint, optimizer)
+        for name in ("metrics.jsonl", "episodes.jsonl"):                   # rows of steps after the checkpoint are run again
+            rows_kept = [line for line in open(path(name)) if json.loads(line)["step"] < first]
+            open(path(name), "w").writelines(rows_kept)
+
+    def save(step):
+        model.save_checkpoint(checkpoint, vlm, optimizer, {"step": step, "config": settings, "before": before, "seconds": spent + time.time() - began})
+
+    stop = []
+    signal.signal(signal.SIGINT, lambda *_: (stop.append(1), signal.signal(signal.SIGINT, signal.default_int_handler),
+                                             print("\nstopping after this step; Ctrl-C again to stop at once")))
+    for step in range(first, cfg.steps):
+        # 1. sample prompts
+        samples = questions(cfg, vlm, step)
+        metrics, episodes = train_step(vlm, ref, optimizer, samples, cfg, step)
+        # 7. log
+        left = (time.time() - began) / (step + 1 - first) * (cfg.steps - step - 1)
+        print(log_line(metrics, cfg, left), flush=True)
+        with open(path("metrics.jsonl"), "a") as f:
+            f.write(json.dumps(metrics) + "\n")
+        with open(path("episodes.jsonl"), "a") as f:
+            for e in (max(episodes, key=lambda e: e.parts["reward"]), min(episodes, key=lambda e: e.parts["reward"])):
+                f.write(json.dumps({"step": step, **evaluate.record(e)}) + "\n")
+        if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps or stop:
+            save(step + 1)
+        if stop:
+            print(f"stopped and saved; go on with: --name {cfg.name} --resume")
+            return
+
+    after = measure(vlm, cfg, held_out, "after RL")
+    curves = [json.loads(line) for line in open(path("metrics.jsonl"))]
+    on = after["on"][0]
+    summary = {"seconds": round(spent + time.time() - began, 1), "n": on["n"], "accuracy_before": before["on"]["accuracy"], "accuracy_after": on["accuracy"],
+               "low": on["low"], "high": on["high"], "chance": chance(held_out),
+               "zooms_per_episode": sum(t.crop is not None for e in after["on"][1] for t in e.turns) / on["n"],
+               "kl_samp_max": max((m["kl_samp_max"] for m in curves), default=0.0)}
+    if "off" in after:
+        summary |= {"accuracy_no_zoom": after["off"][0]["accuracy"], "accuracy_black_crop": after["black"][0]["accuracy"]}
+    model.write_json(path("summary.json"), summary)
+    titles = {"on": "zoom", "off": "zoom forbidden", "black": "crops black"}
+    cell = lambda s: f"{s['accuracy']:.1%} [{s['low']:.1%}, {s['high']:.1%}]"
+    table = [(titles[mode], {"before RL": cell(before[mode]), "after RL": cell(s)}) for mode, (s, _) in after.items()]
+    print(f"\n{'held-out accuracy':20s}{'before RL':24s}after RL      (95 % interval, n = {on['n']}, chance {summary['chance']:.0%})")
+    for label, cells in table:
+        print(f"{label:20s}{cells['before RL']:24s}{cells['after RL']}")
+    evaluate.report(path("report.html"), f"runs/{cfg.name}: {cfg.task if not cfg.data else cfg.data}", curves=curves, table=table, settings=settings,
+                    episodes=sections + [(f"after RL, {titles[mode]}", es) for mode, (_, es) in after.items()])
+    print(f"{summary['seconds']:.0f} s in all; {run}/report.html shows the episodes")
+
+
+def chance(samples):
+    """Accuracy of a blind guess: 1 / number of options, 0 where there are none."""
+    return sum(1 / len(s.options) if s.options else 0.0 for s in samples) / len(samples)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except data.DataError as e:
+        model.fail(str(e))
