@@ -44,40 +44,35 @@ class Sample:
 # The toy world. Objects have a color, a shape and a fine pattern. The pattern's period is 4 pixels, and a model reads the
 # image shrunk by 4 or more: every pattern averages to the same flat color there, so *what* and *where* can be seen in the
 # overview, and the pattern only in a crop of the source. (tests/test_data.py measures it: swap a pattern, compare pixels.)
-# Red light falls in from the right and green light from below, on everything: rotary attention knows relative positions only,
-# and the tint tells a small model where in the image a patch is.
+# The ground turns red towards the right and green towards the bottom: rotary attention knows relative positions only, and the
+# color of the ground tells a small model where in the image a patch is.
 
 COLORS = {"red": (235, 40, 40), "green": (40, 165, 70), "blue": (50, 90, 225),
-          "yellow": (240, 215, 40), "purple": (150, 60, 185), "white": (235, 235, 235)}
+          "yellow": (250, 225, 40), "purple": (150, 60, 185), "white": (235, 235, 235)}
 SHAPES = {"circle": (1, 1, lambda u, v: np.hypot(u, v)),                        # half width, half height, gauge: <= 1 inside
           "square": (0.85, 0.85, lambda u, v: np.maximum(abs(u), abs(v)) / 0.85),
           "triangle": (1, 0.9, lambda u, v: np.maximum(v, 1.8 * abs(u) - v) / 0.9)}
 PATTERNS = {"lined": lambda x, y: y // 2 % 2, "barred": lambda x, y: x // 2 % 2,
             "slanted": lambda x, y: (x + y) // 2 % 2, "checked": lambda x, y: (x // 2 + y // 2) % 2}
 NAMES = [f"{color} {shape}" for color in COLORS for shape in SHAPES]
-DIFFICULTY = {"easy": dict(objects=(2, 2), radius=(44, 56)),                   # how many objects; radius in 1/448 of the side
-              "medium": dict(objects=(3, 4), radius=(38, 52)),
-              "hard": dict(objects=(5, 6), radius=(30, 44))}
+DIFFICULTY = {"easy": dict(objects=(2, 2), radius=(44, 56), alike=False),      # how many objects; radius in 1/448 of the side;
+              "medium": dict(objects=(3, 4), radius=(38, 52), alike=False),    # may two have the same color?
+              "hard": dict(objects=(5, 6), radius=(30, 44), alike=True)}
 SIDE = 448                                                                     # pixels of a source image in the tiny world
 TASKS = ("search", "point", "relation", "boxes")
 
 
-def make_scene(rng, objects, radius, side=SIDE, names=None):
-    """A scene is data (JSON), not pixels: {"side", "objects": [{name, pattern, center, radius, phase}]}."""
+def make_scene(rng, objects, radius, alike=True, side=SIDE, names=None):
+    """A scene is data (JSON), not pixels: {"side", "objects": [{name, pattern, center, radius}]}."""
     n = len(names) if names else rng.randint(*objects)
-    if not names:                                                              # distractors like to resemble the first object
-        names = [rng.choice(NAMES)]
-        while len(names) < n:
-            color, shape = names[0].split()
-            name = rng.choice([f"{color} {rng.choice(list(SHAPES))}", f"{rng.choice(list(COLORS))} {shape}", rng.choice(NAMES)])
-            names += [name] if name not in names else []
+    if not names:
+        names = rng.sample(NAMES, n) if alike else [f"{c} {rng.choice(list(SHAPES))}" for c in rng.sample(list(COLORS), n)]
     placed = []
     while len(placed) < n:
         r = rng.randint(*radius) * side // SIDE
         x, y = (rng.randint(r + 4, side - r - 4) for _ in "xy")
         if all((x - o["center"][0]) ** 2 + (y - o["center"][1]) ** 2 > (1.1 * (r + o["radius"])) ** 2 for o in placed):
-            placed.append(dict(name=names[len(placed)], pattern=rng.choice(list(PATTERNS)), center=[x, y], radius=r,
-                               phase=[rng.randrange(4), rng.randrange(4)]))
+            placed.append(dict(name=names[len(placed)], pattern=rng.choice(list(PATTERNS)), center=[x, y], radius=r))
         elif rng.random() < 0.01:                                              # painted into a corner: start over
             placed = []
     return {"side": side, "objects": placed}
@@ -89,27 +84,27 @@ def object_box(o):
     return [x - half_w * r, y - half_h * r, x + half_w * r, y + half_h * r]
 
 
-_light = {}
+_ground = {}
 
 
 def draw(scene):
     """Scene -> PIL image, side x side pixels."""
     side = scene["side"]
-    if side not in _light:
-        ramp = np.linspace(0, 50, side, dtype=np.float32)
+    if side not in _ground:
+        ramp = np.linspace(15, 240, side, dtype=np.float32)
         red, green = np.broadcast_to(ramp, (side, side)), np.broadcast_to(ramp[:, None], (side, side))
-        _light[side] = np.stack([red, green, np.zeros_like(red)], -1)                                  # (side, side, 3)
-    canvas = 60 + _light[side]
+        _ground[side] = np.stack([red, green, np.full_like(red, 110)], -1).astype(np.uint8)            # (side, side, 3)
+    canvas = _ground[side].copy()
     for o in scene["objects"]:
         (cx, cy), r, (color, shape) = o["center"], o["radius"], o["name"].split()
         y, x = np.mgrid[cy - r:cy + r + 1, cx - r:cx + r + 1]
-        gauge = SHAPES[shape][2]((x - cx) / r, (y - cy) / r)                    # (2r+1, 2r+1)
-        stripe = PATTERNS[o["pattern"]](x + o["phase"][0], y + o["phase"][1]) - 0.5
+        gauge = SHAPES[shape][2]((x - cx) / r, (y - cy) / r)[..., None]         # (2r+1, 2r+1, 1)
+        stripe = PATTERNS[o["pattern"]](x, y)[..., None] - 0.5
         # The pattern fades towards the rim: cut off sharply, it would leave a trace of itself in the shrunken outline.
-        paint = (0.76 + 0.64 * stripe * (2.5 * (1 - gauge)).clip(0, 1))[..., None] * (0.7 * np.array(COLORS[color]))
+        paint = (0.68 + 0.64 * stripe * (4 * (0.88 - gauge)).clip(0, 1)) * np.array(COLORS[color])
         window = np.s_[cy - r:cy + r + 1, cx - r:cx + r + 1]
-        canvas[window] = np.where(gauge[..., None] <= 1, paint + _light[side][window], canvas[window])
-    return Image.fromarray(canvas.astype(np.uint8))
+        canvas[window] = np.where(gauge > 1, canvas[window], np.where(gauge > 0.88, 0, paint)).astype(np.uint8)
+    return Image.fromarray(canvas)
 
 
 def ask_search(rng, new_scene):
@@ -307,12 +302,12 @@ def parse_row(row, where, root):
                answer=row.get("answer"), **optional)
     if isinstance(s.answer, str) and answer_type == "text":
         s.answer = [s.answer]
-    if not all(isinstance(o, str) for o in s.options):
-        raise DataError(f"{where}field 'options' is {s.options!r:.60}; expected a list of strings")
+    accepted = s.answer if answer_type == "text" and s.answer is not None else []
+    for name, value in (("options", s.options), ("category", s.category), ("answer", accepted)):
+        if not (isinstance(value, list) and all(isinstance(v, str) for v in value)):
+            raise DataError(f"{where}field {name!r} is {value!r:.60}; expected a list of strings")
     if answer_type == "choice" and (len(s.options) < 2 or not (s.answer is None or type(s.answer) is int and s.answer in range(len(s.options)))):
         raise DataError(f"{where}answer is {s.answer!r:.60} with {len(s.options)} options; expected an index into at least two options")
-    if answer_type == "text" and s.answer is not None and not (isinstance(s.answer, list) and s.answer and all(isinstance(a, str) for a in s.answer)):
-        raise DataError(f"{where}answer is {s.answer!r:.60}; expected a string or a list of accepted strings")
     if answer_type in ("point", "box") and not s.targets:
         raise DataError(f"{where}field 'targets' is empty; a {answer_type} question needs at least one target box")
     for t in s.targets:

@@ -13,6 +13,7 @@ import argparse, dataclasses, inspect, json, math, os, re, shutil, sys, typing
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.utils.checkpoint import checkpoint
 
@@ -21,6 +22,7 @@ import transformers
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
 
 transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
 ROOT = os.path.dirname(os.path.abspath(__file__))
 
 
@@ -325,7 +327,7 @@ def load(name, device="auto", dtype="auto", max_pixels=0, quiet=False):
         model = transformers.AutoModelForImageTextToText.from_pretrained(spec.path, dtype=dtype, attn_implementation="sdpa").to(device)
         tokenizer = transformers.AutoTokenizer.from_pretrained(spec.path)
         processor = Qwen2VLImageProcessorPil.from_pretrained(spec.path)
-    except (OSError, ValueError, RuntimeError, KeyError) as e:
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as e:
         fail(f"cannot load {name} from {spec.path}: {' '.join(str(e).split())[:300]}"
              + ("" if os.path.isdir(spec.path) else "; its weights come from the Hugging Face hub, which needs a network or a filled cache (HF_HOME)"))
     vlm = VLM(model, tokenizer, processor, name, dataclasses.replace(spec, max_pixels=max_pixels or spec.max_pixels))
@@ -382,10 +384,11 @@ class AdamW:
     """torch's AdamW on fp32 masters. A bf16 weight near 1 cannot move by less than 0.4 %: an RL step of 1e-6 would be
     rounded away every time. The master keeps the sum; the bf16 copy follows when it has moved far enough."""
 
-    def __init__(self, params, lr, betas=(0.9, 0.999), weight_decay=0.01):
+    def __init__(self, params, lr, betas=(0.9, 0.999), weight_decay=0.01, scale=None):
         self.params = list(params)
         self.masters = [p if p.dtype == torch.float32 else p.detach().float().clone() for p in self.params]
-        self.opt = torch.optim.AdamW(self.masters, lr=lr, betas=betas, weight_decay=weight_decay, fused=True)
+        groups = [{"params": [m], "scale": scale(m)} for m in self.masters] if scale else [{"params": self.masters, "scale": 1.0}]
+        self.opt = torch.optim.AdamW(groups, lr=lr, betas=betas, weight_decay=weight_decay, fused=True)
 
     def step(self, lr, clip=1.0):
         """Clip the global norm, update, clear the gradients. -> the norm before clipping. A non-finite gradient is not
@@ -395,7 +398,7 @@ class AdamW:
                 m.grad, p.grad = p.grad.float() if p.grad is not None else None, None
         norm = torch.nn.utils.clip_grad_norm_(self.masters, clip).item()
         for group in self.opt.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["scale"]
         if norm == norm and norm != float("inf"):
             self.opt.step()
             with torch.no_grad():
@@ -435,7 +438,7 @@ def load_checkpoint(folder, optimizer):
         optimizer.load_tensors(load_file(os.path.join(folder, "optimizer.safetensors")))
         torch.set_rng_state(load_file(os.path.join(folder, "rng.safetensors"))["torch"])
         return json.load(open(os.path.join(folder, "state.json")))
-    except (OSError, KeyError, ValueError, RuntimeError) as e:
+    except (OSError, KeyError, ValueError, RuntimeError, SafetensorError) as e:
         fail(f"{folder} is no checkpoint that training can resume from: {' '.join(str(e).split())[:200]}")
 
 

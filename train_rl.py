@@ -165,7 +165,7 @@ def measure(vlm, cfg, samples, label):
     out = {}
     for mode in ("on", "off", "black") if data.STYLES[cfg.recipe] == "zoom" else ("on",):
         episodes = evaluate.run(vlm, samples, zoom=mode, recipe=cfg.recipe, seed=cfg.seed, **rollout_options(cfg))
-        out[mode] = evaluate.summarise([{"id": e.sample.id, "category": e.sample.category, **e.parts} for e in episodes]), episodes
+        out[mode] = evaluate.summary_of(episodes), episodes
     print(f"{label}: " + "; ".join(f"zoom {mode} {s['accuracy']:.1%} [{s['low']:.1%}, {s['high']:.1%}]" for mode, (s, _) in out.items()))
     return out
 
@@ -255,14 +255,14 @@ def main():
     if "off" in after:
         summary |= {"accuracy_no_zoom": after["off"][0]["accuracy"], "accuracy_black_crop": after["black"][0]["accuracy"]}
     model.write_json(path("summary.json"), summary)
-    titles = {"on": "zoom", "off": "zoom forbidden", "black": "crops black"}
     cell = lambda s: f"{s['accuracy']:.1%} [{s['low']:.1%}, {s['high']:.1%}]"
-    table = [(titles[mode], {"before RL": cell(before[mode]), "after RL": cell(s)}) for mode, (s, _) in after.items()]
-    print(f"\n{'held-out accuracy':20s}{'before RL':24s}after RL      (95 % interval, n = {on['n']}, chance {summary['chance']:.0%})")
-    for label, cells in table:
-        print(f"{label:20s}{cells['before RL']:24s}{cells['after RL']}")
-    evaluate.report(path("report.html"), f"runs/{cfg.name}: {cfg.task if not cfg.data else cfg.data}", curves=curves, table=table, settings=settings,
-                    episodes=sections + [(f"after RL, {titles[mode]}", es) for mode, (_, es) in after.items()])
+    print(f"\n{'held-out accuracy':22s}{'before RL':24s}after RL      (95 % interval, n = {on['n']}, chance {summary['chance']:.0%})")
+    for mode, (s, _) in after.items():
+        print(f"{evaluate.MODES[mode]:22s}{cell(before[mode]):24s}{cell(s)}")
+    table = [("", [evaluate.MODES[mode] for mode in after]), ("before RL", [before[mode] for mode in after]), ("after RL", [s for s, _ in after.values()])]
+    evaluate.report(path("report.html"), f"{cfg.task if not cfg.data else os.path.basename(cfg.data)}, {vlm.name}", curves=curves, table=table,
+                    settings={k: v for k, v in settings.items() if v != getattr(Config, k)},
+                    episodes=sections + [(f"after RL, {evaluate.MODES[mode]}", es) for mode, (_, es) in after.items()])
     print(f"{summary['seconds']:.0f} s in all; {run}/report.html shows the episodes")
 
 

@@ -198,7 +198,7 @@ def lesson(vlm, rng, progress=1.0):
         e.say(vlm, vlm.ids(answer) + [vlm.im_end])
         e.say(vlm, vlm.ids("\n"), sampled=False)
 
-    if rng.random() < 0.2:                                                 # several images
+    if rng.random() < 0.05:                                                # several images
         scenes, asked = data.ask_boxes(rng, new_scene)
         views = [vlm.view(data.draw(s), i) for i, s in enumerate(scenes)]
         t = asked["targets"][0]
@@ -230,20 +230,19 @@ def lesson(vlm, rng, progress=1.0):
         text = data.prompt(Sample("", [], **asked))[1]
         return text, f"{a['name']} {at(view, a)}, {b['name']} {at(view, b)}: {asked['options'][asked['answer']]}"
 
-    everything = ", ".join(f"{o['name']} {at(view, o)}" for o in left_to_right)
-    todo = rng.choices([point, name, box, alike, relation], weights=[3, 2, 1.5, 1, 1.5], k=3) + ["crop", "crop"]
-    rng.shuffle(todo)
-    todo = (["list"] if rng.random() < 0.6 else []) + todo
-    for i, kind in enumerate(todo):
-        o, first = rng.choice(objects), [view] if i == 0 else []
-        if kind == "list":
-            ask(everything, *first, "List the objects.")
-        elif kind == "crop":
-            crop, seen = show(vlm, rng, view, objects)
-            ask(seen, *first, data.OBSERVE[0], crop, data.OBSERVE[1])
-        else:
-            question, answer = kind(o)
-            ask(answer, *first, question)
+    def everything(o):
+        return "List the objects.", ", ".join(f"{o['name']} {at(view, o)}" for o in left_to_right)
+
+    kind = rng.choices([everything, point, name, alike, box, relation, show], weights=[5, 4, 2, 1, 1, 1, 6])[0]
+    if kind is show:
+        crop, seen = show(vlm, rng, view, objects)
+        if rng.random() < 0.5:                                             # as in a rollout: after a look at the whole
+            question, said = point(rng.choice(objects))
+            ask(said, view, question)
+        ask(seen, data.OBSERVE[0], crop, data.OBSERVE[1])
+    else:
+        question, said = kind(rng.choice(objects))
+        ask(said, view, question)
     return e
 
 
@@ -267,37 +266,35 @@ class Lessons(torch.utils.data.IterableDataset):
                 yield episodes
 
 
-def pretrain(out, steps, seed=0, batch=8, lr=1.5e-3, save_every=500):
-    rng = random.Random(seed)
-    texts = []
-    stub = model.make_tiny(["a"], data.PHRASES)
-    for i in range(600):
-        texts.append(stub.text([t for t in lesson(stub, rng).ids if t != stub.image_token]))
-    texts += [" The may be at. Look at. This is nothing, not the. Click the"] * 200
+def pretrain(out, steps=10_000, seed=0, batch=24, lr=1.5e-3, save_every=500):
+    """The tiny model from nothing -> its folder `out`. Saved every so often, so that a look at it need not wait."""
+    rng, stub = random.Random(seed), model.make_tiny(["a"], data.PHRASES)
+    texts = [stub.text([t for t in lesson(stub, rng).ids if t != stub.image_token]) for _ in range(2000)]
+    texts += [" The may be at. Look at. This is nothing, not the. Click the Image 1 shows. It"] * 200      # and the traces' words
     texts += [data.prompt(s)[1] for t in data.TASKS for s in data.toy(t, "train", 30)]
     vlm = model.make_tiny(texts, data.PHRASES, seed)
-    vlm.model.requires_grad_(True)
+    vlm.model.requires_grad_(True)                                         # here the vision tower learns too
     params = list(vlm.model.parameters())
-    print(f"pretraining {sum(p.numel() for p in params) / 1e6:.2f} M parameters, vocabulary {len(vlm.tokenizer)}")
-    optimizer = model.AdamW(params, lr, betas=(0.9, 0.98), weight_decay=0.01)
-    began, stream = time.time(), iter(torch.utils.data.DataLoader(Lessons(vlm, seed, batch, 0.2 * steps), batch_size=None, num_workers=1, prefetch_factor=4))
-    log = []
+    print(f"pretraining {sum(p.numel() for p in params) / 1e6:.2f} M parameters, vocabulary {len(vlm.tokenizer)}, {steps} steps")
+    # A wide input moves its output a lot per unit of lr: patches have 1176 values, hidden states 128.
+    optimizer = model.AdamW(params, lr, betas=(0.9, 0.98), weight_decay=0.01, scale=lambda p: min(1.0, 128 / p[0].numel()) ** 0.5)
+    stream = iter(torch.utils.data.DataLoader(Lessons(vlm, seed, batch, 0.1 * steps), batch_size=None, num_workers=1, prefetch_factor=4))
+    began, log = time.time(), []
     for step in range(steps):
         episodes = next(stream)
         vlm.encode([v for e in episodes for v in e.views], grad=True)
         logprobs, _, mask = vlm.logprobs(episodes)
         loss = -logprobs.sum() / mask.sum()
         loss.backward()
-        scale = min(1, (step + 1) / 100) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
-        optimizer.step(lr * scale)
+        optimizer.step(lr * min(1, (step + 1) / 100, (steps - step) / (0.3 * steps)))          # up, flat, and down to 0 in the last 30 %
         log.append(loss.item())
         if (step + 1) % 100 == 0:
-            print(f"step {step + 1}/{steps} | loss {sum(log[-100:]) / 100:.4f} | {(time.time() - began) / (step + 1):.3f} s/step | "
-                  f"tokens {sum(len(e.ids) for e in episodes)} ({int(mask.sum())} taught) | {(time.time() - began) / 60:.1f} min", flush=True)
+            spent = time.time() - began
+            print(f"step {step + 1}/{steps} | loss {sum(log[-100:]) / 100:.4f} | {spent / (step + 1):.3f} s/step | "
+                  f"{spent / (step + 1) * (steps - step - 1) / 60:.0f} min left", flush=True)
         if (step + 1) % save_every == 0 or step + 1 == steps:
             model.replace_folder(vlm.save(out), out)
     return vlm
-
 
 
 def skills(vlm, n=200, seed=0):

@@ -56,7 +56,10 @@ class Episode:
 
 def begin(vlm, sample, style="zoom", views=None):
     """The episode that holds a sample's prompt, up to the open assistant turn."""
-    views = views or [vlm.view(data.image(sample, i), i) for i in range(len(sample.images))]
+    try:
+        views = views or [vlm.view(data.image(sample, i), i) for i in range(len(sample.images))]
+    except ValueError as e:                                                        # an image of 1 x 1000 pixels, say
+        raise data.DataError(str(e) if isinstance(e, data.DataError) else f"sample {sample.id}: {e}") from None
     system, text = data.prompt(sample, style)
     e = Episode(sample, [], [], [], [], frames=[(*v.scale, *v.source.size) for v in views])
     e.say(vlm, vlm.chat("system", system) + vlm.chat("user", *views, text) + vlm.chat("assistant", open=True), views=views, sampled=False)
@@ -65,7 +68,8 @@ def begin(vlm, sample, style="zoom", views=None):
 
 def crop(vlm, view, x, y, crop_from="source", black=False):
     """The tool. A square window of `spec.window` source pixels around the source pixel (x, y), moved inside the image where
-    it would stick out (ViGoRL clips it and then squashes what is left), fed at `spec.crop` pixels a side.
+    it would stick out (ViGoRL clips it and then squashes what is left), fed at `spec.crop` pixels a side. It begins at a multiple
+    of 4 pixels: the toy world's fine patterns then look the same in every crop, which is what a small model can learn fast.
 
     crop_from "source": cut from the image as stored, so a zoom brings new pixels; "seen": from the copy that the model was
     fed, as in the paper's training code. black: the control that shows what zooming is worth: a crop without content."""
@@ -75,7 +79,7 @@ def crop(vlm, view, x, y, crop_from="source", black=False):
     if black:
         source = Image.new("RGB", source.size)
     w, h = min(vlm.spec.window, source.width), min(vlm.spec.window, source.height)
-    left, top = min(max(round(x - w / 2), 0), source.width - w), min(max(round(y - h / 2), 0), source.height - h)
+    left, top = (min(max(round(c - s / 2), 0) // 4 * 4, size - s) for c, s, size in ((x, w, source.width), (y, h, source.height)))
     side = max(vlm.spec.crop // vlm.factor, 1) * vlm.factor
     fed = (max(round(side * w / vlm.spec.window / vlm.factor), 1) * vlm.factor, max(round(side * h / vlm.spec.window / vlm.factor), 1) * vlm.factor)
     return vlm.view(source, view.index, (left, top, left + w, top + h), fed)
@@ -86,8 +90,7 @@ def read_call(text):
     call = re.search(r"<tool_call>(.*?)</tool_call>", text, re.S)
     try:
         x, y = json.loads(call[1])["arguments"]["coordinate"]
-        assert type(x) is int and type(y) is int and json.loads(call[1])["name"] == "search_coordinate"
-        assert max(abs(x), abs(y)) < 10 ** 9                                        # a 400-digit integer is no float
+        assert type(x) is int and type(y) is int and max(abs(x), abs(y)) < 1e6 and json.loads(call[1])["name"] == "search_coordinate"
         return (x, y), None
     except (TypeError, KeyError, ValueError, AssertionError, RecursionError):
         return None, "The tool call could not be read."

@@ -2,7 +2,7 @@
 Shared by the tests: two random tiny models, one of each family, the `slow` and `cuda` markers, and a way to put a bug into a
 source file. The models are random, not the shipped checkpoint: what a test here claims holds for any weights.
 """
-import contextlib, copy, os, sys, types
+import contextlib, copy, inspect, os, sys, types
 
 import pytest
 import torch
@@ -61,21 +61,36 @@ def tiny_qwen3():
 
 FAMILIES = {"qwen2.5": tiny_qwen2_5, "qwen3": tiny_qwen3}
 
-@pytest.fixture(scope="session", params=FAMILIES)
-def vlm(request):
-    """float32"""
-    return FAMILIES[request.param]()
+@pytest.fixture(scope="session")
+def models():
+    """{family: VLM} in float32"""
+    return {family: make() for family, make in FAMILIES.items()}
 
 @pytest.fixture(scope="session")
-def vlm64(vlm):
-    """The same weights in float64. Use it inside `float64`; transformers' norms compute in float32 whatever they are given."""
-    net = copy.deepcopy(vlm.model).double()
-    for m in net.modules():
-        if type(m).__name__.endswith("RMSNorm"):
-            m.forward = types.MethodType(lambda m, x: torch.nn.functional.rms_norm(x, x.shape[-1:], m.weight, m.variance_epsilon), m)
-    double = model.VLM(net, vlm.tokenizer, vlm.processor, vlm.name, vlm.spec)
-    assert double.dtype == torch.float64
-    return double
+def models64(models):
+    """The same weights in float64; transformers' norms would compute in float32 whatever they are given."""
+    out = {}
+    for family, single in models.items():
+        net = copy.deepcopy(single.model).double()
+        for m in net.modules():
+            if type(m).__name__.endswith("RMSNorm"):
+                m.forward = types.MethodType(lambda m, x: torch.nn.functional.rms_norm(x, x.shape[-1:], m.weight, m.variance_epsilon), m)
+        out[family] = model.VLM(net, single.tokenizer, single.processor, single.name, single.spec)
+        assert out[family].dtype == torch.float64
+    return out
+
+@pytest.fixture(scope="session", params=FAMILIES)
+def family(request):
+    return request.param
+
+@pytest.fixture(scope="session")
+def vlm(models, family):
+    return models[family]
+
+@pytest.fixture(scope="session")
+def vlm64(models64, family):
+    """Use it with the fixture float64, or inside all_in_float64()."""
+    return models64[family]
 
 @contextlib.contextmanager
 def all_in_float64():
@@ -118,3 +133,24 @@ def mutant(name, old, new):
     finally:
         sys.modules[name] = real
     return made
+
+# what a bug may end in; a NameError, say, is a bug of the mutation itself
+RED = (AssertionError, ArithmeticError, RuntimeError, IndexError, OSError, ValueError, SystemExit, pytest.fail.Exception)
+
+green = set()
+
+def check_mutation(name, old, new, test, arguments, fixtures, patch):
+    """The test is green with the module as it is and red with the bug in it. fixtures(made): what the test may ask for beyond
+    its arguments, as functions that make it with the changed module."""
+    wants = [fixture for fixture in inspect.signature(test).parameters if fixture not in arguments]
+    for change, outcome in ((old, contextlib.nullcontext()), (new, pytest.raises(RED))):
+        if change == old and (test, repr(arguments)) in green:
+            continue
+        made = mutant(name, old, change)
+        patch.setitem(test.__globals__, name, made)
+        with all_in_float64() if "float64" in wants else contextlib.nullcontext(), outcome:
+            test(**arguments, **{fixture: fixtures(made)[fixture]() for fixture in wants})
+            green.add((test, repr(arguments)))
+
+def names(mutations):
+    return [f"{old.strip()} -> {new.strip()}" for old, new, *_ in mutations]

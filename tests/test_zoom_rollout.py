@@ -4,15 +4,15 @@ tool call, so `tell` makes zoom_rollout.draw choose the tokens of a script and r
 One story (eight episodes in which everything happens) is told per family and looked at from all sides; at the end MUTATIONS
 puts bugs into the code, one at a time, and requires the named test to fail.
 """
-import dataclasses, itertools, json, math
+import copy, dataclasses, itertools, math
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-import data, rewards, zoom_rollout
-from conftest import all_in_float64, close, mutant
+import data, model, rewards, zoom_rollout
+from conftest import all_in_float64, check_mutation, close, names
 
 MAX_NEW, MAX_ZOOMS, GROUP = 44, 3, 4
 END = "<|im_end|>"
@@ -65,7 +65,7 @@ def tell(vlm, samples, script, monkeypatch, group_size=GROUP, temperature=1.0, *
 
     def draw(logits, u, temperature):
         tokens = []
-        for value in u:
+        for value in u.tolist():
             (i, turn, t), = (tables[-1] == value).nonzero().tolist()
             turns = said[i]
             tokens.append(turns[turn][t] if turn < len(turns) and t < len(turns[turn]) else 0)      # 0: a row that waits
@@ -299,15 +299,15 @@ def test_read_call(vlm, text, point):
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
 def test_draw(temperature):
     """Bug: another distribution than the one whose log-probability is reported. Evenly spaced u must count out exactly softmax."""
-    logits = torch.tensor([1.0, -1e9, 0.3, -2.0, -1e9])
+    logits = torch.tensor([-1e9, 1.0, -1e9, 0.3, -2.0, -1e9])
     want, N = torch.softmax(logits / temperature, 0), 20_000
     u = (torch.arange(N, dtype=torch.double) + 0.5) / N
     tokens, logprobs = zoom_rollout.draw(logits.expand(N, -1), u, temperature)
-    assert (torch.bincount(tokens, minlength=5) / N - want).abs().max() <= 2 / N
+    assert (torch.bincount(tokens, minlength=6) / N - want).abs().max() <= 2 / N
     close(logprobs.exp(), want[tokens], 1e-6)
     edges, _ = zoom_rollout.draw(logits.expand(2, -1), torch.tensor([0.0, 1 - 2 ** -53], dtype=torch.double), temperature)
-    assert edges.tolist() == [0, 3]                                                 # never a token of probability 0
-    assert zoom_rollout.draw(logits[None], u[:1], 0)[0].item() == 0
+    assert edges.tolist() == [1, 4]                                                 # never a token of probability 0
+    assert zoom_rollout.draw(logits[None], u[-1:], 0)[0].item() == 1
 
 def free(vlm, **options):
     episodes = zoom_rollout.rollout(vlm, ask(), GROUP, **{"max_new_tokens": 8, **options})
@@ -336,3 +336,56 @@ def test_given_views(vlm):
     episodes = zoom_rollout.rollout(vlm, ask(), 1, max_new_tokens=3, temperature=0, views=views)
     assert [v.features is f for v, f in zip((v for e in episodes for v in e.views), features)] == [True] * 4
     assert [e.ids for e in episodes] == [e.ids for e in zoom_rollout.rollout(vlm, ask(), 1, max_new_tokens=3, temperature=0)]
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.bfloat16, 0.3)])
+def test_on_cuda(models, dtype, tolerance):
+    """Bug: a tensor left on the CPU; a GPU kernel under which sampler and trainer part."""
+    for single in models.values():
+        net = copy.deepcopy(single.model).to("cuda", dtype)
+        story = make_story(model.VLM(net, single.tokenizer, single.processor, single.name, single.spec))
+        assert max(gap(story).values()) <= tolerance
+
+# -----------------------------------------------------------------------------
+# do the tests bite? Each line puts one bug into zoom_rollout.py; the named test must fail.
+
+MUTATIONS = [
+    ('vlm.ids("\\n") + message', "message", test_the_whole_transcript, {}),
+    ("if zooms_left == 1 else", "if zooms_left == 2 else", test_the_whole_transcript, {}),
+    ("views=shown, sampled=False", "views=shown", test_only_chosen_tokens_are_trained, {}),
+    ("live[b] = token != vlm.im_end and", "live[b] =", test_only_chosen_tokens_are_trained, {}),
+    ("u[active, turn]", "u[:len(active), turn]", test_only_chosen_tokens_are_trained, {}),
+    ("chunks.append([vlm.im_end] + answer[0])", "chunks.append(answer[0])", test_sampler_equals_trainer, {}),
+    ("[starts[b] for b in rows]", "starts[:len(rows)]", test_sampler_equals_trainer, {}),
+    ("cache.rows(torch.tensor(rows,", "cache.rows(torch.tensor(list(range(len(rows))),", test_sampler_equals_trainer, {}),
+    ("[[i[-1]] if on else []", "[[i[-1]]", test_sampler_equals_trainer, {}),
+    ('"length" if not ended else ', "", test_stops_and_turns, {}),
+    ('"" if zooms_left else "invalid"', '""', test_stops_and_turns, {}),
+    ("0 <= x < view.source.width and", "", test_stops_and_turns, {}),
+    ("vlm.view(data.image(sample, i), i)", "vlm.view(data.image(sample, i))", test_image_tokens_equal_features, {}),
+    ("list(e.views), frames", "[vlm.view(w.source, w.index) for w in e.views], frames", test_images_are_encoded_once, {}),
+    ("views = views or [", "views = [", test_given_views, {}),
+    ("for p in range(len(prompts)) for _ in range(group_size)", "for _ in range(group_size) for p in range(len(prompts))",
+     test_group_order, {}),
+    ("max_zooms - k if", "max_zooms - k + 1 if", test_replay_equals_rollout, {}),
+    ('and zoom != "off"', "", test_zoom_forbidden, dict(options=dict(zoom="off"))),
+    ('    if style == "zoom" and max_zooms == 0:', "    if False:", test_zoom_forbidden, dict(options=dict(max_zooms=0))),
+    ('limit = max_zooms if style == "zoom" and', "limit = max_zooms if", test_single_turn_styles, dict(style="think")),
+    ("    if black:", "    if False:", test_black_crops, {}),
+    ('if crop_from == "seen"', 'if crop_from != "seen"', test_crop_from_seen, {}),
+    ("min(max(round(x - w / 2), 0), source.width - w)", "max(round(x - w / 2), 0)", test_crop_window, dict(size=(500, 337))),
+    ("min(vlm.spec.window, source.height)", "vlm.spec.window", test_crop_window, dict(size=(60, 40))),
+    ("side * h / vlm.spec.window", "side * w / vlm.spec.window", test_crop_window, dict(size=(5, 700))),
+    ("max(abs(x), abs(y)) < 1e6 and", "", test_read_call, dict(text=data.tool_call("9" * 400, 4), point=None)),
+    ("(temperature or 1.0)", "1.0", test_draw, dict(temperature=0.5)),
+    (", right=True)", ")", test_draw, dict(temperature=1.0)),
+    ("if temperature == 0:", "if temperature < 0:", test_greedy, {}),
+    (".manual_seed(seed)", ".manual_seed(0)", test_seed, {}),
+]
+
+@pytest.mark.parametrize("old, new, test, arguments", MUTATIONS, ids=names(MUTATIONS))
+def test_mutations(old, new, test, arguments, models, monkeypatch):
+    """Bug: a test that no bug can turn red."""
+    vlm = models["qwen2.5"]
+    check_mutation("zoom_rollout", old, new, test, arguments, lambda _: {
+        "vlm": lambda: vlm, "story": lambda: make_story(vlm), "monkeypatch": lambda: monkeypatch}, monkeypatch)

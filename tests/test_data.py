@@ -1,0 +1,403 @@
+"""
+Is a toy question answered where it says, and can the answer not be seen without zooming? Are published files read in the right
+frame, and is a broken one refused with its file, its row and what was expected? At the end MUTATIONS puts bugs into data.py.
+"""
+import collections, dataclasses, io, itertools, json, os, random, zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import data
+from conftest import check_mutation, names
+
+N = 60
+
+def toy(task, split="train", n=N, seed=0, difficulty="medium"):
+    """data.toy without its pictures: most of what can be wrong is in the scene, and drawing takes all the time."""
+    draw, data.draw = data.draw, lambda scene: None
+    try:
+        return data.toy(task, split, n, seed, difficulty)
+    finally:
+        data.draw = draw
+
+def objects(sample, i=0):
+    return {o["name"]: o for o in sample.meta["scenes"][i]["objects"]}
+
+# -----------------------------------------------------------------------------
+# the toy world: what is right
+
+def test_search_answer():
+    """Bug: the gold is another object's pattern, or the options are shuffled without it."""
+    for s in toy("search"):
+        name = s.question.removeprefix("What is the pattern of the ").removesuffix("?")
+        o = objects(s)[name]
+        assert s.answer_type == "choice" and s.options[s.answer] == o["pattern"] and sorted(s.options) == sorted(data.PATTERNS)
+        assert s.meta["evidence"] == [{"image": 0, "box": data.object_box(o)}]
+        period = data.PATTERNS[o["pattern"]](*np.mgrid[:8, :8][::-1])               # [y, x]
+        across, along = (period != np.roll(period, 2, 1)).any(), (period != np.roll(period, 2, 0)).any()
+        assert (along, across) == {"lined": (1, 0), "barred": (0, 1), "slanted": (1, 1), "checked": (1, 1)}[o["pattern"]]
+
+def test_point_answer():
+    """Bug: the target box is another object's, or not on the object: at its center the picture must have its color."""
+    for s in data.toy("point", "train", 12):
+        o, (target,) = objects(s)[s.question.removeprefix("Click the ").removesuffix(".")], s.targets
+        x1, y1, x2, y2 = target["box"]
+        assert s.answer_type == "point" and target["image"] == 0
+        x, y = round((x1 + x2) / 2), round((y1 + y2) / 2)
+        seen = np.asarray(s.images[0]).astype(float)[y - 4:y + 4, x - 4:x + 4].mean((0, 1))       # two periods of any pattern
+        alike = {name: np.dot(seen, color) / np.linalg.norm(color) for name, color in data.COLORS.items()}
+        assert o["name"].startswith(max(alike, key=alike.get)), (o["name"], alike)
+
+def test_relation_answer():
+    """Bug: left and right (or above and below: y grows downwards) exchanged; a question that a pixel decides."""
+    asked = collections.Counter()
+    for s in toy("relation"):
+        a, b = (objects(s)[name] for name in s.question.removeprefix("Where is the ").removesuffix("?").split(", seen from the "))
+        (ax, ay), (bx, by), said = a["center"], b["center"], s.options[s.answer]
+        dx, dy = ax - bx, ay - by
+        gap = {"left": -dx, "right": dx, "above": -dy, "below": dy}[said]
+        assert gap > 0.12 * data.SIDE and set(s.options) in ({"left", "right"}, {"above", "below"})
+        asked[said] += 1
+    assert len(asked) == 4 and min(asked.values()) >= 5
+
+def test_boxes_answer():
+    """Bug: the shown object is in none or two of the other images, or the target is not the image that the question names."""
+    kinds = collections.Counter()
+    for s in toy("boxes") + toy("boxes", "test", 20, difficulty="hard"):
+        (name, o), = objects(s).items()
+        (target,), i = s.targets, int(s.question.removeprefix("Find the object of image 1 in image ").removesuffix(".")) - 1
+        assert s.answer_type == "box" and target["image"] == i and 2 <= len(s.images) == len(s.meta["scenes"]) <= 3
+        assert [name in objects(s, k) for k in range(1, len(s.images))] == [k == i for k in range(1, len(s.images))]
+        assert target["box"] == data.object_box(objects(s, i)[name])
+        kinds[len(s.images), i] += 1
+    assert set(kinds) == {(2, 1), (3, 1), (3, 2)} and min(kinds.values()) >= 10
+
+@pytest.mark.parametrize("task", ["search", "relation"])
+def test_options_are_shuffled(task):
+    """Bug: the gold option is always first (SAT, V*): a model learns to say the first."""
+    samples = toy(task, n=N)
+    counts = np.bincount([s.answer for s in samples], minlength=len(samples[0].options))
+    expected = N / len(counts)
+    assert abs(counts - expected).max() < 4 * expected ** 0.5
+
+def test_scenes():
+    """Bug: two objects of one name (two right answers), objects that overlap, a box outside the image."""
+    for s in itertools.chain(*map(toy, data.TASKS), toy("search", difficulty="hard"), toy("search", difficulty="easy")):
+        for scene in s.meta["scenes"]:
+            placed = scene["objects"]
+            assert scene["side"] == data.SIDE
+            assert len({o["name"] for o in placed}) == len(placed)
+            for o in placed:
+                x1, y1, x2, y2 = data.object_box(o)
+                assert 0 <= x1 < x2 <= data.SIDE and 0 <= y1 < y2 <= data.SIDE
+            for a, b in itertools.combinations(placed, 2):
+                assert np.hypot(*np.subtract(a["center"], b["center"])) > a["radius"] + b["radius"]
+
+def test_pictures():
+    """Bug: a picture of another scene, size or mode than its question is about."""
+    for s in data.toy("boxes", "test", 3):
+        for scene, image in zip(s.meta["scenes"], s.images, strict=True):
+            assert image.size == (data.SIDE, data.SIDE) and image.mode == "RGB" and image == data.draw(scene)
+
+def test_object_boxes_fit():
+    """Bug: a box that is too large or too small for its shape: a hit on the object misses, or the other way round."""
+    empty = np.asarray(data.draw({"side": 448, "objects": []})).astype(int)
+    for name in data.NAMES:
+        o = dict(name=name, pattern="lined", center=[200, 230], radius=50, phase=[0, 0])
+        ys, xs = np.nonzero(abs(np.asarray(data.draw({"side": 448, "objects": [o]})) - empty).max(-1) > 0)
+        assert np.abs(np.subtract(data.object_box(o), [xs.min(), ys.min(), xs.max(), ys.max()])).max() <= 2, name
+
+def test_difficulty():
+    """Bug: a difficulty that does nothing."""
+    def mean(level):
+        scenes = [s.meta["scenes"][0]["objects"] for s in toy("search", difficulty=level)]
+        return np.mean([len(o) for o in scenes]), np.mean([o["radius"] for scene in scenes for o in scene])
+    (n_easy, r_easy), (n_medium, r_medium), (n_hard, r_hard) = map(mean, ("easy", "medium", "hard"))
+    assert n_easy + 1 <= n_medium <= n_hard - 1 and r_easy > r_medium + 2 > r_hard + 4
+
+@pytest.mark.parametrize("task", data.TASKS)
+def test_splits_share_no_scene(task):
+    """Bug: a held-out scene was trained on, or would be under another seed: the split must follow from the scene alone."""
+    def looks(split, seed):
+        return [repr(sorted((o["name"], o["center"]) for o in scene["objects"]))
+                for s in toy(task, split, 40, seed) for scene in s.meta["scenes"]]
+    train, test = (looks(split, 0) + looks(split, 1) for split in ("train", "test"))
+    assert {zlib.crc32(look.encode()) % 5 == 0 for look in test} == {True} and not set(train) & set(test)
+    assert {zlib.crc32(look.encode()) % 5 == 0 for look in train} == {False}
+    assert len(set(looks("train", 0)) & set(looks("train", 1))) == 0                # another seed, other scenes
+
+def test_seed():
+    """Bug: the same seed draws other samples (a resumed run asks other questions), in pixels or in words."""
+    first, second = (data.toy("search", "train", 5, "a/1") for _ in range(2))
+    assert first == second and first != data.toy("search", "train", 5, "a/2")       # PIL images compare by pixels
+    assert [s.id for s in first] == [s.id for s in data.toy("search", "train", 7, "a/1")[:5]]
+    with pytest.raises(data.DataError, match="search, point, relation, boxes"):
+        data.toy("serach", "train", 1)
+    with pytest.raises(data.DataError, match="easy, medium, hard"):
+        data.toy("search", "train", 1, difficulty="extreme")
+
+@pytest.mark.parametrize("side", [448, 896])
+def test_overview_hides_the_pattern(side):
+    """Bug: the answer can be read without zooming. One scene, each pattern: what is fed must not change, a crop of it must."""
+    worst, mean, least = 0, 0, 255
+    rng = random.Random(5)
+    for _ in range(2 if side > 448 else 8):
+        scene = data.make_scene(rng, **data.DIFFICULTY["easy"], side=side)
+        o = scene["objects"][0]
+        box, shrunk, crops = [round(v) for v in data.object_box(o)], [], []
+        for pattern in data.PATTERNS:
+            o["pattern"] = pattern
+            image = data.draw(scene)
+            shrunk.append(np.asarray(image.resize((side // 4, side // 4), Image.Resampling.BICUBIC)).astype(int))
+            crops.append(np.asarray(image.crop(box)).astype(int))
+        for i, j in itertools.combinations(range(4), 2):
+            x1, y1, x2, y2 = (v // 4 for v in box)
+            change = abs(shrunk[i] - shrunk[j])
+            worst, mean = max(worst, change.max()), max(mean, change[y1:y2, x1:x2].mean())
+            least = min(least, abs(crops[i] - crops[j]).max())
+    assert worst <= 6 and mean <= 1.5 and least > 60, (worst, mean, least)
+
+# -----------------------------------------------------------------------------
+# prompts
+
+@pytest.mark.parametrize("task", data.TASKS)
+def test_prompt(task):
+    """Bug: the prompt leaks the answer (it must not change with it), loses the options, or has another format sentence."""
+    for s in toy(task)[:10]:
+        system, text = data.prompt(s, data.STYLES[data.RECIPES[task]])
+        blind = dataclasses.replace(s, answer=None, targets=[], meta={}, images=[], category=[], id="")
+        assert data.prompt(blind, data.STYLES[data.RECIPES[task]]) == (system, text)
+        assert system in data.SYSTEM.values() and text.startswith(s.question) and text.endswith("\n" + data.FORMAT[s.answer_type])
+        lettered = "".join(f"\n{letter}. {option}" for letter, option in zip("ABCD", s.options))
+        assert text.count("Answer Choices:" + lettered) == bool(s.options)
+        patterns = sum(text.count(p) for p in data.PATTERNS)
+        assert patterns == (4 if task == "search" else 0)
+
+def test_tool_call_is_json():
+    """Bug: the tool call that the warm start teaches is not the one the system prompt shows, or is no JSON."""
+    call = data.tool_call(12, 345)
+    inside = call.removeprefix("<tool_call>\n").removesuffix("\n</tool_call>")
+    assert json.loads(inside) == {"name": "search_coordinate", "arguments": {"coordinate": [12, 345]}}
+    assert data.tool_call("x", "y") in data.SYSTEM["zoom"]
+
+# -----------------------------------------------------------------------------
+# files: published layouts
+
+@pytest.fixture
+def folder(tmp_path):
+    for name, size in [("a.png", (200, 100)), ("b.png", (400, 300)), ("c.png", (50, 80))]:
+        Image.new("RGB", size, "red").save(tmp_path / name)
+    return tmp_path
+
+def write(folder, *rows, name="rows.jsonl"):
+    path = folder / name
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return str(path)
+
+GOOD = {"id": "x", "images": ["a.png"], "question": "Which?", "answer_type": "choice", "options": ["left", "right"], "answer": 1}
+
+def test_round_trip(folder):
+    """Bug: a field lost on the way to disk and back; a picture that is not the one drawn."""
+    samples = [s for task in data.TASKS for s in data.toy(task, "train", 2)] + data.read_jsonl(write(folder, GOOD))
+    samples.append(data.Sample("é/日", [samples[0].images[0]], "What?\n<|im_end|>", "text", answer=["a", "b"]))
+    path = str(folder / "new" / "out.jsonl")
+    data.write_jsonl(path, samples)
+    for old, new in zip(samples, data.read_jsonl(path), strict=True):
+        assert dataclasses.replace(new, images=[]) == dataclasses.replace(old, images=[])
+        assert [data.image(new, i) for i in range(len(new.images))] == [data.image(old, i) for i in range(len(old.images))]
+    assert not [f for f in os.listdir(folder / "new") if f.endswith(".tmp")]
+
+CHOICES = "<image>\nQuestion: Is the cup left?\nAnswer Choices:\nA. Yes, left\nB. no\nAnswer with the text of the option."
+LETTERS = "<image>\nWhat material?\n(A) rubber\n(B) cotton\n(C) tin\nAnswer with the option's letter from the given choices directly."
+
+@pytest.mark.parametrize("problem, answer, want", [
+    (CHOICES, "no", dict(answer_type="choice", question="Is the cup left?", options=["Yes, left", "no"], answer=1)),
+    (CHOICES, "yes, Left", dict(answer=0)),                                         # Bug: only one side was case-folded
+    (LETTERS, "B", dict(answer_type="choice", question="What material?", options=["rubber", "cotton", "tin"], answer=1)),
+    (LETTERS, " c ", dict(answer=2)),
+    ("<image>\nDescription: the red button", "(10, 20, 30, 40)",
+     dict(answer_type="point", question="the red button", targets=[{"image": 0, "box": [10, 20, 30, 40]}])),
+    ("<image>\nOBJECTIVE: buy\n\nPREVIOUS ACTIONS: \nNone\n\nIMAGE:\n", "click [12]",
+     dict(answer_type="text", answer=["click [12]"], meta={"matcher": "web_action"})),
+    ("<image>\nWhat color?", "red", dict(answer_type="text", question="What color?", answer=["red"], meta={})),
+])
+def test_vigorl_rows(folder, problem, answer, want):
+    """Bug: a row taken for another kind; the instruction or the next option inside an option; the letter for the text."""
+    s, = data.read_jsonl(write(folder, {"problem": problem, "answer": answer, "images": ["a.png"]}))
+    for key, value in want.items():
+        assert getattr(s, key) == value
+    assert "<image>" not in s.question and s.images == [str(folder / "a.png")]
+
+MANY = ["a.png", "b.png", "c.png"]
+
+@pytest.mark.parametrize("name, row, image, box", [
+    ("univg-r1", {"question": "<image>\n<image>\n<image>\nFind it in the second image.", "answer": [100, 200, 500, 1000]},
+     1, [40, 60, 200, 300]),
+    ("univg-r1", {"question": "Find it.", "answer": [100, 200, 500, 1000]}, 2, [5, 16, 25, 80]),      # none named: the last
+    ("mig_bench", {"task": "common_object", "question": "Locate this object in the 1th image. ", "answer": [0.1, 0.2, 0.5, 1]},
+     0, [20, 20, 100, 100]),
+    ("mig_bench", {"task": "region", "question": "The third image ...", "answer": [0, 0, 0.5, 0.5]}, 0, [0, 0, 100, 50]),
+    ("mig_bench", {"task": "diff", "question": "Find the difference.", "answer": [0, 0, 0.5, 0.5]}, 1, [0, 0, 200, 150]),
+    ("mig_bench", {"task": "group_grounding", "question": "Where?", "answer": [0, 0, 1, 1], "additional_info": "in the 3th image"},
+     2, [0, 0, 50, 80]),
+    ("mig_bench", {"task": "reasoning", "question": "What in Image-2 is like Image-1? Locate it in the second image. ", "answer": [0, 0, 1, 1]},
+     1, [0, 0, 400, 300]),
+])
+def test_boxes_of_several_images(folder, name, row, image, box):
+    """Bug: 0-1 taken for 0-1000, or either for pixels; scaled by the size of another image than the one asked about."""
+    row = {**row, "images": MANY}
+    s = data.parse_row(data.CONVERTERS[name](row, "here: "), "here: ", str(folder))
+    assert s.answer_type == "box" and s.targets == [{"image": image, "box": pytest.approx(box)}] and "<image>" not in s.question
+    if name == "univg-r1":
+        assert data.read_jsonl(write(folder, row))[0].targets == s.targets
+
+def test_screenspot(folder):
+    """Bug: xywh read as xyxy (w > x and h > y here: guessing would get it wrong)."""
+    rows = [{"img_filename": "a.png", "bbox": [10, 20, 100, 50], "instruction": "close", "data_type": "icon", "data_source": "windows"}]
+    (folder / "web.json").write_text(json.dumps(rows))
+    (where, row), = data.rows_of(str(folder / "web.json"))
+    s = data.parse_row(data.from_screenspot(row, where), where, str(folder))
+    assert (s.question, s.answer_type, s.category[1]) == ("close", "point", "icon")
+    assert s.targets == [{"image": 0, "box": [10, 20, 110, 70]}]
+
+def test_commands(folder, monkeypatch, capsys):
+    """Bug: `python data.py` draws, converts or shows something that it cannot read back."""
+    rows = [{"img_filename": "a.png", "bbox": [10, 20, 100, 50], "instruction": "close", "data_type": "icon"}]
+    (folder / "web.json").write_text(json.dumps(rows))
+    def run(*args):
+        monkeypatch.setattr("sys.argv", ["data.py", *map(str, args)])
+        data.main()
+        return capsys.readouterr().out
+    assert "3 boxes samples" in run("draw", "boxes", 3, "--out", folder / "scenes", "--difficulty", "hard")
+    assert "3 rows" in run("show", folder / "scenes" / "boxes.jsonl") and len(os.listdir(folder / "scenes")) > 6
+    assert "1 rows" in run("convert", "screenspot", folder / "web.json", folder / "elsewhere" / "out.jsonl")
+    assert "close" in run("show", folder / "elsewhere" / "out.jsonl")
+
+# -----------------------------------------------------------------------------
+# files: what is wrong is said
+
+@pytest.mark.parametrize("change, expected", [
+    ({"answer_type": None}, "'answer_type' is missing; expected str"), ({"answer_type": "poin"}, "expected one of point, box, choice, text"),
+    ({"answer_type": 5}, "expected str"), ({"question": None}, "'question' is missing"), ({"question": ["x"]}, "expected str"),
+    ({"images": None}, "'images' is missing"), ({"images": "a.png"}, "expected list"), ({"images": []}, "list of file names"),
+    ({"images": [5]}, "list of file names"), ({"images": ["no.png"]}, "no.png does not exist"),
+    ({"answer": 2}, "answer is 2 with 2 options; expected an index"), ({"answer": -1}, "index"), ({"answer": "1"}, "index"),
+    ({"answer": 1.0}, "index"), ({"answer": True}, "index"), ({"answer": [1]}, "index"),
+    ({"options": ["one"], "answer": 0}, "at least two options"), ({"options": None}, "0 options"), ({"options": "ab"}, "expected list"),
+    ({"options": 5}, "expected list"), ({"options": [1, 2]}, "list of strings"),
+    ({"answer_type": "point"}, "'targets' is empty"), ({"answer_type": "box", "targets": []}, "at least one target box"),
+    ({"targets": 5}, "expected list"), ({"targets": {"image": 0}}, "expected list"), ({"targets": [5]}, "names no image"),
+    ({"targets": [{"image": 1, "box": [1, 2, 3, 4]}]}, "names no image of this row; expected {'image': 0..0"),
+    ({"targets": [{"image": 0}]}, "target box is None; expected 4 numbers"), ({"targets": [{"box": [1, 2, 3]}]}, "expected 4 numbers"),
+    ({"targets": [{"box": [1, 2, 3, "4"]}]}, "4 numbers"), ({"targets": [{"box": [1, 2, 3, float("nan")]}]}, "4 numbers"),
+    ({"targets": [{"box": [1, 2, 3, float("inf")]}]}, "4 numbers"), ({"targets": [{"norm_box": 5}]}, "norm_box is 5; expected 4"),
+    ({"answer_type": "text", "answer": 5}, "list of strings"), ({"answer_type": "text", "answer": [5]}, "list of strings"),
+    ({"meta": 5}, "expected dict"), ({"category": "web"}, "expected list"),
+])
+def test_bad_field(folder, change, expected):
+    """Bug: a traceback, or training on nonsense, instead of one line: which file, which row, what was expected."""
+    path = write(folder, GOOD, "", {**GOOD, **change})
+    with pytest.raises(data.DataError) as e:
+        data.read_jsonl(path)
+    assert str(e.value).startswith(f"{path}, line 3: ") and expected in str(e.value) and "\n" not in str(e.value)
+
+@pytest.mark.parametrize("text, expected", [
+    ("", "holds no rows"), ("\n \n", "holds no rows"), ('{"id": 1', "line 1: not JSON"), (json.dumps(GOOD) + "\n{,}\n", "line 2: not JSON"),
+    ("[1, 2]", "line 1: field 'answer_type' is missing"), ("null", "line 1: "), ("\ufeff{}", "line 1: not JSON"),
+    ('{"problem": 5, "answer": "x", "images": ["a.png"]}', "line 1: field 'problem' is 5; expected str"),
+    ('{"problem": "x"}', "line 1: field 'answer' is missing"),
+    (json.dumps({"problem": CHOICES, "answer": "maybe", "images": ["a.png"]}), "line 1: answer 'maybe' is none of the options"),
+    (json.dumps({"problem": CHOICES, "answer": "C", "images": ["a.png"]}), "line 1: answer 'C' is none of the options"),
+    ('{"question": "x", "answer": [1, 2], "images": ["a.png"]}', "line 1: answer is [1, 2]; expected 4 numbers"),
+])
+def test_bad_file(folder, text, expected):
+    """Bug: as above, for whole files."""
+    path = write(folder, text)
+    with pytest.raises(data.DataError) as e:
+        data.read_jsonl(path)
+    assert str(e.value).startswith(path) and expected in str(e.value)
+
+def test_no_file(folder):
+    """Bug: as above, for files that are not there, not text or not a list."""
+    (folder / "binary.jsonl").write_bytes(b"\x89PNG\xff\xfe")
+    write(folder, "5", name="five.json"), write(folder, "{,", name="broken.json"), write(folder, '{"rows": 5}', name="rows.json")
+    for name, expected in [("no.jsonl", "cannot read"), (".", "cannot read"), ("binary.jsonl", "cannot read"),
+                           ("five.json", "expected a list"), ("broken.json", "not JSON"), ("rows.json", "expected a list")]:
+        with pytest.raises(data.DataError, match=expected) as e:
+            data.read_jsonl(str(folder / name))
+        assert str(folder / name) in str(e.value)
+
+@pytest.mark.parametrize("kind", ["png", "jpeg"])
+def test_broken_image(folder, kind):
+    """Bug: half an image is padded with gray and used, or ends in PIL's traceback, which names no row."""
+    whole = io.BytesIO()
+    data.toy("search", "train", 1)[0].images[0].resize((224, 224)).save(whole, kind)
+    whole, rng = whole.getvalue(), random.Random(0)
+    path = folder / f"i.{kind}"
+    def opened(content):
+        path.write_bytes(content)
+        return data.open_image(str(path), "row 7: ")
+    assert opened(whole).size == (224, 224)
+    for n in [0, 1, 10, len(whole) // 2, len(whole) - 100] + [rng.randrange(len(whole) - 100) for _ in range(40)]:
+        with pytest.raises(data.DataError, match=f"^row 7: image .*i.{kind} cannot be read .* expected a whole PNG or JPEG file$"):
+            opened(whole[:n])
+    for _ in range(60):                                                             # bytes changed: read, or refused in one line
+        noisy = bytearray(whole)
+        for _ in range(3):
+            noisy[rng.randrange(len(noisy))] = rng.randrange(256)
+        try:
+            opened(bytes(noisy))
+        except data.DataError:
+            pass
+    with pytest.raises(data.DataError, match="^sample two: image .* does not exist"):
+        data.image(data.Sample("two", [str(folder / "gone.png")], "", "text"), 0)
+
+def test_transparency(folder):
+    """Bug: transparent pixels turn black (a black screenshot)."""
+    image = Image.new("RGBA", (2, 1), (255, 0, 0, 255))
+    image.putpixel((1, 0), (0, 0, 0, 0))
+    for mode in ("RGBA", "P"):
+        image.convert(mode).save(folder / "t.png", **({"transparency": image.convert(mode).getpixel((1, 0))} if mode == "P" else {}))
+        assert list(np.asarray(data.open_image(str(folder / "t.png")))[0].tolist()) == [[255, 0, 0], [255, 255, 255]]
+
+# -----------------------------------------------------------------------------
+# do the tests bite? Each line puts one bug into data.py; the named test must fail.
+
+MUTATIONS = [
+    ("options.index(o[\"pattern\"])", "0", test_search_answer, {}),
+    ('"barred": lambda x, y: x // 2 % 2', '"barred": lambda x, y: y // 2 % 2', test_search_answer, {}),
+    ("rng.sample(list(PATTERNS), len(PATTERNS))", "list(PATTERNS)[:0] + [o['pattern']] + [p for p in PATTERNS if p != o['pattern']]",
+     test_options_are_shuffled, dict(task="search")),
+    ("(x, y), r = o[\"center\"], o[\"radius\"]", "(y, x), r = o[\"center\"], o[\"radius\"]", test_point_answer, {}),
+    ("words[gap > 0]", "words[gap < 0]", test_relation_answer, {}),
+    ("(i == target) == (name in names)", "i != target or name in names", test_boxes_answer, {}),
+    ('"image": target, "box"', '"image": 1, "box"', test_boxes_answer, {}),
+    ("names += [name] if name not in names else []", "names += [name]", test_scenes, {}),
+    ("(1.1 * (r + o[\"radius\"])) ** 2", "r * o[\"radius\"]", test_scenes, {}),
+    ('"triangle": (1, 0.9,', '"triangle": (1, 1,', test_object_boxes_fit, {}),
+    ("**DIFFICULTY[difficulty]", "**DIFFICULTY['medium']", test_difficulty, {}),
+    ('== (split == "test")', "or True", test_splits_share_no_scene, dict(task="point")),
+    ("            if (i == target) == (name in names):", "            if i == target:\n                scene['objects'][0]['name'] = name\n"
+     "            if i == target or name not in names:", test_splits_share_no_scene, dict(task="boxes")),
+    ("random.Random(f\"{task}/{split}/{seed}\")", "random.Random()", test_seed, {}),
+    ('"lined": lambda x, y: y // 2 % 2', '"lined": lambda x, y: y // 3 % 2', test_overview_hides_the_pattern, dict(side=448)),
+    ('"lined": lambda x, y: y // 2 % 2', '"lined": lambda x, y: y % 2', test_search_answer, {}),
+    ("if sample.options:", "if sample.answer is not None:", test_prompt, dict(task="search")),
+    ("o.lower() == answer.strip().lower()", "o == answer.strip().lower()",
+     test_vigorl_rows, dict(problem=CHOICES, answer="yes, Left", want=dict(answer=0))),
+    ("scale=1000.0", "scale=100.0", test_boxes_of_several_images,
+     dict(name="univg-r1", row={"question": "Find it.", "answer": [100, 200, 500, 1000]}, image=2, box=[5, 16, 25, 80])),
+    ("w, h = open_image(s.images[index], where).size", "w, h = open_image(s.images[0], where).size", test_boxes_of_several_images,
+     dict(name="univg-r1", row={"question": "Find it.", "answer": [100, 200, 500, 1000]}, image=2, box=[5, 16, 25, 80])),
+    ("[x, y, x + w, y + h]", "[x, y, w, h]", test_screenspot, {}),
+    ("-1e9 < v < 1e9", "True", test_bad_field, dict(change={"targets": [{"box": [1, 2, 3, float("nan")]}]}, expected="4 numbers")),
+    ("except (OSError, SyntaxError,", "except (SyntaxError,", test_broken_image, dict(kind="jpeg")),
+    ("[draw(s) for s in scenes]", "[draw(scenes[0]) for s in scenes]", test_pictures, {}),
+    ('if im.mode in ("RGBA", "LA", "P"):', "if False:", test_transparency, {}),
+]
+
+@pytest.mark.parametrize("old, new, test, arguments", MUTATIONS, ids=names(MUTATIONS))
+def test_mutations(old, new, test, arguments, folder, monkeypatch):
+    """Bug: a test that no bug can turn red."""
+    check_mutation("data", old, new, test, arguments, lambda _: {"folder": lambda: folder}, monkeypatch)
