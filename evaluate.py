@@ -43,7 +43,7 @@ class Config:
     predictions: str = ""                                   # JSONL of {"id", "text"}: score these, load no model
     convention: Literal["source", "fed", "0-1000", "0-1"] = "source"  # of --predictions: pixels as stored, pixels as fed to --model, relative
     zoom: Literal["on", "off", "black", "all"] = "on"       # allowed, forbidden, answered with black crops; all: the three in turn
-    style: Literal["zoom", "think", "boxes"] = "zoom"       # of the prompt
+    style: Literal["", "zoom", "think", "boxes"] = ""       # of the prompt; empty: what suits the toy task, zoom for --data
     crop_from: Literal["source", "seen"] = "source"         # crops from the stored image, or from the copy that the model was fed
     temperature: float = 0.0                                # 0: greedy
     max_zooms: int = 3                                      # after so many the answer is forced
@@ -489,14 +489,16 @@ def episodes_of(config, samples):
             print(f"{len(samples) - len(texts)} of {len(samples)} samples have no prediction: counted as wrong format")
         return {"predictions": from_predictions(samples, texts, config.convention, config.max_pixels or (known.max_pixels if known else 0))}
     vlm = model.load(config.checkpoint or config.model, max_pixels=config.max_pixels)
+    modes = MODES if config.zoom == "all" and config.style == "zoom" else ["on" if config.zoom == "all" else config.zoom]
     return {MODES[zoom]: run(vlm, samples, zoom, config.style, RECIPES[config.style], config.temperature, config.seed, config.batch,
                              max_zooms=config.max_zooms, max_new_tokens=config.max_new_tokens, crop_from=config.crop_from)
-            for zoom in (MODES if config.zoom == "all" else [config.zoom])}
+            for zoom in modes}
 
 
 def evaluate(config):
     if min(config.batch, config.max_new_tokens) < 1 or min(config.n, config.max_zooms, config.temperature) < 0:
         raise data.DataError("--batch and --max-new-tokens must be at least 1; --n, --max-zooms and --temperature at least 0")
+    config.style = config.style or ("zoom" if config.data else data.STYLES[data.RECIPES[config.task]])
     if config.data:
         what, samples = config.data, data.read_jsonl(config.data, config.images or None)[:config.n or None]
     else:

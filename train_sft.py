@@ -61,14 +61,14 @@ def oracle(vlm, sample, rng, max_zooms=3):
         return view.from_source(x, y)
 
     if sample.category == ["search"]:
-        if rng.random() < 0.15:
+        if rng.random() < 0.2:
             return [f"<think> The {objects[0]['name']} may be at {near(objects[0])}. </think>\n<answer> {rng.choice(sample.options)} </answer>"]
         turns, order, before = [], rng.sample(objects, len(objects)), ""
         for k, o in enumerate(order[:max_zooms]):
             x, y = near(o)
             turns.append(f"<think>{before} The {o['name']} may be at ({x}, {y}). </think>\n{data.tool_call(x, y)}")
             before = f" This is the {o['name']}, {o['pattern']}."
-            if o is objects[0] or k + 1 == min(max_zooms, len(order)) or rng.random() < 0.5:
+            if o is objects[0] or k + 1 == min(max_zooms, len(order)) or rng.random() < 0.6:
                 break
         if len(turns) == max_zooms:
             return turns + [f"{data.FORCE} {o['pattern']} </answer>"]

@@ -82,12 +82,14 @@ def test_options_are_shuffled(task):
     assert abs(counts - expected).max() < 4 * expected ** 0.5
 
 def test_scenes():
-    """Bug: two objects of one name (two right answers), objects that overlap, a box outside the image."""
-    for s in itertools.chain(*map(toy, data.TASKS), toy("search", difficulty="hard"), toy("search", difficulty="easy")):
+    """Bug: two objects of one name (two right answers), or of one color where none may be alike; objects that overlap, a box
+    outside the image."""
+    hard = toy("search", difficulty="hard")
+    for s in itertools.chain(*map(toy, data.TASKS), hard, toy("search", difficulty="easy")):
         for scene in s.meta["scenes"]:
             placed = scene["objects"]
             assert scene["side"] == data.SIDE
-            assert len({o["name"] for o in placed}) == len(placed)
+            assert len({o["name"] if s in hard else o["name"].split()[0] for o in placed}) == len(placed)
             for o in placed:
                 x1, y1, x2, y2 = data.object_box(o)
                 assert 0 <= x1 < x2 <= data.SIDE and 0 <= y1 < y2 <= data.SIDE
@@ -156,7 +158,7 @@ def test_overview_hides_the_pattern(side):
             change = abs(shrunk[i] - shrunk[j])
             worst, mean = max(worst, change.max()), max(mean, change[y1:y2, x1:x2].mean())
             least = min(least, abs(crops[i] - crops[j]).max())
-    assert worst <= 6 and mean <= 1.5 and least > 60, (worst, mean, least)
+    assert worst <= 10 and mean <= 1.5 and least > 60, (worst, mean, least)
 
 # -----------------------------------------------------------------------------
 # prompts
@@ -241,7 +243,7 @@ MANY = ["a.png", "b.png", "c.png"]
     ("mig_bench", {"task": "diff", "question": "Find the difference.", "answer": [0, 0, 0.5, 0.5]}, 1, [0, 0, 200, 150]),
     ("mig_bench", {"task": "group_grounding", "question": "Where?", "answer": [0, 0, 1, 1], "additional_info": "in the 3th image"},
      2, [0, 0, 50, 80]),
-    ("mig_bench", {"task": "reasoning", "question": "What in Image-2 is like Image-1? Locate it in the second image. ", "answer": [0, 0, 1, 1]},
+    ("mig_bench", {"task": "reasoning", "question": "What in Image-2 is like Image-1? Locate it in the second image.", "answer": [0, 0, 1, 1]},
      1, [0, 0, 400, 300]),
 ])
 def test_boxes_of_several_images(folder, name, row, image, box):
@@ -373,7 +375,8 @@ MUTATIONS = [
     ("words[gap > 0]", "words[gap < 0]", test_relation_answer, {}),
     ("(i == target) == (name in names)", "i != target or name in names", test_boxes_answer, {}),
     ('"image": target, "box"', '"image": 1, "box"', test_boxes_answer, {}),
-    ("names += [name] if name not in names else []", "names += [name]", test_scenes, {}),
+    ("rng.sample(NAMES, n) if alike", "[rng.choice(NAMES) for _ in range(n)] if alike", test_scenes, {}),
+    ("for c in rng.sample(list(COLORS), n)]", "for c in rng.choices(list(COLORS), k=n)]", test_scenes, {}),
     ("(1.1 * (r + o[\"radius\"])) ** 2", "r * o[\"radius\"]", test_scenes, {}),
     ('"triangle": (1, 0.9,', '"triangle": (1, 1,', test_object_boxes_fit, {}),
     ("**DIFFICULTY[difficulty]", "**DIFFICULTY['medium']", test_difficulty, {}),
