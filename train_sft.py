@@ -33,10 +33,10 @@ class Config:
     images: str = ""                # folder of the images of --data (default: the file's own)
     recipe: str = ""                # whose prompt: vigorl-zoom, vigorl, univg-r1; empty: what suits the task
     difficulty: str = "medium"      # of the toy world: easy, medium, hard
-    n: int = 384                    # traces from the oracle
+    n: int = 1000                   # traces from the oracle
     epochs: int = 1                 # passes over the traces
-    batch: int = 16                 # traces per optimizer step
-    lr: float = 1e-3                # peak learning rate, cosine with warm-up (ViGoRL on a 3B: 1e-6, UniVG-R1: 5e-6)
+    batch: int = 8                  # traces per optimizer step
+    lr: float = 3e-3                # peak learning rate, cosine with warm-up (ViGoRL on a 3B: 1e-6, UniVG-R1: 5e-6)
     max_zooms: int = 3              # crops per episode
     max_pixels: int = 0             # of a prompt image as fed; 0: the model's default
     seed: int = 0                   # of scenes, traces and order
@@ -63,7 +63,7 @@ def oracle(vlm, sample, rng, max_zooms=3):
     if sample.category == ["search"]:
         if rng.random() < 0.2:
             return [f"<think> The {objects[0]['name']} may be at {near(objects[0])}. </think>\n<answer> {rng.choice(sample.options)} </answer>"]
-        turns, order, before = [], rng.sample(objects, len(objects)), ""
+        turns, order, before = [], rng.sample(objects, len(objects)), ""   # `before`: what the last crop showed
         for k, o in enumerate(order[:max_zooms]):
             x, y = near(o)
             turns.append(f"<think>{before} The {o['name']} may be at ({x}, {y}). </think>\n{data.tool_call(x, y)}")
@@ -72,7 +72,7 @@ def oracle(vlm, sample, rng, max_zooms=3):
                 break
         if len(turns) == max_zooms:
             return turns + [f"{data.FORCE} {o['pattern']} </answer>"]
-        return turns + [f"<think> The {o['name']} at {near(o)} is {o['pattern']}. </think>\n<answer> {o['pattern']} </answer>"]
+        return turns + [f"<think>{before[:-1]}, at ({x}, {y}). </think>\n<answer> {o['pattern']} </answer>"]
     if sample.category == ["boxes"]:
         t = sample.targets[0]
         view = vlm.view(sample.images[t["image"]])
@@ -105,7 +105,7 @@ def read_traces(path, samples):
 # ----------------------------------------------------------------------------------------------------------------------
 # Fine-tuning
 
-def finetune(vlm, episodes, lr, epochs=1, batch=16, seed=0, progress=True):
+def finetune(vlm, episodes, lr, epochs=1, batch=8, seed=0, progress=True):
     """Cross-entropy on the assistant's tokens. -> the loss of each step. AdamW; cosine with 10 % warm-up."""
     optimizer, rng, losses = model.AdamW(vlm.parameters(), lr), random.Random(seed), []
     steps = epochs * math.ceil(len(episodes) / batch)
@@ -144,7 +144,7 @@ def held_out_loss(vlm, episodes):
     return -sum(p[0].sum().item() for p in parts) / sum(p[2].sum().item() for p in parts)
 
 
-def warm_start(vlm, style, traces="oracle", task="search", questions=None, n=384, epochs=1, batch=16, lr=1e-3, difficulty="medium",
+def warm_start(vlm, style, traces="oracle", task="search", questions=None, n=1000, epochs=1, batch=8, lr=3e-3, difficulty="medium",
                max_zooms=3, side=data.SIDE, seed=0):
     """Find traces, fine-tune on them (in place). -> (the loss of each step, the traces [(sample, turns)])."""
     rng = random.Random(f"traces/{seed}")

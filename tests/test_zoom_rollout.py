@@ -274,7 +274,7 @@ def test_crop_window(vlm, size):
         assert 0 <= left < right <= w and 0 <= top < bottom <= h and [right - left, bottom - top] == want
         assert left <= x < right and top <= y < bottom
         if vlm.spec.window / 2 < x < w - vlm.spec.window / 2:
-            assert abs((left + right) / 2 - x) <= 1                                 # centered unless the border is in the way
+            assert abs((left + right) / 2 - x) < 4 and left % 4 == 0                # centered unless the border is in the way
         for fed, side in zip(crop.fed, want):
             assert fed % vlm.factor == 0 and abs(fed - max(side * vlm.spec.crop / vlm.spec.window, vlm.factor)) <= vlm.factor / 2
 
@@ -373,7 +373,8 @@ MUTATIONS = [
     ('limit = max_zooms if style == "zoom" and', "limit = max_zooms if", test_single_turn_styles, dict(style="think")),
     ("    if black:", "    if False:", test_black_crops, {}),
     ('if crop_from == "seen"', 'if crop_from != "seen"', test_crop_from_seen, {}),
-    ("min(max(round(x - w / 2), 0), source.width - w)", "max(round(x - w / 2), 0)", test_crop_window, dict(size=(500, 337))),
+    ("min(max(round(c - s / 2), 0) // 4 * 4, size - s)", "max(round(c - s / 2), 0) // 4 * 4", test_crop_window, dict(size=(500, 337))),
+    ("round(c - s / 2)", "round(c)", test_crop_window, dict(size=(448, 448))),
     ("min(vlm.spec.window, source.height)", "vlm.spec.window", test_crop_window, dict(size=(60, 40))),
     ("side * h / vlm.spec.window", "side * w / vlm.spec.window", test_crop_window, dict(size=(5, 700))),
     ("max(abs(x), abs(y)) < 1e6 and", "", test_read_call, dict(text=data.tool_call("9" * 400, 4), point=None)),
