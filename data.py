@@ -16,7 +16,7 @@ import argparse, hashlib, json, os, random, re, sys, zlib
 from dataclasses import asdict, dataclass, field
 
 import numpy as np
-from PIL import Image, ImageFile
+from PIL import Image
 
 Image.MAX_IMAGE_PIXELS = 200_000_000        # screenshots of several screens are legitimate; a decompression bomb is not
 
@@ -397,9 +397,11 @@ def from_univg(row, where, scale=1000.0):
             "category": [row["task"]] if "task" in row else [], "targets": [{"image": named_image(question, len(paths)), "norm_box": box}]}
 
 
-def from_mig(row, where):
-    """MIG-Bench, original file: a box on 0-1 of an image that the task implies."""
-    out = from_univg(row, where, scale=1.0)
+def from_mig(row, where, scale=1.0):
+    """MIG-Bench: a box on 0-1 (the original file; UniVG-R1's revised one: 0-1000) of an image that the task implies."""
+    out = from_univg(row, where, scale)
+    if scale == 1.0 and max(out["targets"][0]["norm_box"]) > 1.5:
+        raise DataError(f"{where}answer {row['answer']} is not on 0-1; is this the revised file? Its name here is mig_bench_revised")
     fixed = {"region": 0, "correspondence": 1, "diff": 1, "view_diff": 1, "refer_grounding": 1}
     text = str(row.get("additional_info")) if row.get("task") == "group_grounding" else out["question"]
     out["targets"][0]["image"] = fixed.get(str(row.get("task")), named_image(text, len(out["images"])))
@@ -415,7 +417,8 @@ def from_screenspot(row, where):
             "category": [name.split("_")[0], str(row.get("data_type"))]}
 
 
-CONVERTERS = {"vigorl": from_vigorl, "univg-r1": from_univg, "mig_bench": from_mig, "screenspot": from_screenspot}
+CONVERTERS = {"vigorl": from_vigorl, "univg-r1": from_univg, "screenspot": from_screenspot, "mig_bench": from_mig,
+              "mig_bench_revised": lambda row, where: from_mig(row, where, 1000.0)}
 
 
 # ----------------------------------------------------------------------------------------------------------------------

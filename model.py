@@ -179,6 +179,8 @@ class VLM:
                 out = self.model.model.get_image_features(torch.cat([v.patches for v in batch]).to(self.device, self.dtype),
                                                           torch.tensor([v.grid for v in batch]).to(self.device), return_dict=True)
             deep = getattr(out, "deepstack_features", None) or []
+            if deep and torch.is_tensor(deep[0]):                          # transformers 5.17 leaves these in one piece
+                deep = [d.split([v.tokens() for v in batch]) for d in deep]
             for i, v in enumerate(batch):
                 v.features, v.deep, v.patches = out.pooler_output[i], [layer[i] for layer in deep], None
 
@@ -322,6 +324,7 @@ def load(name, device="auto", dtype="auto", max_pixels=0, quiet=False):
     else:
         fail(f"unknown model {name!r}; expected one of {', '.join(MODELS)} or a checkpoint folder")
     device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    asked = dtype != "auto"
     dtype = (torch.bfloat16 if device.startswith("cuda") and name != "tiny" else torch.float32) if dtype == "auto" else getattr(torch, dtype)
     try:
         model = transformers.AutoModelForImageTextToText.from_pretrained(spec.path, dtype=dtype, attn_implementation="sdpa").to(device)
@@ -332,7 +335,8 @@ def load(name, device="auto", dtype="auto", max_pixels=0, quiet=False):
              + ("" if os.path.isdir(spec.path) else "; its weights come from the Hugging Face hub, which needs a network or a filled cache (HF_HOME)"))
     vlm = VLM(model, tokenizer, processor, name, dataclasses.replace(spec, max_pixels=max_pixels or spec.max_pixels))
     if not quiet:
-        why = "the GPU's tensor cores want it" if dtype == torch.bfloat16 else "asked for" if device.startswith("cuda") else "bf16 is slower on most CPUs"
+        why = ("asked for" if asked else "the GPU's tensor cores want it" if dtype == torch.bfloat16 else "bf16 is slower on most CPUs"
+               if device == "cpu" else "it is small")
         n = sum(p.numel() for p in model.parameters())
         print(f"{name}: {n / 1e6:.2f} M parameters ({sum(p.numel() for p in vlm.parameters()) / 1e6:.2f} M trained, vision tower frozen), "
               f"{str(dtype)[6:]} ({why}), attention sdpa, on {torch.cuda.get_device_name() if device.startswith('cuda') else f'{torch.get_num_threads()} CPU threads'}")

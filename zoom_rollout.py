@@ -99,8 +99,8 @@ def read_call(text):
 def draw(logits, u, temperature):
     """Sample by inverse transform: logits (B, V), u (B,) uniform -> tokens (B,), their log-probabilities (B,).
 
-    One uniform number, fixed beforehand, decides each token of each episode: the same seed gives the same tokens however
-    the rows are batched. No top-p or top-k: the trainer could not reproduce the log-probabilities."""
+    One uniform number, fixed before the rollout begins, decides each token of each episode: which rows are still running
+    changes nothing for the others. No top-p or top-k: the trainer could not reproduce the log-probabilities."""
     logprobs = torch.log_softmax(logits / (temperature or 1.0), -1)
     if temperature == 0:
         tokens = logprobs.argmax(-1)
