@@ -51,7 +51,7 @@ class Config:
 def oracle(vlm, sample, rng, max_zooms=3):
     """A trace for a toy sample from its ground truth -> the assistant's turns. For `search` it knows every object but not
     what looking is for: it goes to a random object, often stops at a wrong one and reports that one's pattern, and now and
-    then guesses at once. The form is right, the behavior is not: that is left for RL to find. The other tasks name a wrong
+    then guesses at once, or because it was forced to. The form is right, the behavior is not: that is left for RL to find. The other tasks name a wrong
     object one time in three."""
     scene, view = sample.meta["scenes"][0], vlm.view(sample.images[0])
     objects = scene["objects"]
@@ -61,8 +61,9 @@ def oracle(vlm, sample, rng, max_zooms=3):
         return view.from_source(x, y)
 
     if sample.category == ["search"]:
-        if rng.random() < 0.2 or max_zooms == 0:
-            return [f"<think> The {objects[0]['name']} may be at {near(objects[0])}. </think>\n<answer> {rng.choice(sample.options)} </answer>"]
+        if rng.random() < 0.25 or max_zooms == 0:
+            thought = data.FORCE if rng.random() < 0.5 else f"<think> The {objects[0]['name']} may be at {near(objects[0])}. </think>\n<answer>"
+            return [f"{thought} {rng.choice(sample.options)} </answer>"]
         turns, order, before = [], rng.sample(objects, len(objects)), ""   # `before`: what the last crop showed
         for k, o in enumerate(order[:max_zooms]):
             x, y = near(o)

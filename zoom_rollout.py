@@ -159,6 +159,7 @@ def respond(vlm, e, text, ended=True, forced=False, zooms_left=1, crop_from="sou
 def replay(vlm, sample, texts, style="zoom", max_zooms=3):
     """A trace (the assistant's turns as text) -> the Episode that would have produced it, for supervised fine-tuning."""
     e = begin(vlm, sample, style)
+    max_zooms = 0 if texts[0].startswith(data.FORCE) else max_zooms                 # a trace in which no zoom was allowed
     if style == "zoom" and max_zooms == 0:
         e.say(vlm, vlm.ids(data.FORCE), sampled=False)
     for k, text in enumerate(texts):
