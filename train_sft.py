@@ -57,7 +57,7 @@ def oracle(vlm, sample, rng, max_zooms=3):
     objects = scene["objects"]
 
     def near(o, view=view):
-        x, y = (c + rng.uniform(-0.3, 0.3) * o["radius"] for c in o["center"])
+        x, y = (c + rng.uniform(-0.15, 0.15) * o["radius"] for c in o["center"])
         return view.from_source(x, y)
 
     if sample.category == ["search"]:
@@ -160,8 +160,8 @@ def warm_start(vlm, style, traces="oracle", task="search", questions=None, n=100
 # ----------------------------------------------------------------------------------------------------------------------
 # Pretraining. Pointing alone hardly teaches a small model to look: the name it must say stands in the prompt. A mixture in
 # which the image must be read to predict the text does. So a lesson is a chat about one scene: list what is there, name
-# what is at a point, point to, box, compare, and say what a crop shows. No lesson zooms, thinks or answers in tags: that
-# behavior is the warm start's and RL's to teach.
+# what is at a point, point to, box, compare, and say what a crop shows. Then come drills in the protocol's form, told
+# where to zoom. Where to zoom for a question, when, and when to answer is left for the warm start and RL.
 
 def at(view, o):
     x, y = view.from_source(*o["center"])
@@ -248,17 +248,34 @@ def lesson(vlm, rng, progress=1.0):
     return e
 
 
-class Lessons(torch.utils.data.IterableDataset):
-    """An endless stream of batches, drawn in a worker process while the model trains."""
+def drill(vlm, rng):
+    """-> Episode in the zoom protocol, told where to zoom: what an instruction-tuned model brings along (it can write a tool
+    call and read what comes back), but not what a question calls for."""
+    scene = data.make_scene(rng, **data.DIFFICULTY[rng.choice(("easy", "medium"))])
+    image = data.draw(scene)
+    view, chosen = vlm.view(image), rng.sample(scene["objects"], rng.randint(1, 2))
+    spots = [view.from_source(*(c + rng.uniform(-0.3, 0.3) * o["radius"] for c in o["center"])) for o in chosen]
+    where = [f"the {o['name']}" if rng.random() < 0.5 else str(spot) for o, spot in zip(chosen, spots)]
+    turns, before = [], ""
+    for o, (x, y) in zip(chosen, spots):
+        turns.append(f"<think>{before} The {o['name']} may be at ({x}, {y}). </think>\n{data.tool_call(x, y)}")
+        before = f" This is the {o['name']}, {o['pattern']}."
+    turns.append(f"<think>{before[:-1]}, at ({x}, {y}). </think>\n<answer> {o['pattern']} </answer>")
+    options = rng.sample(list(data.PATTERNS), len(data.PATTERNS))
+    return zoom_rollout.replay(vlm, Sample("", [image], f"Zoom into {', then '.join(where)}.", "choice", options), turns)
 
-    def __init__(self, vlm, seed, batch, ramp):
-        self.vlm, self.seed, self.batch, self.ramp = vlm, seed, batch, ramp
+
+class Lessons(torch.utils.data.IterableDataset):
+    """An endless stream of batches, drawn in a worker process while the model trains. make(vlm, rng, progress) -> Episode"""
+
+    def __init__(self, vlm, make, seed, batch, ramp):
+        self.vlm, self.make, self.seed, self.batch, self.ramp = vlm, make, seed, batch, ramp
 
     def __iter__(self):
         rng, made = random.Random(self.seed), 0
         torch.set_num_threads(1)
         while True:
-            pool = [lesson(self.vlm, rng, min(1.0, made / self.ramp)) for _ in range(4 * self.batch)]
+            pool = [self.make(self.vlm, rng, min(1.0, made / self.ramp)) for _ in range(4 * self.batch)]
             pool, made = sorted(pool, key=lambda e: len(e.ids)), made + 4                                     # little padding
             batches = [pool[i:i + self.batch] for i in range(0, len(pool), self.batch)]
             for episodes in rng.sample(batches, 4):
@@ -268,35 +285,43 @@ class Lessons(torch.utils.data.IterableDataset):
                 yield episodes
 
 
-def pretrain(out, steps=10_000, seed=0, batch=24, lr=1.5e-3, save_every=500):
-    """The tiny model from nothing -> its folder `out`. Saved every so often, so that a look at it need not wait."""
-    rng, stub = random.Random(seed), model.make_tiny(["a"], data.PHRASES)
+def drills_and_lessons(vlm, rng, progress):
+    return drill(vlm, rng) if rng.random() < 0.6 else lesson(vlm, rng)
+
+
+def pretrain(out, steps=10_000, seed=0):
+    """The tiny model from nothing -> its folder `out`: lessons, then a shorter course of drills among lessons."""
+    rng, stub, began = random.Random(seed), model.make_tiny(["a"], data.PHRASES), time.time()
     texts = [stub.text([t for t in lesson(stub, rng).ids if t != stub.image_token]) for _ in range(2000)]
     texts += [" The may be at. Look at. This is nothing, not the. Click the Image 1 shows. It"] * 200      # and the traces' words
     texts += [data.prompt(s)[1] for t in data.TASKS for s in data.toy(t, "train", 30)]
     vlm = model.make_tiny(texts, data.PHRASES, seed)
     vlm.model.requires_grad_(True)                                         # here the vision tower learns too
-    params = list(vlm.model.parameters())
-    print(f"pretraining {sum(p.numel() for p in params) / 1e6:.2f} M parameters, vocabulary {len(vlm.tokenizer)}, {steps} steps")
+    learn(vlm, lesson, steps, 1.5e-3, seed)
+    model.replace_folder(vlm.save(out), out)                               # a first look need not wait for the drills
+    learn(vlm, drills_and_lessons, steps // 10, 8e-4, seed)
+    ship(vlm, out, steps, seed, (time.time() - began) / 60)
+
+
+def learn(vlm, make, steps, lr, seed, batch=24):
+    """Next-token loss on the teacher's words; the learning rate goes up, stays, and falls to 0 in the last 30 % of the steps."""
+    params, began, log = list(vlm.model.parameters()), time.time(), []
+    print(f"{make.__name__}: {sum(p.numel() for p in params) / 1e6:.2f} M parameters, vocabulary {len(vlm.tokenizer)}, {steps} steps")
     # A wide input moves its output a lot per unit of lr: patches have 1176 values, hidden states 128.
     optimizer = model.AdamW(params, lr, betas=(0.9, 0.98), weight_decay=0.01, scale=lambda p: min(1.0, 128 / p[0].numel()) ** 0.5)
-    stream = iter(torch.utils.data.DataLoader(Lessons(vlm, seed, batch, 0.1 * steps), batch_size=None, num_workers=1, prefetch_factor=4))
-    began, log = time.time(), []
+    lessons = Lessons(vlm, make, seed, batch, 0.1 * steps)
+    stream = iter(torch.utils.data.DataLoader(lessons, batch_size=None, num_workers=1, prefetch_factor=4))
     for step in range(steps):
         episodes = next(stream)
         vlm.encode([v for e in episodes for v in e.views], grad=True)
         logprobs, _, mask = vlm.logprobs(episodes)
         loss = -logprobs.sum() / mask.sum()
         loss.backward()
-        optimizer.step(lr * min(1, (step + 1) / 100, (steps - step) / (0.3 * steps)))          # up, flat, and down to 0 in the last 30 %
+        optimizer.step(lr * min(1, (step + 1) / 100, (steps - step) / (0.3 * steps)))
         log.append(loss.item())
         if (step + 1) % 100 == 0:
-            spent = time.time() - began
-            print(f"step {step + 1}/{steps} | loss {sum(log[-100:]) / 100:.4f} | {spent / (step + 1):.3f} s/step | "
-                  f"{spent / (step + 1) * (steps - step - 1) / 60:.0f} min left", flush=True)
-        if (step + 1) % save_every == 0:
-            model.replace_folder(vlm.save(out), out)
-    ship(vlm, out, steps, seed, (time.time() - began) / 60)
+            spent = (time.time() - began) / (step + 1)
+            print(f"step {step + 1}/{steps} | loss {sum(log[-100:]) / 100:.4f} | {spent:.3f} s/step | {spent * (steps - step - 1) / 60:.0f} min left", flush=True)
 
 
 def ship(vlm, out, steps, seed, minutes):
@@ -314,18 +339,19 @@ byte-level BPE of {len(vlm.tokenizer)} tokens. Made from nothing, seed {seed}, {
 
     python train_sft.py --pretrain
 
-What it can do, greedily, on 200 held-out toy scenes each (`train_sft.skills`; no warm start, no tool, plain questions):
+What it can do, greedily, on 200 fresh toy scenes each (`train_sft.skills`; no warm start, no tool, plain questions):
 
 {chr(10).join(f"- {skill}: {rate:.1%}" for skill, rate in measured.items())}
 
-It has never seen a tool call, a thought or an answer tag, and knows nothing but the toy world of `data.py`.
+It knows nothing but the toy world of `data.py`. It can write a tool call when told where to zoom, and read the crop; it has never seen the search
+question, nor been told what zooming is good for.
 """)
     model.replace_folder(tmp, out)
     print(measured)
 
 
 def skills(vlm, n=200, seed=0):
-    """What the tiny model can do before any warm start, greedily, on scenes held out from pretraining -> dict of rates."""
+    """What the tiny model can do before any warm start, greedily, on fresh scenes -> dict of rates."""
     rng, ask = random.Random(seed), {"point": [], "read a crop": [], "box": []}
     for s in data.toy("point", "test", n, f"skills{seed}"):
         o, view = s.meta["scenes"][0]["objects"][0], vlm.view(s.images[0])
