@@ -39,16 +39,17 @@ class Config:
     crop_from: Literal["source", "seen"] = "source"     # what a zoom cuts from: the stored image, or the shrunken copy (ViGoRL)
 
     traces: str = "oracle"          # warm start: "oracle" (toy world), a JSONL file of traces for --data, or "" for none
-    sft_n: int = 1000               # traces from the oracle
+    sft_n: int = 1200               # traces from the oracle
     sft_epochs: int = 1             # passes over them
     sft_batch: int = 8              # traces per optimizer step
-    sft_lr: float = 3e-3            # peak learning rate of the warm start (ViGoRL on a 3B: 1e-6)
+    sft_lr: float = 5e-4            # peak learning rate of the warm start (ViGoRL on a 3B: 1e-6)
 
     steps: int = 40                 # RL steps
     num_prompts: int = 16           # prompts per step (ViGoRL: 128)
     group_size: int = 8             # rollouts per prompt
+    blind_prompts: int = 2          # of them, that many may not zoom and must answer at once
     num_minibatches: int = 1        # optimizer steps per batch of rollouts; beyond 1 the clip begins to matter
-    lr: float = 4e-4                # constant after 3 steps of warm-up (papers, at 3B-7B: 1e-6)
+    lr: float = 3e-4                # constant after 3 steps of warm-up (papers, at 3B-7B: 1e-6)
     clip_grad: float = 1.0          # largest gradient norm
     max_zooms: int = 3              # crops per episode; then an answer is forced
     max_new_tokens: int = 48        # per turn (a real model: 512 or more)
@@ -87,7 +88,10 @@ def train_step(vlm, ref, optimizer, samples, cfg, step):
     began, P, G = time.time(), len(samples), cfg.group_size
 
     # 2. roll out: G episodes per prompt, all of prompt 0 first
-    episodes = zoom_rollout.rollout(vlm, samples, G, seed=cfg.seed * 1_000_003 + step, **rollout_options(cfg))
+    blind = cfg.blind_prompts if data.STYLES[cfg.recipe] == "zoom" and P > cfg.blind_prompts else 0
+    episodes = zoom_rollout.rollout(vlm, samples[blind:], G, seed=cfg.seed * 1_000_003 + step, **rollout_options(cfg))
+    if blind:                                                             # without a zoom: to answer when told to must stay learned
+        episodes = zoom_rollout.rollout(vlm, samples[:blind], G, seed=cfg.seed * 1_000_003 + step, zoom="off", **rollout_options(cfg)) + episodes
     rolled = time.time()
 
     # 3. reward: rules on the text and on what the calls led to

@@ -62,7 +62,7 @@ def oracle(vlm, sample, rng, max_zooms=3):
 
     if sample.category == ["search"]:
         if rng.random() < 0.25 or max_zooms == 0:
-            thought = data.FORCE if rng.random() < 0.5 else f"<think> The {objects[0]['name']} may be at {near(objects[0])}. </think>\n<answer>"
+            thought = data.FORCE if rng.random() < 0.7 else f"<think> The {objects[0]['name']} may be at {near(objects[0])}. </think>\n<answer>"
             return [f"{thought} {rng.choice(sample.options)} </answer>"]
         turns, order, before = [], rng.sample(objects, len(objects)), ""   # `before`: what the last crop showed
         for k, o in enumerate(order[:max_zooms]):
