@@ -159,22 +159,23 @@ RECIPES = {"search": "vigorl-zoom", "point": "vigorl", "relation": "vigorl", "bo
 ASK = {"search": ask_search, "point": ask_point, "relation": ask_relation, "boxes": ask_boxes}
 
 
+def split_scene(rng, split, **look):
+    """`make_scene` until one belongs to the split, by a hash of what it shows: one in five to test."""
+    while True:
+        scene = make_scene(rng, **look)
+        shows = sorted((o["name"], o["center"]) for o in scene["objects"])
+        if (zlib.crc32(repr(shows).encode()) % 5 == 0) == (split == "test"):
+            return scene
+
+
 def toy(task, split, n, seed=0, difficulty="medium", side=SIDE):
-    """n samples of a toy task. `split` is "train" or "test": a scene belongs to one of them by a hash of what it shows
-    (one in five to test), so the two can never share a scene, whatever the seeds."""
+    """n samples of a toy task. `split` is "train" or "test", which can never share a scene, whatever the seeds."""
     if task not in ASK:
         raise DataError(f"unknown toy task {task!r}: expected one of {', '.join(TASKS)}")
     if difficulty not in DIFFICULTY:
         raise DataError(f"unknown difficulty {difficulty!r}: expected one of {', '.join(DIFFICULTY)}")
     rng = random.Random(f"{task}/{split}/{seed}")
-
-    def new_scene(names=None):
-        while True:
-            scene = make_scene(rng, **DIFFICULTY[difficulty], side=side, names=names)
-            look = sorted((o["name"], o["center"]) for o in scene["objects"])
-            if (zlib.crc32(repr(look).encode()) % 5 == 0) == (split == "test"):
-                return scene
-
+    new_scene = lambda names=None: split_scene(rng, split, **DIFFICULTY[difficulty], side=side, names=names)
     samples = []
     for i in range(n):
         scenes, asked = ASK[task](rng, new_scene)

@@ -41,7 +41,7 @@ class Config:
     max_pixels: int = 0             # of a prompt image as fed; 0: the model's default
     seed: int = 0                   # of scenes, traces and order
     pretrain: bool = False          # make the tiny model from nothing instead: --steps, --out
-    steps: int = 10_000             # of pretraining
+    steps: int = 16_000             # of pretraining
     out: str = ""                   # of pretraining (default: checkpoints/tiny)
 
 
@@ -189,7 +189,7 @@ def lesson(vlm, rng, progress=1.0):
     def new_scene(names=None):
         level = "first" if rng.random() > 0.2 + progress else rng.choices(("first", "easy", "medium", "hard"), (2, 3, 4, 1))[0]
         look = dict(objects=(1, 2), radius=(46, 60)) if level == "first" else data.DIFFICULTY[level]
-        return data.make_scene(rng, **look, names=names)
+        return data.split_scene(rng, "train", **look, names=names)
 
     e = Episode(None, [], [], [], [])
     e.say(vlm, vlm.chat("system", data.SYSTEM["boxes"]), sampled=False)
@@ -235,7 +235,7 @@ def lesson(vlm, rng, progress=1.0):
     def everything(o):
         return "List the objects.", ", ".join(f"{o['name']} {at(view, o)}" for o in left_to_right)
 
-    kind = rng.choices([everything, point, name, alike, box, relation, show], weights=[5, 4, 2, 1, 1, 1, 6])[0]
+    kind = rng.choices([everything, point, name, alike, box, relation, show], weights=[6, 5, 2, 1, 2, 1, 4])[0]
     if kind is show:
         crop, seen = show(vlm, rng, view, objects)
         if rng.random() < 0.5:                                             # as in a rollout: after a look at the whole
@@ -250,19 +250,22 @@ def lesson(vlm, rng, progress=1.0):
 
 def drill(vlm, rng):
     """-> Episode in the zoom protocol, told where to zoom: what an instruction-tuned model brings along (it can write a tool
-    call and read what comes back), but not what a question calls for."""
-    scene = data.make_scene(rng, **data.DIFFICULTY[rng.choice(("easy", "medium"))])
+    call, read what comes back, and pick an option when it must answer), but not what a question calls for."""
+    scene = data.split_scene(rng, "train", **data.DIFFICULTY[rng.choice(("easy", "medium", "medium"))])
     image = data.draw(scene)
-    view, chosen = vlm.view(image), rng.sample(scene["objects"], rng.randint(1, 2))
-    spots = [view.from_source(*(c + rng.uniform(-0.3, 0.3) * o["radius"] for c in o["center"])) for o in chosen]
-    where = [f"the {o['name']}" if rng.random() < 0.5 else str(spot) for o, spot in zip(chosen, spots)]
+    view, chosen, forced = vlm.view(image), rng.sample(scene["objects"], rng.randint(1, 2)), rng.random() < 0.2
+    options = rng.sample(list(data.PATTERNS), len(data.PATTERNS))
+    spots = [view.from_source(*(c + rng.uniform(-0.15, 0.15) * o["radius"] for c in o["center"])) for o in chosen]
+    where = [f"the {o['name']}" if rng.random() < 0.7 else str(spot) for o, spot in zip(chosen, spots)]
+    sample = Sample("", [image], f"Zoom into {', then '.join(where)}.", "choice", options)
+    if forced and rng.random() < 0.5:                                      # without a look: any option
+        return zoom_rollout.replay(vlm, sample, [f"{data.FORCE} {rng.choice(options)} </answer>"])
     turns, before = [], ""
     for o, (x, y) in zip(chosen, spots):
         turns.append(f"<think>{before} The {o['name']} may be at ({x}, {y}). </think>\n{data.tool_call(x, y)}")
         before = f" This is the {o['name']}, {o['pattern']}."
-    turns.append(f"<think>{before[:-1]}, at ({x}, {y}). </think>\n<answer> {o['pattern']} </answer>")
-    options = rng.sample(list(data.PATTERNS), len(data.PATTERNS))
-    return zoom_rollout.replay(vlm, Sample("", [image], f"Zoom into {', then '.join(where)}.", "choice", options), turns)
+    opening = data.FORCE if forced else f"<think>{before[:-1]}, at ({x}, {y}). </think>\n<answer>"
+    return zoom_rollout.replay(vlm, sample, turns + [f"{opening} {o['pattern']} </answer>"], max_zooms=len(turns) if forced else 3)
 
 
 class Lessons(torch.utils.data.IterableDataset):
@@ -289,17 +292,17 @@ def drills_and_lessons(vlm, rng, progress):
     return drill(vlm, rng) if rng.random() < 0.6 else lesson(vlm, rng)
 
 
-def pretrain(out, steps=10_000, seed=0):
+def pretrain(out, steps=16_000, seed=0):
     """The tiny model from nothing -> its folder `out`: lessons, then a shorter course of drills among lessons."""
     rng, stub, began = random.Random(seed), model.make_tiny(["a"], data.PHRASES), time.time()
     texts = [stub.text([t for t in lesson(stub, rng).ids if t != stub.image_token]) for _ in range(2000)]
-    texts += [" The may be at. Look at. This is nothing, not the. Click the Image 1 shows. It"] * 200      # and the traces' words
+    texts += [" The may be at. Look at. This is nothing, not the. Click the Image 1 shows. It lined barred slanted checked"] * 200   # and the traces' words
     texts += [data.prompt(s)[1] for t in data.TASKS for s in data.toy(t, "train", 30)]
     vlm = model.make_tiny(texts, data.PHRASES, seed)
     vlm.model.requires_grad_(True)                                         # here the vision tower learns too
     learn(vlm, lesson, steps, 1.5e-3, seed)
     model.replace_folder(vlm.save(out), out)                               # a first look need not wait for the drills
-    learn(vlm, drills_and_lessons, steps // 10, 8e-4, seed)
+    learn(vlm, drills_and_lessons, steps // 8, 8e-4, seed)
     ship(vlm, out, steps, seed, (time.time() - began) / 60)
 
 
