@@ -99,7 +99,7 @@ def run(vlm, samples, zoom="on", style="zoom", recipe="vigorl-zoom", temperature
         max_zooms=3, views=None, **options):
     """One scored episode per sample. zoom: a key of MODES; options: rollout's. -> list[Episode] in the order of the samples"""
     episodes, right = [], 0
-    with tqdm(total=len(samples), desc=MODES[zoom], unit=" questions", disable=not progress) as bar:
+    with tqdm(total=len(samples), desc=MODES[zoom], unit=" questions", disable=None if progress else True) as bar:
         for i in range(0, len(samples), batch):
             new = zoom_rollout.rollout(vlm, samples[i:i + batch], 1, zoom=zoom, style=style, temperature=temperature, seed=seed + i,
                                        max_zooms=max_zooms, views=views and views[i:i + batch], **options)

@@ -343,6 +343,12 @@ def load(name, device="auto", dtype="auto", max_pixels=0, quiet=False):
     return vlm
 
 
+def is_tiny(name):
+    """Is this name, or this checkpoint folder, the tiny model?"""
+    card = os.path.join(name, "vlm.json")
+    return name == "tiny" or os.path.exists(card) and json.load(open(card))["name"] == "tiny"
+
+
 TINY_THETA = 30.0
 TINY = dict(hidden=128, layers=3, heads=4, kv_heads=2, mlp=384, vocab=640, vision=64, vision_layers=2, vision_mlp=128, vision_heads=4)
 
@@ -470,9 +476,10 @@ def make_dir(path):
     return path
 
 
-def cli(Config, argv=None, description=""):
+def cli(Config, argv=None, description="", presets=None):
     """A flat dataclass -> its instance from the command line. Flags are the field names with dashes; the trailing comment
-    of a field is its help; a flag that no field has is an error; what differs from the default is printed."""
+    of a field is its help; a flag that no field has is an error; what differs from the default is printed.
+    presets(config) -> other defaults {field: value}, once it is known what was asked for."""
     helps = dict(re.findall(r"^    (\w+):[^#\n]*# (.*)$", inspect.getsource(Config), re.M))
     parser = argparse.ArgumentParser(description=description.strip().split("\n")[0], allow_abbrev=False)
     for f in dataclasses.fields(Config):
@@ -484,6 +491,9 @@ def cli(Config, argv=None, description=""):
         else:
             parser.add_argument(flag, type=f.type, default=f.default, help=note)
     config = Config(**vars(parser.parse_args(argv)))
+    if presets:
+        parser.set_defaults(**presets(config))
+        config = Config(**vars(parser.parse_args(argv)))
     changed = {f.name: getattr(config, f.name) for f in dataclasses.fields(Config) if getattr(config, f.name) != f.default}
     print("settings: " + (", ".join(f"{k} = {v!r}" for k, v in changed.items()) or "all at their defaults"))
     return config

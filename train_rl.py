@@ -13,12 +13,11 @@ Left out of the papers, and why. ViGoRL: 16 optimizer steps per batch of rollout
 a reference model by default (`kl_coef` > 0 brings it back; later work finds no use for it). UniVG-R1: rollouts cut at 256
 tokens still train there and here; its difficulty weights are a flag here (`difficulty_weight`). Several GPUs: not yet.
 """
-import copy, json, os, random, signal, time
+import json, os, random, signal, time
 from dataclasses import asdict, dataclass
 from typing import Literal
 
 import torch
-from tqdm import tqdm
 
 import data, evaluate, grpo, model, rewards, train_sft, zoom_rollout
 
@@ -70,6 +69,10 @@ class Config:
     save_every: int = 10            # steps between checkpoints
     device: str = "auto"            # cpu, cuda, cuda:1
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"      # of the forward passes; updates are kept in fp32
+
+
+# Other defaults for models that are not tiny. Papers: ViGoRL 1e-6 for both, 128 prompts of 5 episodes on eight GPUs.
+REAL = dict(num_prompts=8, blind_prompts=1, max_new_tokens=512, lr=1e-6, sft_lr=5e-6)
 
 
 def questions(cfg, vlm, step):
@@ -183,61 +186,49 @@ def log_line(m, cfg, left):
 
 
 def main():
-    cfg = model.cli(Config, description=__doc__)
+    cfg = model.cli(Config, description=__doc__, presets=lambda c: {} if model.is_tiny(c.model) else REAL)
     began, run = time.time(), model.make_dir(os.path.join("runs", cfg.name))
     checkpoint, path = os.path.join(run, "checkpoint"), lambda name: os.path.join(run, name)
     cfg.recipe = cfg.recipe or ("vigorl-zoom" if cfg.data else data.RECIPES[cfg.task])
-    if cfg.data:
-        cfg.rows = random.Random(cfg.seed).sample(rows := data.read_jsonl(cfg.data, cfg.images or None), len(rows))
-        held_out, cfg.rows = cfg.rows[:(n := min(cfg.eval_n, max(len(rows) // 10, 1)))], cfg.rows[n:] or cfg.rows
+    rows = data.read_jsonl(cfg.data, cfg.images or None) if cfg.data else []
     settings = asdict(cfg)
-    if cfg.resume:
-        state = json.load(open(f"{checkpoint}/state.json")) if os.path.exists(f"{checkpoint}/state.json") else model.fail(f"nothing to resume in {checkpoint}")
-        differ = [f"{k} ({state['config'].get(k)!r} there, {v!r} here)" for k, v in settings.items()
-                  if k not in ("resume", "steps", "name") and state["config"].get(k) != v]
-        if differ:
-            model.fail(f"{checkpoint} was made with other settings: {', '.join(differ)}")
-
-    toy_on_real = 448 * 448 if cfg.model != "tiny" and not cfg.data and not os.path.isdir(cfg.model) else 0
-    vlm = model.load(checkpoint if cfg.resume else cfg.model, cfg.device, cfg.dtype, cfg.max_pixels or toy_on_real)
-    if not cfg.data:
-        held_out = data.toy(cfg.task, "test", cfg.eval_n, cfg.seed, cfg.difficulty, vlm.toy_side)
-    model.write_json(path("config.json"), settings)
+    state = resumable(checkpoint, settings) if cfg.resume else None
+    vlm = model.load(checkpoint if cfg.resume else cfg.model, cfg.device, cfg.dtype,
+                     cfg.max_pixels or (0 if cfg.data or model.is_tiny(cfg.model) else 448 * 448))
+    held_out, cfg.rows = split(cfg, vlm, rows)
 
     if cfg.resume:
-        first, before, spent = state["step"], state["before"], state["seconds"]
+        first, before, spent, sections = state["step"], state["before"], state["seconds"], []
+        for name in ("metrics.jsonl", "episodes.jsonl"):                   # rows of steps after the checkpoint are run again
+            kept = [line for line in open(path(name)) if json.loads(line)["step"] < first]
+            open(path(name), "w").writelines(kept)
     else:
-        first, spent = 0, 0.0
         for name in ("metrics.jsonl", "episodes.jsonl"):
             open(path(name), "w").close()
         if cfg.traces:
-            losses, pairs = train_sft.warm_start(vlm, data.STYLES[cfg.recipe], cfg.traces, cfg.task, cfg.data and rows, cfg.sft_n, cfg.sft_epochs,
-                                                 cfg.sft_batch, cfg.sft_lr, difficulty=cfg.difficulty, max_zooms=cfg.max_zooms, side=vlm.toy_side, seed=cfg.seed)
+            losses, pairs = train_sft.warm_start(vlm, data.STYLES[cfg.recipe], cfg.traces, cfg.task, rows, cfg.sft_n, cfg.sft_epochs,
+                                                 cfg.sft_batch, cfg.sft_lr, cfg.difficulty, cfg.max_zooms, vlm.toy_side, cfg.seed)
             print(f"warm start: {len(pairs)} traces, loss {losses[0]:.2f} -> {losses[-1]:.2f}, {time.time() - began:.0f} s")
         shown = measure(vlm, cfg, held_out, "before RL")
-        before = {mode: s for mode, (s, _) in shown.items()}
-    sections = [] if cfg.resume else [("before RL", shown["on"][1])]
-
-    ref = model.VLM(copy.deepcopy(vlm.model), vlm.tokenizer, vlm.processor, vlm.name, vlm.spec) if cfg.kl_coef > 0 else None
+        first, before, spent, sections = 0, {mode: s for mode, (s, _) in shown.items()}, 0.0, [("before RL", shown["on"][1])]
+        if cfg.kl_coef > 0:
+            model.replace_folder(vlm.save(path("reference")), path("reference"))
+    model.write_json(path("config.json"), settings)
+    ref = model.load(path("reference"), cfg.device, cfg.dtype, vlm.spec.max_pixels, quiet=True) if cfg.kl_coef > 0 else None
     optimizer = model.AdamW(vlm.parameters(), cfg.lr, weight_decay=0.0)
     if cfg.resume:
         model.load_checkpoint(checkpoint, optimizer)
-        for name in ("metrics.jsonl", "episodes.jsonl"):                   # rows of steps after the checkpoint are run again
-            rows_kept = [line for line in open(path(name)) if json.loads(line)["step"] < first]
-            open(path(name), "w").writelines(rows_kept)
-
-    def save(step):
-        model.save_checkpoint(checkpoint, vlm, optimizer, {"step": step, "config": settings, "before": before, "seconds": spent + time.time() - began})
 
     stop = []
     signal.signal(signal.SIGINT, lambda *_: (stop.append(1), signal.signal(signal.SIGINT, signal.default_int_handler),
                                              print("\nstopping after this step; Ctrl-C again to stop at once")))
+    looped = time.time()
     for step in range(first, cfg.steps):
         # 1. sample prompts
         samples = questions(cfg, vlm, step)
         metrics, episodes = train_step(vlm, ref, optimizer, samples, cfg, step)
         # 7. log
-        left = (time.time() - began) / (step + 1 - first) * (cfg.steps - step - 1)
+        left = (time.time() - looped) / (step + 1 - first) * (cfg.steps - step - 1)
         print(log_line(metrics, cfg, left), flush=True)
         with open(path("metrics.jsonl"), "a") as f:
             f.write(json.dumps(metrics) + "\n")
@@ -245,28 +236,54 @@ def main():
             for e in (max(episodes, key=lambda e: e.parts["reward"]), min(episodes, key=lambda e: e.parts["reward"])):
                 f.write(json.dumps({"step": step, **evaluate.record(e)}) + "\n")
         if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps or stop:
-            save(step + 1)
+            model.save_checkpoint(checkpoint, vlm, optimizer, {"step": step + 1, "config": settings, "before": before,
+                                                               "seconds": spent + time.time() - began})
         if stop:
             print(f"stopped and saved; go on with: --name {cfg.name} --resume")
             return
+    finish(vlm, cfg, run, settings, held_out, before, sections, spent - began)
 
+
+def resumable(checkpoint, settings):
+    """The state of a checkpoint that was made with these settings; only --steps may differ."""
+    if not os.path.exists(f"{checkpoint}/state.json"):
+        model.fail(f"nothing to resume in {checkpoint}")
+    state = json.load(open(f"{checkpoint}/state.json"))
+    differ = [f"{k} ({state['config'].get(k)!r} there, {v!r} here)" for k, v in settings.items()
+              if k not in ("resume", "steps", "name") and state["config"].get(k) != v]
+    if differ:
+        model.fail(f"{checkpoint} was made with other settings: {', '.join(differ)}")
+    return state
+
+
+def split(cfg, vlm, rows):
+    """-> held-out samples, rows to train on (none in the toy world, which draws them step by step). One row in ten is held out."""
+    if not cfg.data:
+        return data.toy(cfg.task, "test", cfg.eval_n, cfg.seed, cfg.difficulty, vlm.toy_side), []
+    rows = random.Random(cfg.seed).sample(rows, len(rows))
+    n = min(cfg.eval_n, max(len(rows) // 10, 1))
+    return rows[:n], rows[n:] or rows
+
+
+def finish(vlm, cfg, run, settings, held_out, before, sections, spent):
+    """Measure again, and write summary.json and report.html. spent + the time now = seconds in all."""
     after = measure(vlm, cfg, held_out, "after RL")
-    curves = [json.loads(line) for line in open(path("metrics.jsonl"))]
+    curves = [json.loads(line) for line in open(os.path.join(run, "metrics.jsonl"))]
     on = after["on"][0]
-    summary = {"seconds": round(spent + time.time() - began, 1), "n": on["n"], "accuracy_before": before["on"]["accuracy"], "accuracy_after": on["accuracy"],
+    summary = {"seconds": round(spent + time.time(), 1), "n": on["n"], "accuracy_before": before["on"]["accuracy"], "accuracy_after": on["accuracy"],
                "low": on["low"], "high": on["high"], "chance": chance(held_out),
                "zooms_per_episode": sum(t.crop is not None for e in after["on"][1] for t in e.turns) / on["n"],
                "kl_samp_max": max((m["kl_samp_max"] for m in curves), default=0.0)}
     if "off" in after:
         summary |= {"accuracy_no_zoom": after["off"][0]["accuracy"], "accuracy_black_crop": after["black"][0]["accuracy"]}
-    model.write_json(path("summary.json"), summary)
+    model.write_json(os.path.join(run, "summary.json"), summary)
     cell = lambda s: f"{s['accuracy']:.1%} [{s['low']:.1%}, {s['high']:.1%}]"
     print(f"\n{'held-out accuracy':22s}{'before RL':24s}after RL      (95 % interval, n = {on['n']}, chance {summary['chance']:.0%})")
     for mode, (s, _) in after.items():
         print(f"{evaluate.MODES[mode]:22s}{cell(before[mode]):24s}{cell(s)}")
     table = [("", [evaluate.MODES[mode] for mode in after]), ("before RL", [before[mode] for mode in after]), ("after RL", [s for s, _ in after.values()])]
-    evaluate.report(path("report.html"), f"{cfg.task if not cfg.data else os.path.basename(cfg.data)}, {vlm.name}", curves=curves, table=table,
-                    settings={k: v for k, v in settings.items() if v != getattr(Config, k)},
+    evaluate.report(os.path.join(run, "report.html"), f"{cfg.task if not cfg.data else os.path.basename(cfg.data)}, {vlm.name}", curves=curves,
+                    table=table, settings={k: v for k, v in settings.items() if v != getattr(Config, k)},
                     episodes=sections + [(f"after RL, {evaluate.MODES[mode]}", es) for mode, (_, es) in after.items()])
     print(f"{summary['seconds']:.0f} s in all; {run}/report.html shows the episodes")
 
@@ -281,3 +298,5 @@ if __name__ == "__main__":
         main()
     except data.DataError as e:
         model.fail(str(e))
+    except KeyboardInterrupt:
+        model.fail("interrupted; what was saved last is in the run's checkpoint folder")

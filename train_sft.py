@@ -33,10 +33,10 @@ class Config:
     images: str = ""                # folder of the images of --data (default: the file's own)
     recipe: str = ""                # whose prompt: vigorl-zoom, vigorl, univg-r1; empty: what suits the task
     difficulty: str = "medium"      # of the toy world: easy, medium, hard
-    n: int = 1000                   # traces from the oracle
+    n: int = 1200                   # traces from the oracle
     epochs: int = 1                 # passes over the traces
     batch: int = 8                  # traces per optimizer step
-    lr: float = 3e-3                # peak learning rate, cosine with warm-up (ViGoRL on a 3B: 1e-6, UniVG-R1: 5e-6)
+    lr: float = 5e-4                # peak learning rate, cosine with warm-up (ViGoRL on a 3B: 1e-6, UniVG-R1: 5e-6)
     max_zooms: int = 3              # crops per episode
     max_pixels: int = 0             # of a prompt image as fed; 0: the model's default
     seed: int = 0                   # of scenes, traces and order
@@ -51,8 +51,8 @@ class Config:
 def oracle(vlm, sample, rng, max_zooms=3):
     """A trace for a toy sample from its ground truth -> the assistant's turns. For `search` it knows every object but not
     what looking is for: it goes to a random object, often stops at a wrong one and reports that one's pattern, and now and
-    then guesses at once, or because it was forced to. The form is right, the behavior is not: that is left for RL to find. The other tasks name a wrong
-    object one time in three."""
+    then guesses at once, or because it was forced to. The form is right, the behavior is not: that is left for RL to find.
+    In the other tasks one trace in three is about a random object."""
     scene, view = sample.meta["scenes"][0], vlm.view(sample.images[0])
     objects = scene["objects"]
 
@@ -111,7 +111,7 @@ def finetune(vlm, episodes, lr, epochs=1, batch=8, seed=0, progress=True):
     # A form never seen before starts with huge gradients; beta2 = 0.95 forgets their size in 20 steps, 0.999 not in this run.
     optimizer, rng, losses = model.AdamW(vlm.parameters(), lr, betas=(0.9, 0.95)), random.Random(seed), []
     steps = epochs * math.ceil(len(episodes) / batch)
-    bar = tqdm(total=steps, desc="warm start", disable=not progress, leave=False)
+    bar = tqdm(total=steps, desc="warm start", disable=None if progress else True, leave=False)
     for _ in range(epochs):
         order = rng.sample(range(len(episodes)), len(episodes))
         for i in range(0, len(order), batch):
@@ -146,7 +146,7 @@ def held_out_loss(vlm, episodes):
     return -sum(p[0].sum().item() for p in parts) / sum(p[2].sum().item() for p in parts)
 
 
-def warm_start(vlm, style, traces="oracle", task="search", questions=None, n=1000, epochs=1, batch=8, lr=3e-3, difficulty="medium",
+def warm_start(vlm, style, traces="oracle", task="search", questions=None, n=1200, epochs=1, batch=8, lr=5e-4, difficulty="medium",
                max_zooms=3, side=data.SIDE, seed=0):
     """Find traces, fine-tune on them (in place). -> (the loss of each step, the traces [(sample, turns)])."""
     rng = random.Random(f"traces/{seed}")
@@ -383,7 +383,7 @@ def answer(vlm, questions, max_new_tokens=24):
 
 
 def main():
-    cfg = model.cli(Config, description=__doc__)
+    cfg = model.cli(Config, description=__doc__, presets=lambda c: {} if model.is_tiny(c.model) else {"lr": 5e-6})
     if cfg.pretrain:
         folder = cfg.out or model.MODELS["tiny"].path
         model.make_dir(os.path.dirname(folder))
