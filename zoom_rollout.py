@@ -186,7 +186,7 @@ def rollout(vlm, samples, group_size=1, *, max_zooms=3, max_new_tokens=64, tempe
     cache = vlm.new_cache(len(prompts))
     logits, starts = vlm.extend(cache, [e.ids for e in prompts], [0] * len(prompts), [v for e in prompts for v in e.views])
     share = [p for p in range(len(prompts)) for _ in range(group_size)]             # a group shares one prefill
-    cache, logits, starts = cache.rows(torch.tensor(share, device=vlm.device)), logits[share], [starts[p] for p in share]
+    cache, logits, starts = cache.share(torch.tensor(share, device=vlm.device)), logits[share], [starts[p] for p in share]
     episodes = [Episode(e.sample, list(e.ids), list(e.sampled), list(e.logprobs), list(e.views), frames=e.frames)
                 for e in (prompts[p] for p in share)]
     u = torch.rand(len(share), limit + 1, max_new_tokens, generator=torch.Generator().manual_seed(seed), dtype=torch.double).to(vlm.device)
