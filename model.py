@@ -99,7 +99,8 @@ class KVCache:
     def __init__(self, layers, rows, device):
         self.keys, self.values = [None] * layers, [None] * layers
         self.lengths = torch.zeros(rows, dtype=torch.long, device=device)  # (B,) filled slots
-        self.slots, self.size, self.mask = None, 0, None                   # (B, Q) where the next update writes; slots in use
+        self.slots, self.mask = None, None                                 # (B, Q) where the next tokens go; what they see
+        self.size, self.capacity = 0, 0                                    # slots in use (at most); slots there will soon be
         self.prompts, self.group, self.seat = None, None, None             # KVCache of P rows; (B,) which of them; (B,) n-th of it
 
     def attend(self, layer, q, k, v):
@@ -107,8 +108,8 @@ class KVCache:
         rows = torch.arange(len(k), device=k.device)[:, None]
         for store, new in ((self.keys, k), (self.values, v)):
             old = store[layer]
-            if old is None or old.shape[2] < self.size:                    # grow in large pieces: few copies over an episode
-                store[layer] = new.new_zeros(len(k), k.shape[2], self.size + max(self.size // 4, 64), k.shape[3])
+            if old is None or old.shape[2] < self.size:
+                store[layer] = new.new_zeros(len(k), k.shape[2], max(self.size, self.capacity), k.shape[3])
                 if old is not None:
                     store[layer][:, :, :old.shape[2]] = old
             store[layer][rows, :, self.slots] = new
@@ -117,7 +118,7 @@ class KVCache:
             return F.scaled_dot_product_attention(q.transpose(1, 2), k, v, self.mask[:, None], enable_gqa=True).transpose(1, 2)
         own, own_lse = attention(q, k, v, self.mask)
         k, v, Q = self.prompts.keys[layer][:, :, :self.prompts.size], self.prompts.values[layer][:, :, :self.prompts.size], q.shape[1]
-        seats = q.new_zeros(len(k), int(self.most), *q.shape[1:])
+        seats = q.new_zeros(len(k), self.most, *q.shape[1:])
         seats[self.group, self.seat] = q                                   # (P, G, Q, H, D): a prompt is read once for its group
         seats, mask = seats.flatten(1, 2), self.prompts.mask               # (P, G * Q, H, D), (P, 1, S)
         parts = [attention(seats, k, v, mask)] if Q == 1 else [attention(*x) for x in zip(*(t.split(1) for t in (seats, k, v, mask)))]
@@ -134,14 +135,19 @@ class KVCache:
         order = torch.arange(len(group), device=group.device)
         self.prompts, self.group = prompts, group
         self.seat = ((group[:, None] == group) & (order[:, None] > order)).sum(1)
-        self.most = self.seat.max() + 1
+        self.most = int(self.seat.max()) + 1
         return self
+
+    def reserve(self, n):
+        """Before n calls of `decode`: the one time that the device is asked how long the rows are."""
+        self.size = int(self.lengths.max())
+        self.capacity = self.size + n
 
     def rows(self, index):
         """The cache of the given rows."""
         new = KVCache(len(self.keys), 0, self.lengths.device)
         new.keys, new.values = [k[index] for k in self.keys], [v[index] for v in self.values]
-        new.lengths, new.size = self.lengths[index], self.size
+        new.lengths, new.size, new.capacity = self.lengths[index], self.size, self.capacity
         if self.mask is not None:
             new.mask = self.mask[index]
         if self.prompts is None:
@@ -297,7 +303,7 @@ class VLM:
 
     @torch.no_grad()
     def extend(self, cache, chunks, starts, views=()):
-        """Append a chunk of tokens to every row of the cache (the prompt, an observation, one sampled token).
+        """Append a chunk of tokens to every row of the cache (the prompt, an observation).
 
         chunks: B lists of ids, of any lengths; starts: B next positions; views: those in the chunks, row by row.
         -> logits after each row's last token (B, V), the B positions that follow. Nothing already cached is recomputed."""
@@ -305,25 +311,53 @@ class VLM:
         B, Q, grids = len(chunks), max(map(len, chunks)), iter(views)
         ids = torch.zeros(B, Q, dtype=torch.long)
         positions, after = torch.zeros(3, B, Q, dtype=torch.long), []
-        if Q == 1:                                                         # decoding: no Python work per row
-            ids[:, 0] = torch.tensor([c[0] if c else 0 for c in chunks])
-            positions[:, :, 0] = torch.tensor(starts)
-            after = [s + len(c) for s, c in zip(starts, chunks)]
-        else:
-            for b, c in enumerate(chunks):
-                ids[b, :len(c)] = torch.tensor(c)
-                images = sum(1 for t, x in enumerate(c) if x == self.vision_start)
-                p, end = mrope(c, [next(grids).grid for _ in range(images)], self.image_token, starts[b])
-                positions[:, b, :len(c)] = p
-                after.append(end)
+        for b, c in enumerate(chunks):
+            ids[b, :len(c)] = torch.tensor(c)
+            p, end = mrope(c, [next(grids).grid for _ in range(c.count(self.vision_start))], self.image_token, starts[b])
+            positions[:, b, :len(c)] = p
+            after.append(end)
         n = torch.tensor([len(c) for c in chunks], device=self.device)     # (B,) a row with an empty chunk stays as it is
         cache.slots = cache.lengths[:, None] + torch.arange(Q, device=self.device)                        # (B, Q)
-        cache.size = max(cache.size, int(cache.lengths.max()) + Q)
+        cache.size = int(cache.lengths.max()) + Q
         cache.mask = torch.arange(cache.size, device=self.device) <= cache.slots[:, :, None]              # (B, Q, S)
         h = self.forward(ids.to(self.device), positions.to(self.device), list(views), cache)
         cache.lengths = cache.lengths + n
         last = h[torch.arange(B, device=self.device), (n - 1).clamp(min=0)]                               # (B, D)
         return self.logits(last), after
+
+    @torch.no_grad()
+    def decode(self, cache, tokens, positions, live):
+        """One token for every row: tokens, positions, live (B,), all on the device, which is never waited for. A row that is
+        not live stays as it is. `cache.reserve` comes first. -> logits (B, V)"""
+        cache.size = min(cache.size + 1, cache.capacity)
+        cache.slots = cache.lengths[:, None]                                                              # (B, 1)
+        cache.mask = torch.arange(cache.size, device=self.device) <= cache.slots[:, :, None]              # (B, 1, S)
+        h = self.forward(tokens[:, None], positions.expand(3, -1)[:, :, None], [], cache)
+        cache.lengths += live
+        return self.logits(h[:, 0])
+
+    def graph(self, cache, rows):
+        """`decode` as a CUDA graph: one step is hundreds of small kernels, which take longer to launch than to run.
+        -> step(tokens, positions, live), with decode's result. Captured for each turn anew, since the cache has moved."""
+        cache.size, lengths = cache.capacity, cache.lengths.clone()        # shapes are fixed: all that is reserved is attended to
+        static, side = [torch.zeros(rows, dtype=torch.long, device=self.device) for _ in range(3)], torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(2):                                             # what is set up on first use must not be captured
+                self.decode(cache, *static)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            logits = self.decode(cache, *static)
+        cache.lengths.copy_(lengths)
+
+        def step(*inputs):
+            for buffer, new in zip(static, inputs):
+                buffer.copy_(new)
+            graph.replay()
+            return logits
+
+        return step
 
     def logits(self, h):
         """Hidden states -> logits in fp32. The policy cannot say an image token, in sampling and training alike: one written
