@@ -119,7 +119,7 @@ def test_cached_equals_one_shot(vlm64, float64):
     assert done == [len(e.ids) for e in episodes] == cache.lengths.tolist()
 
 def shared(vlm, group, keep):
-    """Logits after a prompt, a chunk and two decoded tokens: rows of groups that share their prompt, some dropped between."""
+    """Logits after a prompt, a chunk and two tokens: rows with prompts of their own, extended, and rows that share, decoded."""
     with torch.no_grad():
         prompts = encoded(vlm, batch(vlm))[:3]
         said, caches = torch.randint(5, 200, (len(group), 6), generator=torch.Generator().manual_seed(0)), []
@@ -128,12 +128,12 @@ def shared(vlm, group, keep):
             _, starts = vlm.extend(cache, [e.ids for e in prompts], [0] * 3, [v for e in prompts for v in e.views])
             cache = (cache.share if share else cache.rows)(torch.tensor(group))
             logits, starts = vlm.extend(cache, [row[:2 + i % 3].tolist() for i, row in enumerate(said)], [starts[g] for g in group])
-            cache, starts = cache.rows(torch.tensor(keep)), torch.tensor([starts[i] for i in keep])
+            cache, starts, out = cache.rows(torch.tensor(keep)), [starts[i] for i in keep], [logits]
             cache.reserve(3)
-            out = [logits]
             for t in (4, 5):
-                out.append(vlm.decode(cache, said[keep, t], starts, torch.ones_like(starts)))
-                starts = starts + 1
+                out.append(vlm.decode(cache, said[keep, t], torch.tensor(starts), torch.ones(len(keep), dtype=torch.long)) if share else
+                           vlm.extend(cache, said[keep, t:t + 1].tolist(), starts)[0])
+                starts = [s + 1 for s in starts]
             caches.append(out)
     return caches
 
@@ -451,7 +451,7 @@ MUTATIONS = [
     ("<= cache.slots[:, :, None]              # (B, Q, S)", "<= cache.slots.max() + 0 * cache.slots[:, :, None]", test_cached_equals_one_shot, {}),
     ("torch.sigmoid(own_lse - lse)", "torch.sigmoid(lse - own_lse)", test_shared_prompt_equals_own, dict(group=[0, 0, 0, 1, 2, 2], keep=[5, 1, 0])),
     ("else self.prompts.rows(used), group)", "else self.prompts, group)", test_shared_prompt_equals_own, dict(group=[0, 0, 0, 1, 2, 2], keep=[5, 1])),
-    ("(order[:, None] > order)", "(order[:, None] < order + 1)", test_shared_prompt_equals_own, dict(group=[0, 0, 1, 1, 2, 2], keep=[0, 1, 2])),
+    ("(order[:, None] > order)).sum(1)", "(order[:, None] > order)).sum(1) // 2", test_shared_prompt_equals_own, dict(group=[0, 0, 1, 1, 2, 2], keep=[0, 1, 2])),
     ("scores.masked_fill(~mask[:, None, None], -1e9)", "scores", test_shared_prompt_equals_own, dict(group=[0, 0, 1, 1, 2, 2], keep=[0, 1, 2])),
     ("cache.lengths += live", "pass", test_shared_prompt_equals_own, dict(group=[0, 0, 1, 1, 2, 2], keep=[0, 1, 2])),
     ("axis[1:3 * row:3], axis[2:3 * column:3] = 1, 2", "axis[1:3 * row:3], axis[2:3 * column:3] = 2, 1", test_forward_equals_transformers, dict(images=1)),
