@@ -41,7 +41,7 @@ def ours(vlm, samples, group, new_tokens, turns, seed):
     cache = vlm.new_cache(len(prompts))
     logits, starts = vlm.extend(cache, [e.ids for e in prompts], [0] * len(prompts), [v for e in prompts for v in e.views])
     share = [p for p in range(len(prompts)) for _ in range(group)]
-    cache, logits, starts = cache.rows(torch.tensor(share, device=vlm.device)), logits[share], [starts[p] for p in share]
+    cache, logits, starts = cache.share(torch.tensor(share, device=vlm.device)), logits[share], [starts[p] for p in share]
     for t in range(turns):
         said, _, starts = zoom_rollout.sample_turn(vlm, cache, logits, starts, u[:, t], 1.0, new_tokens)
         if t + 1 < turns:
