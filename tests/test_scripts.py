@@ -304,7 +304,7 @@ def test_resume_after_a_torn_row(whole, script):
     assert [r["step"] for r in read("runs/rl/metrics.jsonl")] == list(range(7))
 
 def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path, script):
-    """Claim: Ctrl-C finishes the step, saves it, says how to go on; and so it goes on."""
+    """Claim: Ctrl-C finishes the step, saves it, says how to go on; and with what it says, and more steps, it goes on."""
     process = start(f"train_rl.py {SMALL} --steps 500 --save-every 100 --name mine", tmp_path)
     until(process, "step    1/")
     process.send_signal(signal.SIGINT)
@@ -314,7 +314,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path, script):
     assert "--name mine" in hint and "--resume" in hint
     done = read(tmp_path / "runs/mine/checkpoint/state.json")["step"]
     assert 1 <= done < 99 and not (tmp_path / "runs/mine/summary.json").exists()
-    out = works(script(f"train_rl.py {SMALL} --save-every 100 --name mine --resume --steps {done + 1}"))
+    out = works(script(f"train_rl.py {hint} --steps {done + 1}"))
     assert STEP.findall(out) and len(read("runs/mine/metrics.jsonl")) == done + 1 == read("runs/mine/checkpoint/state.json")["step"]
     assert read("runs/mine/summary.json")["n"] == 4
 
