@@ -9,6 +9,7 @@ every rollout of the group, every turn, the reference pass and the update.
 Shapes:  B rows (episodes)   T tokens   D width   V vocabulary   S cache slots   N image tokens
 """
 import argparse, dataclasses, inspect, json, math, os, re, shutil, sys, typing
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 import torch.nn.functional as F
@@ -80,12 +81,14 @@ def attention(q, k, v, mask):
     mask (B or 1, T or 1, S): True where seen. -> out (B, T, H, D), the log of the sum of the exponentials (B, T, H, 1)."""
     B, T, H, D = q.shape
     q = q.view(B, T, k.shape[1], -1, D).permute(0, 2, 3, 1, 4)             # (B, heads, H / heads, T, D)
-    scores = (q.flatten(2, 3) @ k.mT).float().unflatten(2, q.shape[2:4]) * D ** -0.5
-    scores = scores.masked_fill(~mask[:, None, None], -1e9)                # (B, heads, H / heads, T, S)
-    lse = scores.logsumexp(-1, keepdim=True)
-    out = ((scores - lse).exp().to(v.dtype).flatten(2, 3) @ v).unflatten(2, q.shape[2:4])
+    scores = (q.flatten(2, 3) * D ** -0.5 @ k.mT).float().unflatten(2, q.shape[2:4])
+    scores = scores.masked_fill_(~mask[:, None, None], -1e9)               # (B, heads, H / heads, T, S)
+    top = scores.amax(-1, keepdim=True)
+    e = scores.sub_(top).exp_()
+    total = e.sum(-1, keepdim=True)
+    out = (e.to(v.dtype).flatten(2, 3) @ v).unflatten(2, q.shape[2:4]) / total.to(v.dtype)
     back = lambda x: x.permute(0, 3, 1, 2, 4).reshape(B, T, H, -1)
-    return back(out), back(lse)
+    return back(out), back(total.log() + top)
 
 
 class KVCache:
@@ -237,8 +240,8 @@ class VLM:
             while todo and (not batch or n + math.prod(todo[0].grid) <= max_patches):
                 batch.append(todo.pop(0))
                 n += math.prod(batch[-1].grid)
-                if batch[-1].patches is None:
-                    self.patchify(batch[-1])
+            with ThreadPoolExecutor() as pool:                             # resizing takes long, and no lock
+                list(pool.map(self.patchify, [v for v in batch if v.patches is None]))
             with torch.set_grad_enabled(grad):
                 out = self.model.model.get_image_features(torch.cat([v.patches for v in batch]).to(self.device, self.dtype),
                                                           torch.tensor([v.grid for v in batch]).to(self.device), return_dict=True)
@@ -325,7 +328,7 @@ class VLM:
         last = h[torch.arange(B, device=self.device), (n - 1).clamp(min=0)]                               # (B, D)
         return self.logits(last), after
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def decode(self, cache, tokens, positions, live):
         """One token for every row: tokens, positions, live (B,), all on the device, which is never waited for. A row that is
         not live stays as it is. `cache.reserve` comes first. -> logits (B, V)"""

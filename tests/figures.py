@@ -14,12 +14,12 @@ import data, model, zoom_rollout
 
 
 def curve(runs, path, w=720, h=260):
-    """Training accuracy and zooms per episode by step, a thin line per seed and their mean."""
+    """Training accuracy by step, with and without zooming: a thin line per seed, and their mean."""
     rows = [[json.loads(line) for line in open(os.path.join(run, "metrics.jsonl"))] for run in runs]
     steps = min(map(len, rows))
     out = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {w} {h}" font-family="sans-serif" font-size="12">',
            f'<rect width="{w}" height="{h}" fill="#fff"/>']
-    for panel, (key, title, top) in enumerate((("accuracy", "answers right, training", 1.0), ("zooms", "zooms per episode", 3.0))):
+    for panel, (key, title, top) in enumerate((("accuracy", "answers right, training", 1.0), ("accuracy_blind", "the same, where it may not zoom (chance 0.25)", 1.0))):
         x0, width, y0, height = 40 + panel * 360, 300, 30, h - 60
         X, Y = lambda i: x0 + width * i / max(steps - 1, 1), lambda v: y0 + height * (1 - v / top)
         out.append(f'<text x="{x0}" y="18" font-weight="bold">{title}</text>')
@@ -60,12 +60,12 @@ def panel(e, label, w=1000, h=300):
 
 
 def episodes(before, after, path, seed=0):
-    """Before and after on the same held-out question, sampled with the same numbers: the first one whose outcome differs."""
+    """Before and after on one held-out question, sampled with the same numbers: the first with a wrong option before, the right one after."""
     policies = [model.load(folder, quiet=True) for folder in (before, after)]
     for i, sample in enumerate(data.toy("search", "test", 50, f"figure{seed}")):
         pair = [zoom_rollout.rollout(vlm, [sample], seed=i)[0] for vlm in policies]
-        right = [f"<answer> {sample.options[sample.answer]} </answer>" in e.turns[-1].text for e in pair]
-        if right == [False, True]:
+        said = [next((o for o in sample.options if f"<answer> {o} </answer>" in e.turns[-1].text), None) for e in pair]
+        if said[0] not in (None, said[1]) and said[1] == sample.options[sample.answer]:
             break
     print(f"\n{data.prompt(sample)[1]}    (right: {sample.options[sample.answer]})")
     page = Image.new("RGB", (1000, 600))

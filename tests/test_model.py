@@ -452,7 +452,7 @@ MUTATIONS = [
     ("torch.sigmoid(own_lse - lse)", "torch.sigmoid(lse - own_lse)", test_shared_prompt_equals_own, dict(group=[0, 0, 0, 1, 2, 2], keep=[5, 1, 0])),
     ("else self.prompts.rows(used), group)", "else self.prompts, group)", test_shared_prompt_equals_own, dict(group=[0, 0, 0, 1, 2, 2], keep=[5, 1])),
     ("(order[:, None] > order)).sum(1)", "(order[:, None] > order)).sum(1) // 2", test_shared_prompt_equals_own, dict(group=[0, 0, 1, 1, 2, 2], keep=[0, 1, 2])),
-    ("scores.masked_fill(~mask[:, None, None], -1e9)", "scores", test_shared_prompt_equals_own, dict(group=[0, 0, 1, 1, 2, 2], keep=[0, 1, 2])),
+    ("scores.masked_fill_(~mask[:, None, None], -1e9)", "scores", test_shared_prompt_equals_own, dict(group=[0, 0, 1, 1, 2, 2], keep=[0, 1, 2])),
     ("cache.lengths += live", "pass", test_shared_prompt_equals_own, dict(group=[0, 0, 1, 1, 2, 2], keep=[0, 1, 2])),
     ("axis[1:3 * row:3], axis[2:3 * column:3] = 1, 2", "axis[1:3 * row:3], axis[2:3 * column:3] = 2, 1", test_forward_equals_transformers, dict(images=1)),
     ("axis[t:t + row], axis[t + row:] = 1, 2", "axis[t:t + row], axis[t + row:] = 2, 1", test_forward_equals_transformers, dict(images=1)),
