@@ -369,7 +369,7 @@ MUTATIONS = [
     ("train_rl", " and P > cfg.blind_prompts else 0", " else 0", test_blind_prompts, {}),
     ("train_rl", "* weight[:, None]", "+ 0 * weight[:, None]", test_difficulty_weight_multiplies_the_groups_advantages, {}),
     ("train_rl", "+ cfg.kl_coef * penalty", "- cfg.kl_coef * penalty", test_kl_pulls_towards_the_reference, {}),
-    ("train_rl", 'sum(e.stop == "length" for e in episodes)', 'sum(e.stop == "answer" for e in episodes)', test_metrics_count_what_happened, {}),
+    ("train_rl", 'sum(e.stop == "length" for e in seeing)', 'sum(e.stop == "answer" for e in seeing)', test_metrics_count_what_happened, {}),
     ("train_rl", "/ max(len(calls), 1)", "/ len(episodes)", test_metrics_count_what_happened, {}),
     ("train_rl", "if step == 0 and not", "if not", test_nothing_to_reinforce_is_said_at_the_first_step_only, {}),
     ("train_rl", 'f"rl{cfg.seed}/{step}"', 'f"rl{step}"', test_questions_depend_on_seed_and_step_only, {}),
