@@ -55,7 +55,7 @@ class Config:
     max_zooms: int = 3                                      # after so many the answer is forced
     max_new_tokens: int = 64                                # per turn
     max_pixels: int = 0                                     # of an image as fed; 0: the model's own
-    batch: int = 0                                          # episodes at a time; 0: 64 on a CPU, on a GPU what its memory holds
+    batch: int = 64                                         # episodes at a time; halved whenever the GPU's memory does not hold them
     seed: int = 0                                           # of the toy scenes, of the order of options and of sampling
     drawn: int = 500                                        # episodes per section of the report, at most
     fresh: bool = False                                     # overwrite what another run left in --out
@@ -66,10 +66,11 @@ class Config:
 # Numbers
 
 # How a benchmark, named by meta["benchmark"], averages: how many levels of the category (coarse to fine) make one cell, and how
-# many cells the whole benchmark has. Its average is the plain mean of its cells; with 0 levels every question counts alike.
+# many cells the whole benchmark has (0: it depends on the file). The average is the plain mean of the cells; with 0 levels every
+# question counts alike.
 AVERAGES = {"blink": (1, 14), "mig_bench": (1, 10), "mig_bench_revised": (1, 10), "robospatial": (1, 3), "screenspot": (2, 6),
             "screenspot_v2": (0, 1), "screenspot_pro": (0, 1), "vstar": (0, 1), "sat": (0, 1), "lisa": (0, 1), "lisa_vlm_r1": (0, 1),
-            "llmseg": (0, 1), "revos": (0, 1), "reasonvos": (0, 1), "refcoco": (1, 8), "refcoco_vlm_r1": (1, 8)}
+            "llmseg": (0, 1), "revos": (0, 1), "reasonvos": (0, 1), "refcoco": (1, 0), "refcoco_vlm_r1": (1, 0)}
 
 
 def wilson(correct, n, z=1.96):
@@ -140,12 +141,13 @@ def summarise(rows):
             for name in dict.fromkeys(r["category"]):
                 groups[name][i].append(r)
     out = count(rows, hidden) | {"categories": {name: count(*parts) for name, parts in groups.items()}}
-    if rows and len(names := {r.get("benchmark") for r in rows}) == 1 and (name := names.pop()) in AVERAGES:
+    copies = {str(r.get("benchmark")).removesuffix("_parquet") for r in rows}  # another file of the same benchmark
+    if len(copies) == 1 and (name := copies.pop()) in AVERAGES:
         (levels, expected), cells = AVERAGES[name], {}
         for r in rows:
             cells.setdefault(tuple(r["category"][:levels]), []).append(r)
         out |= {"benchmark": name, "average": sum(score(c) / len(c) for c in cells.values()) / len(cells),
-                "average_of": f"{len(cells)} of {expected} cells" if levels else "all questions"}
+                "average_of": f"{len(cells)}{f' of {expected}' if expected else ''} cells" if levels else "all questions"}
     rotations = {}
     for r in rows:
         if "of" in r:
@@ -253,7 +255,8 @@ def run(vlm, samples, zoom="on", style="zoom", recipe="vigorl-zoom", temperature
             except torch.cuda.OutOfMemoryError:
                 if batch == 1:
                     raise
-                batch //= 2
+                new, batch = [], batch // 2
+            if not new:                                                        # here nothing refers to what the failed batch held
                 torch.cuda.empty_cache()
                 continue
             for e in new:
@@ -268,18 +271,6 @@ def run(vlm, samples, zoom="on", style="zoom", recipe="vigorl-zoom", temperature
             bar.update(len(new))
             bar.set_postfix_str(f"accuracy {score / len(episodes):.1%}")
     return episodes
-
-
-def batch_size(vlm, config, images=1):
-    """Episodes at a time: 64 on a CPU; on a GPU what 60 % of its free memory holds, counting per token the cache (twice, while
-    it grows) and the widest activations. A guess on the safe side; run() halves it where it was not."""
-    if vlm.device.type != "cuda":
-        return 64
-    c = vlm.model.config.text_config
-    head = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
-    tokens = 512 + (images * vlm.max_pixels + config.max_zooms * vlm.spec.crop ** 2) // vlm.factor ** 2 + (1 + config.max_zooms) * config.max_new_tokens
-    each = tokens * vlm.dtype.itemsize * (4 * c.num_hidden_layers * c.num_key_value_heads * head + 3 * c.intermediate_size + 8 * c.hidden_size)
-    return max(1, min(256, int(0.6 * torch.cuda.mem_get_info(vlm.device)[0]) // each))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -444,9 +435,9 @@ h1 { font:600 2.3rem/1.15 var(--serif); letter-spacing:-.01em; margin:0 } h2 { f
 .settings { margin:.8rem 0 0; color:var(--dim); font-size:.86rem } .settings span { margin-right:1.1em } .settings b { color:var(--ink); font-weight:500 }
 .scroll { overflow-x:auto; margin-top:1.8rem }
 .numbers { background:var(--card); border:1px solid var(--line); border-radius:10px; border-spacing:0; overflow-wrap:normal }
-.numbers th, .numbers td { text-align:left; font-weight:400; vertical-align:top; padding:.6rem 1.1rem; border-top:1px solid var(--line) }
+.numbers th, .numbers td { text-align:left; font-weight:400; vertical-align:top; padding:.6rem .8rem; border-top:1px solid var(--line) }
 .numbers th { white-space:pre } .numbers thead * { color:var(--dim); font-size:.84rem; border-top:0 } .numbers b { font-size:1.05rem }
-.bar { display:block; width:12rem; height:7px; margin-top:.35rem } .track { fill:var(--line) } .range { fill:var(--accent); opacity:.4 } .share { fill:var(--accent) }
+.bar { display:block; width:10rem; height:7px; margin-top:.35rem } .track { fill:var(--line) } .range { fill:var(--accent); opacity:.4 } .share { fill:var(--accent) }
 .charts { display:grid; grid-template-columns:repeat(auto-fill,minmax(255px,1fr)); gap:.9rem; margin-top:1rem }
 .chart { background:var(--card); border:1px solid var(--line); border-radius:10px; padding:.75rem .8rem .4rem; margin:0 } .chart svg { display:block }
 .chart figcaption { display:flex; justify-content:space-between; font-size:.88rem } .chart line { stroke:var(--line) } .chart text { font-size:10.5px; fill:var(--dim) }
@@ -759,7 +750,7 @@ def report(path, title, episodes, curves=None, table=None, settings=None, drawn=
     labels = "".join(f'<label for="{k}">{k} {states.count(k) if k != "all" else len(states)}</label>' for k in ("all", "right", "wrong"))
     lines, pictures = charts(curves or []), "".join(p[-1] for p in album.values())
     digest = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
-    settings = " ".join(f"<span>{esc(k)} <b>{esc(v, 80)}</b></span>" for k, v in (settings or {}).items())
+    settings = " ".join(f"<span>{esc(k)} <b>{esc(v, 400)}</b></span>" for k, v in (settings or {}).items())
     page = f"""<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'">
 <title>{esc(title)}</title><style>{CSS}</style></head><body>
@@ -808,8 +799,7 @@ def episodes_of(config, samples):
             print(f"{label}: {len(done)} episodes are in {config.out} already, {len(rest)} are left")
         if rest and not vlm:
             vlm = model.load(config.checkpoint or config.model, max_pixels=config.max_pixels)
-            batch = config.batch or batch_size(vlm, config, max(len(s.images) for s in samples))
-        new = rest and run(vlm, rest, zoom, config.style, RECIPES[config.style], config.temperature, config.seed + len(done), batch,
+        new = rest and run(vlm, rest, zoom, config.style, RECIPES[config.style], config.temperature, config.seed + len(done), config.batch,
                            max_zooms=config.max_zooms, max_new_tokens=config.max_new_tokens, crop_from=config.crop_from,
                            save=lambda episodes: write(label, episodes), keep=config.drawn - len(done))
         runs[label] = [restore(done[s.id], s) for s in samples if s.id in done] + new
@@ -817,8 +807,8 @@ def episodes_of(config, samples):
 
 
 def evaluate(config):
-    if min(config.batch, config.n, config.max_zooms, config.temperature, config.drawn) < 0 or config.max_new_tokens < 1:
-        raise data.DataError("--max-new-tokens must be at least 1; --batch, --n, --max-zooms, --temperature and --drawn at least 0")
+    if min(config.batch, config.max_new_tokens) < 1 or min(config.n, config.max_zooms, config.temperature, config.drawn) < 0:
+        raise data.DataError("--batch and --max-new-tokens must be at least 1; --n, --max-zooms, --temperature and --drawn at least 0")
     if config.circular and config.predictions:
         raise data.DataError("--circular asks a model again; --predictions are answers to the options in their published order")
     if config.compare:
