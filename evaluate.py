@@ -472,7 +472,8 @@ pre { margin:.1rem 0 0; font:.82rem/1.55 var(--mono); white-space:pre-wrap } .ta
 .crop { width:136px; border-radius:6px; border:2px solid var(--hue); background:#000; display:block } .small { image-rendering:pixelated }
 .note, fieldset { grid-column:2 / -1; justify-self:start; font-size:.84rem; padding:.25rem .7rem; border:0; border-radius:7px; background:var(--warn-soft); color:var(--warn) }
 fieldset { background:var(--soft); color:var(--ink) } fieldset label { margin-left:.8rem } legend { float:left } body:not(.rating) fieldset { display:none }
-.rating :is(.badge, .tick, .result, details, .picture .gold, .picture .said, .of-gold, .of-said) { display:none } .rating .options .gold { all:unset }
+.rating :is(.badge, .tick, .result, details, .picture .gold, .picture .said, .of-gold, .of-said) { display:none }
+.rating article:not(:has(fieldset)) { display:none } .rating .options .gold { border-color:var(--line); color:inherit }
 .tokens i { font-style:normal; border-bottom:2px solid var(--line) } .p0 { background:#f0604080 } .p1 { background:#f0904066 } .p2 { background:#f0b04050 } .p3 { background:#f0d04033 }
 .result { display:flex; flex-wrap:wrap; gap:.5rem 1.4rem; align-items:center; border-top:1px solid var(--line); padding-top:.7rem; font-size:.84rem; color:var(--dim) }
 .result p { margin:0 } .result p b { display:block; font-size:1rem; color:var(--ink) } .right .said b { color:var(--good) } .wrong .said b { color:var(--bad) }
@@ -723,25 +724,25 @@ def report(path, title, episodes, curves=None, table=None, settings=None, drawn=
 
     episodes: [(label, list[Episode])], a section each. curves: the rows of metrics.jsonl. table: [(label, cells)], its first
     row the head, its cells text or summarise()'s dicts. settings: a dict. At most `drawn` episodes of a section, the first
-    ones and not the best, and at most `max_bytes` of them in all, a fair share for each section."""
-    album, sections, links, states, size = {}, [], [], [], 0
+    ones and not the best, and at most `max_bytes` of them in all."""
+    album, cards, sections, links, states, size = {}, [[] for _ in episodes], [], [], [], 0
     side = 640 if sum(min(len(group), drawn) for _, group in episodes) <= 200 else 448             # many pictures are stored smaller
+    turns = [(i, group[k]) for k in range(drawn) for i, (_, group) in enumerate(episodes) if k < len(group)]     # sections take turns
+    for i, e in tqdm(turns, "drawing", unit=" episodes", leave=False, disable=None):
+        if size > max_bytes:
+            break
+        known = len(album)
+        cards[i].append(card(album, e, side))
+        states.append(verdict(e))
+        size += len(cards[i][-1]) + sum(len(element[-1]) for element in list(album.values())[known:])
     for i, (label, group) in enumerate(episodes):
-        cards = []
-        for e in tqdm(group[:drawn], f"drawing {label[:30]}", unit=" episodes", leave=False, disable=None):
-            if size > max_bytes * (i + 1) / len(episodes):
-                break
-            known = len(album)
-            cards.append(card(album, e, side))
-            states.append(verdict(e))
-            size += len(cards[-1]) + sum(len(element[-1]) for element in list(album.values())[known:])
         of = [e for e in group if verdict(e)]
         right = sum(verdict(e) == "right" for e in of)
         low, high = wilson(right, len(of))
         score = f"{right} of {len(of)} right ({right / len(of):.1%}, 95 % interval {low:.1%} to {high:.1%}). " if of else ""
-        rest = f"The first {len(cards)} are drawn, {len(group) - len(cards)} are left out." if len(cards) < len(group) else ""
+        rest = f"The first {len(cards[i])} are drawn, {len(group) - len(cards[i])} are left out." if len(cards[i]) < len(group) else ""
         links.append(f'<a href="#s{i}">{esc(label, 60)}</a>')
-        sections.append(f'<section id="s{i}"><h2>{esc(label)}</h2><div class="dim">{score}{rest}</div>{"".join(cards)}</section>')
+        sections.append(f'<section id="s{i}"><h2>{esc(label)}</h2><div class="dim">{score}{rest}</div>{"".join(cards[i])}</section>')
     head = ""
     if table:
         first, *rows = [f"<tr><th>{esc(label)}</th>{''.join(map(cell, cells))}</tr>" for label, cells in table]

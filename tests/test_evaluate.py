@@ -253,10 +253,10 @@ def test_behaviour_reads_zooms_and_own_words_only():
     assert {k: evaluate.behaviour(e)[k] for k in ("regions", "verification")} == dict(regions=2, verification=1)
     assert evaluate.behaviour(episode(choice(), Turn(data.FORCE + " checked </answer>", forced=True))) == {}
     assert evaluate.behaviour(episode(choice(), Turn("first check (10, 10)"))) == {}               # no thought
-    e = episode(choice(), Turn("<think>" + "((1, 1) wait " * 800_000), Turn("<think>" * 1_000_000))
+    e = episode(choice(), Turn("<think>" + "((1, 1) wait " * 400_000), Turn("<think>" * 700_000))
     began = time.process_time()
     evaluate.behaviour(e)
-    assert time.process_time() - began < 2                                     # 15 MB
+    assert time.process_time() - began < 2                                     # 10 MB
 
 
 def test_pointing_counts_points_where_the_box_is_known():
@@ -710,15 +710,15 @@ def test_cards_carry_what_the_menus_filter_by(tmp_path):
 
 
 def test_five_hundred_episodes_are_light(tmp_path):
-    """500 noisy pictures would be 60 MB; shared ones cost nothing, and every section gets its share."""
+    """500 noisy pictures would be 60 MB; shared ones cost nothing, and every section gets its share of the room."""
     shared = [Image.effect_noise((448, 448), 90).convert("RGB") for _ in range(3)]
     p = page(tmp_path, [("all", [zoomed(choice(str(i), shared[i % 3])) for i in range(500)])], drawn=500)
     assert len(p.all("article")) == 500 and len(p.source) < 3_000_000
-    noise = [Image.effect_noise((448, 448), 90).convert("RGB") for _ in range(40)]
+    noise = [Image.effect_noise((200, 200), 90).convert("RGB") for _ in range(40)]
     group = lambda k: [zoomed(choice(f"{k}{i}", im.rotate(90 * k))) for i, im in enumerate(noise)]
-    p = page(tmp_path, [(str(k), group(k)) for k in range(3)], drawn=500, max_bytes=3_000_000)
+    p = page(tmp_path, [(str(k), group(k)) for k in range(3)], drawn=500, max_bytes=600_000)
     drawn = [part.count("<article") for part in p.source.split("<section")[1:]]
-    assert len(p.source) < 3_500_000 and min(drawn) > 3 and max(drawn) < 40
+    assert len(p.source) < 800_000 and min(drawn) > 1 and max(drawn) - min(drawn) <= 1
 
 
 def test_report_says_what_it_leaves_out_and_stays_light(tmp_path):
@@ -794,7 +794,6 @@ MUTATIONS = [
      dict(lines=["The cat (10, 10).", "Actually it is at (12, 12).", "A dog (150, 80)."], want=dict(regions=2))),
     ("if rewards.inside((x, y), e.frames[:1])", "if True", test_behaviour_follows_its_rules, dict(lines=["At (500, 10) and (-3, 4)."], want=dict(regions=0))),
     ("t.text[len(data.FORCE):] if t.forced and", "t.text if t.forced and", test_behaviour_reads_zooms_and_own_words_only, {}),
-    ("own[:limit]", "own", test_behaviour_reads_zooms_and_own_words_only, {}),
     ("points = zooms or [", "points = zooms + [", test_pointing_counts_points_where_the_box_is_known, {}),
     ("if not sampled:", "if False:", test_pieces_tell_chosen_tokens_from_given_ones, {}),
     ('looked.get("zoom") == "black"', "False", test_crop_is_shown_as_the_model_saw_it, {}),
@@ -802,7 +801,7 @@ MUTATIONS = [
     ('data-id="{esc(s.id)}"', 'data-id="{s.id}"', test_nothing_from_data_or_model_can_run, {}),
     ("{esc(text)}</i>", "{text}</i>", test_nothing_from_data_or_model_can_run, {}),
     ("SCRIPT.encode()).digest()", "CSS.encode()).digest()", test_page_needs_nothing_from_outside_and_allows_one_script, {}),
-    ("max_bytes * (i + 1) / len(episodes)", "max_bytes", test_five_hundred_episodes_are_light, {}),
+    ("for k in range(drawn) for i, (_, group) in enumerate(episodes) if", "for i, (_, group) in enumerate(episodes) for k in range(drawn) if", test_five_hundred_episodes_are_light, {}),
 ]
 
 
