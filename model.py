@@ -9,6 +9,7 @@ every rollout of the group, every turn, the reference pass and the update.
 Shapes:  B rows (episodes)   T tokens   D width   V vocabulary   S cache slots   N image tokens
 """
 import argparse, dataclasses, inspect, json, math, os, re, shutil, sys, typing
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 import torch.nn.functional as F
@@ -75,34 +76,87 @@ class View:
         return self.grid[1] * self.grid[2] // merge ** 2
 
 
+def attention(q, k, v, mask):
+    """Attention over one part of the keys. q (B, T, H, D); k, v (B, heads, S, D), each head serving H / heads queries;
+    mask (B or 1, T or 1, S): True where seen. -> out (B, T, H, D), the log of the sum of the exponentials (B, T, H, 1)."""
+    B, T, H, D = q.shape
+    q = q.view(B, T, k.shape[1], -1, D).permute(0, 2, 3, 1, 4)             # (B, heads, H / heads, T, D)
+    scores = (q.flatten(2, 3) * D ** -0.5 @ k.mT).float().unflatten(2, q.shape[2:4])
+    scores = scores.masked_fill_(~mask[:, None, None], -1e9)               # (B, heads, H / heads, T, S)
+    top = scores.amax(-1, keepdim=True)
+    e = scores.sub_(top).exp_()
+    total = e.sum(-1, keepdim=True)
+    out = (e.to(v.dtype).flatten(2, 3) @ v).unflatten(2, q.shape[2:4]) / total.to(v.dtype)
+    back = lambda x: x.permute(0, 3, 1, 2, 4).reshape(B, T, H, -1)
+    return back(out), back(total.log() + top)
+
+
 class KVCache:
     """Keys and values of rows of different lengths, in preallocated (B, heads, S, head_dim) blocks. A row's tokens fill
     slots 0, 1, 2, ... without gaps, so one rule masks everything: a query at slot s sees the slots <= s. What lies beyond
-    a row's length is garbage that this rule hides until it is overwritten."""
+    a row's length is garbage that this rule hides until it is overwritten.
+
+    The rows of a group continue one prompt: `prompts` is the cache that holds it, once, and `group` says which of its rows.
+    A query attends to the prompt and to its own row separately; the two results are merged by their log-sum-exp."""
 
     def __init__(self, layers, rows, device):
         self.keys, self.values = [None] * layers, [None] * layers
         self.lengths = torch.zeros(rows, dtype=torch.long, device=device)  # (B,) filled slots
-        self.slots, self.size = None, 0                                    # (B, Q) where the next update writes; slots in use
+        self.slots, self.mask = None, None                                 # (B, Q) where the next tokens go; what they see
+        self.size, self.capacity = 0, 0                                    # slots in use (at most); slots there will soon be
+        self.prompts, self.group, self.seat = None, None, None             # KVCache of P rows; (B,) which of them; (B,) n-th of it
 
-    def update(self, k, v, layer, *_, **__):
-        """Called by transformers' attention. k, v (B, heads, Q, head_dim) -> all keys and values in use."""
+    def attend(self, layer, q, k, v):
+        """q (B, Q, H, D), k, v (B, Q, heads, D) of the new tokens -> (B, Q, H, D). Stores k and v."""
         rows = torch.arange(len(k), device=k.device)[:, None]
         for store, new in ((self.keys, k), (self.values, v)):
             old = store[layer]
-            if old is None or old.shape[2] < self.size:                    # grow by a quarter: few copies over an episode
-                store[layer] = new.new_zeros(len(k), k.shape[1], self.size + self.size // 4, k.shape[3])
+            if old is None or old.shape[2] < self.size:
+                store[layer] = new.new_zeros(len(k), k.shape[2], max(self.size, self.capacity), k.shape[3])
                 if old is not None:
                     store[layer][:, :, :old.shape[2]] = old
-            store[layer][rows, :, self.slots] = new.transpose(1, 2)        # (B, Q, heads, head_dim)
-        return self.keys[layer][:, :, :self.size], self.values[layer][:, :, :self.size]
+            store[layer][rows, :, self.slots] = new
+        k, v = self.keys[layer][:, :, :self.size], self.values[layer][:, :, :self.size]
+        if self.prompts is None:
+            return F.scaled_dot_product_attention(q.transpose(1, 2), k, v, self.mask[:, None], enable_gqa=True).transpose(1, 2)
+        own, own_lse = attention(q, k, v, self.mask)
+        k, v, Q = self.prompts.keys[layer][:, :, :self.prompts.size], self.prompts.values[layer][:, :, :self.prompts.size], q.shape[1]
+        seats = q.new_zeros(len(k), self.most, *q.shape[1:])
+        seats[self.group, self.seat] = q                                   # (P, G, Q, H, D): a prompt is read once for its group
+        seats, mask = seats.flatten(1, 2), self.prompts.mask               # (P, G * Q, H, D), (P, 1, S)
+        parts = [attention(seats, k, v, mask)] if Q == 1 else [attention(*x) for x in zip(*(t.split(1) for t in (seats, k, v, mask)))]
+        shared, lse = (torch.cat(x).unflatten(1, (-1, Q))[self.group, self.seat] for x in zip(*parts))
+        return torch.lerp(shared, own, torch.sigmoid(own_lse - lse).to(own.dtype))
+
+    def share(self, group):
+        """A cache of empty rows that continue the rows `group` (B,) of this one, which holds prompts."""
+        new = KVCache(len(self.keys), len(group), self.lengths.device)
+        self.mask = (torch.arange(self.size, device=self.lengths.device) < self.lengths[:, None])[:, None]
+        return new.seated(self, group)
+
+    def seated(self, prompts, group):
+        order = torch.arange(len(group), device=group.device)
+        self.prompts, self.group = prompts, group
+        self.seat = ((group[:, None] == group) & (order[:, None] > order)).sum(1)
+        self.most = int(self.seat.max()) + 1
+        return self
+
+    def reserve(self, n):
+        """Before n calls of `decode`: the one time that the device is asked how long the rows are."""
+        self.size = int(self.lengths.max())
+        self.capacity = self.size + n
 
     def rows(self, index):
-        """The cache of the given rows (a row may be taken several times: that is how a group shares its prompt)."""
+        """The cache of the given rows."""
         new = KVCache(len(self.keys), 0, self.lengths.device)
         new.keys, new.values = [k[index] for k in self.keys], [v[index] for v in self.values]
-        new.lengths, new.size = self.lengths[index], self.size
-        return new
+        new.lengths, new.size, new.capacity = self.lengths[index], self.size, self.capacity
+        if self.mask is not None:
+            new.mask = self.mask[index]
+        if self.prompts is None:
+            return new
+        used, group = self.group[index].unique(return_inverse=True)
+        return new.seated(self.prompts if len(used) == len(self.prompts.lengths) else self.prompts.rows(used), group)
 
 
 def mrope(ids, grids, image_token, start=0, merge=2):
@@ -126,6 +180,12 @@ def mrope(ids, grids, image_token, start=0, merge=2):
     return out, start
 
 
+def rotate(x, cos, sin):
+    """Rotary embedding: the pairs (x[i], x[i + D / 2]) turned by their angles. x (B, T, heads, D)."""
+    a, b = x.chunk(2, -1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 class VLM:
     """A vision-language model, its tokenizer and its image processor, behind one small surface."""
@@ -136,6 +196,13 @@ class VLM:
         self.im_start, self.im_end, self.image_token, self.vision_start, self.vision_end = tokenizer.convert_tokens_to_ids(
             ["<|im_start|>", "<|im_end|>", "<|image_pad|>", "<|vision_start|>", "<|vision_end|>"])
         self.unsayable = torch.tensor([self.image_token, self.vision_start, self.vision_end], device=self.device)
+        t, row, column = model.config.text_config.rope_parameters["mrope_section"]
+        axis = torch.zeros(t + row + column, dtype=torch.long)             # which position turns each rotary frequency
+        if spec.convention == "thousand":                                  # Qwen3-VL: interleaved
+            axis[1:3 * row:3], axis[2:3 * column:3] = 1, 2
+        else:
+            axis[t:t + row], axis[t + row:] = 1, 2
+        self.axis = axis.to(self.device)
         self.factor = processor.patch_size * processor.merge_size          # fed sides are multiples of this
         self.max_pixels, self._text_ids = spec.max_pixels, {}
         self.model.requires_grad_(True)
@@ -173,8 +240,8 @@ class VLM:
             while todo and (not batch or n + math.prod(todo[0].grid) <= max_patches):
                 batch.append(todo.pop(0))
                 n += math.prod(batch[-1].grid)
-                if batch[-1].patches is None:
-                    self.patchify(batch[-1])
+            with ThreadPoolExecutor() as pool:                             # resizing takes long, and no lock
+                list(pool.map(self.patchify, [v for v in batch if v.patches is None]))
             with torch.set_grad_enabled(grad):
                 out = self.model.model.get_image_features(torch.cat([v.patches for v in batch]).to(self.device, self.dtype),
                                                           torch.tensor([v.grid for v in batch]).to(self.device), return_dict=True)
@@ -204,24 +271,42 @@ class VLM:
         return out if open else out + [self.im_end] + self.ids("\n")
 
     # ---- compute
-    def forward(self, ids, positions, views, mask=None, cache=None):
+    def layer(self, i, layer, h, rope, cache):
+        """One decoder layer, by hand with transformers' weights: attention and gated MLP, each behind an RMS norm and added."""
+        norm = lambda x, m: F.rms_norm(x, x.shape[-1:], m.weight, m.variance_epsilon)
+        a, x = layer.self_attn, norm(h, layer.input_layernorm)
+        q, k, v = (proj(x).unflatten(-1, (-1, a.head_dim)) for proj in (a.q_proj, a.k_proj, a.v_proj))    # (B, T, heads, D)
+        if hasattr(a, "q_norm"):                                           # Qwen3
+            q, k = norm(q, a.q_norm), norm(k, a.k_norm)
+        q, k = rotate(q, *rope), rotate(k, *rope)
+        if cache is None:
+            x = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)), is_causal=True, enable_gqa=True).transpose(1, 2)
+        else:
+            x = cache.attend(i, q, k, v)
+        h = h + a.o_proj(x.flatten(2))
+        x = norm(h, layer.post_attention_layernorm)
+        return h + layer.mlp.down_proj(F.silu(layer.mlp.gate_proj(x)) * layer.mlp.up_proj(x))
+
+    def forward(self, ids, positions, views, cache=None):
         """ids (B, T), positions (3, B, T), views of all rows in reading order -> hidden states (B, T, D).
-        mask None: causal (rows are padded on the right, where no token that counts can see the padding)."""
+        Causal: rows are padded on the right, where no token that counts can see the padding."""
         lm = self.model.model.language_model
         h = lm.embed_tokens(ids)                                           # (B, T, D)
         at = ids == self.image_token                                       # (B, T)
         if views:
             h = h.masked_scatter(at[..., None], torch.cat([v.features for v in views]).to(h.dtype))
-        rope = lm.rotary_emb(h, positions)
+        # Each of the D / 2 frequencies turns with one of a token's three positions.
+        angle = positions.float()[self.axis].permute(1, 2, 0)[:, :, None] * lm.rotary_emb.inv_freq        # (B, T, 1, D / 2)
+        rope = angle.cos().to(h.dtype), angle.sin().to(h.dtype)
         for i, layer in enumerate(lm.layers):
-            h = layer(h, attention_mask=mask, position_embeddings=rope, past_key_values=cache)
+            h = self.layer(i, layer, h, rope, cache)
             if views and i < len(views[0].deep):                           # Qwen3-VL: deeper vision features join early layers
                 h = h + torch.zeros_like(h).masked_scatter(at[..., None], torch.cat([v.deep[i] for v in views]).to(h.dtype))
-        return lm.norm(h)
+        return F.rms_norm(h, h.shape[-1:], lm.norm.weight, lm.norm.variance_epsilon)
 
     @torch.no_grad()
     def extend(self, cache, chunks, starts, views=()):
-        """Append a chunk of tokens to every row of the cache (the prompt, an observation, one sampled token).
+        """Append a chunk of tokens to every row of the cache (the prompt, an observation).
 
         chunks: B lists of ids, of any lengths; starts: B next positions; views: those in the chunks, row by row.
         -> logits after each row's last token (B, V), the B positions that follow. Nothing already cached is recomputed."""
@@ -229,25 +314,53 @@ class VLM:
         B, Q, grids = len(chunks), max(map(len, chunks)), iter(views)
         ids = torch.zeros(B, Q, dtype=torch.long)
         positions, after = torch.zeros(3, B, Q, dtype=torch.long), []
-        if Q == 1:                                                         # decoding: no Python work per row
-            ids[:, 0] = torch.tensor([c[0] if c else 0 for c in chunks])
-            positions[:, :, 0] = torch.tensor(starts)
-            after = [s + len(c) for s, c in zip(starts, chunks)]
-        else:
-            for b, c in enumerate(chunks):
-                ids[b, :len(c)] = torch.tensor(c)
-                images = sum(1 for t, x in enumerate(c) if x == self.vision_start)
-                p, end = mrope(c, [next(grids).grid for _ in range(images)], self.image_token, starts[b])
-                positions[:, b, :len(c)] = p
-                after.append(end)
+        for b, c in enumerate(chunks):
+            ids[b, :len(c)] = torch.tensor(c)
+            p, end = mrope(c, [next(grids).grid for _ in range(c.count(self.vision_start))], self.image_token, starts[b])
+            positions[:, b, :len(c)] = p
+            after.append(end)
         n = torch.tensor([len(c) for c in chunks], device=self.device)     # (B,) a row with an empty chunk stays as it is
         cache.slots = cache.lengths[:, None] + torch.arange(Q, device=self.device)                        # (B, Q)
-        cache.size = max(cache.size, int(cache.lengths.max()) + Q)
-        mask = torch.arange(cache.size, device=self.device) <= cache.slots[:, None, :, None]              # (B, 1, Q, S)
-        h = self.forward(ids.to(self.device), positions.to(self.device), list(views), mask, cache)
+        cache.size = int(cache.lengths.max()) + Q
+        cache.mask = torch.arange(cache.size, device=self.device) <= cache.slots[:, :, None]              # (B, Q, S)
+        h = self.forward(ids.to(self.device), positions.to(self.device), list(views), cache)
         cache.lengths = cache.lengths + n
         last = h[torch.arange(B, device=self.device), (n - 1).clamp(min=0)]                               # (B, D)
         return self.logits(last), after
+
+    @torch.inference_mode()
+    def decode(self, cache, tokens, positions, live):
+        """One token for every row: tokens, positions, live (B,), all on the device, which is never waited for. A row that is
+        not live stays as it is. `cache.reserve` comes first. -> logits (B, V)"""
+        cache.size = min(cache.size + 1, cache.capacity)
+        cache.slots = cache.lengths[:, None]                                                              # (B, 1)
+        cache.mask = torch.arange(cache.size, device=self.device) <= cache.slots[:, :, None]              # (B, 1, S)
+        h = self.forward(tokens[:, None], positions.expand(3, -1)[:, :, None], [], cache)
+        cache.lengths += live
+        return self.logits(h[:, 0])
+
+    def graph(self, cache, rows):
+        """`decode` as a CUDA graph: one step is hundreds of small kernels, which take longer to launch than to run.
+        -> step(tokens, positions, live), with decode's result. Captured for each turn anew, since the cache has moved."""
+        cache.size, lengths = cache.capacity, cache.lengths.clone()        # shapes are fixed: all that is reserved is attended to
+        static, side = [torch.zeros(rows, dtype=torch.long, device=self.device) for _ in range(3)], torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(2):                                             # what is set up on first use must not be captured
+                self.decode(cache, *static)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            logits = self.decode(cache, *static)
+        cache.lengths.copy_(lengths)
+
+        def step(*inputs):
+            for buffer, new in zip(static, inputs):
+                buffer.copy_(new)
+            graph.replay()
+            return logits
+
+        return step
 
     def logits(self, h):
         """Hidden states -> logits in fp32. The policy cannot say an image token, in sampling and training alike: one written

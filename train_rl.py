@@ -43,7 +43,7 @@ class Config:
     sft_batch: int = 8              # traces per optimizer step
     sft_lr: float = 5e-4            # peak learning rate of the warm start (ViGoRL on a 3B: 1e-6)
 
-    steps: int = 40                 # RL steps
+    steps: int = 60                 # RL steps
     num_prompts: int = 16           # prompts per step (ViGoRL: 128)
     group_size: int = 8             # rollouts per prompt
     blind_prompts: int = 2          # of them, that many may not zoom and must answer at once
@@ -149,18 +149,20 @@ def train_step(vlm, ref, optimizer, samples, cfg, step):
             norms.append(optimizer.step(cfg.lr * min(1, (step + 1) / 3), cfg.clip_grad))
     done = time.time()
 
-    calls = [t for e in episodes for t in e.turns if "<tool_call>" in t.text]
-    sampled = sum(sum(e.sampled) for e in episodes)
-    return {"step": step, "reward": reward.mean().item(), "accuracy": accuracy.mean().item(), "format": per_group("format").mean().item(),
-            **{part: per_group(part).mean().item() for part in ("grounded", "distinct", "iou") if part in episodes[0].parts},
-            "length": sampled / len(episodes), "zooms": sum(t.crop is not None for t in calls) / len(episodes),
+    seeing = episodes[blind * G:]                                          # what is logged is about those that may zoom
+    calls = [t for e in seeing for t in e.turns if "<tool_call>" in t.text]
+    mean = lambda part: per_group(part)[blind:].mean().item()
+    return {"step": step, "reward": mean("reward"), "accuracy": mean("accuracy"), "format": mean("format"),
+            **{part: mean(part) for part in ("grounded", "distinct", "iou") if part in seeing[0].parts},
+            **({"accuracy_blind": accuracy[:blind].mean().item()} if blind else {}),
+            "length": sum(sum(e.sampled) for e in seeing) / len(seeing), "zooms": sum(t.crop is not None for t in calls) / len(seeing),
             "valid_calls": sum(t.crop is not None for t in calls) / max(len(calls), 1),
-            "cut": sum(e.stop == "length" for e in episodes) / len(episodes),
+            "cut": sum(e.stop == "length" for e in seeing) / len(seeing),
             "no_signal": (advantages == 0).all(1).float().mean().item(),
             **{k: v / max(tokens, 1) for k, v in log.items()}, "kl_samp_max": gap, "grad_norm": sum(norms) / max(len(norms), 1),
             "skipped": sum(not n < float("inf") for n in norms),
-            "roll_tokens_per_s": sampled / (rolled - began), "train_tokens_per_s": sum(len(e.ids) for e in learn) / (done - rolled),
-            "seconds": done - began}, episodes
+            "roll_tokens_per_s": sum(sum(e.sampled) for e in episodes) / (rolled - began),
+            "train_tokens_per_s": sum(len(e.ids) for e in learn) / (done - rolled), "seconds": done - began}, episodes
 
 
 def rollout_options(cfg):

@@ -11,6 +11,7 @@ dot on web crops; the character-length filter of prompts. Every row of a round w
 """
 import json, math, re
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from PIL import Image
@@ -110,22 +111,28 @@ def draw(logits, u, temperature):
     return tokens, logprobs.gather(1, tokens[:, None])[:, 0]
 
 
-def sample_turn(vlm, cache, logits, starts, u, temperature, max_new_tokens):
+def sample_turn(vlm, cache, logits, starts, u, temperature, max_new_tokens, graphs=False):
     """One assistant turn for every row, token by token. logits (B, V) of the first token, u (B, max_new_tokens).
 
     -> ids and logprobs per row, the next positions. A row ends with <|im_end|>, which is sampled, counted and trained like
-    any token but not yet in the cache: it goes in with what follows it. Rows that have ended wait (an empty chunk)."""
-    ids, logps, live = [[] for _ in starts], [[] for _ in starts], [True] * len(starts)
+    any token but not yet in the cache: it goes in with what follows it. Rows that have ended wait. Everything stays on the
+    device; on a GPU the question whether all have ended, which waits for it, is put every 8 tokens. graphs: model.VLM.graph"""
+    B, positions = len(starts), torch.tensor(starts, device=vlm.device)
+    ids, logps = torch.zeros(B, max_new_tokens, dtype=torch.long, device=vlm.device), torch.zeros(B, max_new_tokens, device=vlm.device)
+    n, live = torch.zeros_like(positions), torch.ones_like(positions)                # (B,) tokens so far; 1 while the turn goes on
+    cache.reserve(max_new_tokens)
+    step, ask = vlm.graph(cache, B) if graphs else partial(vlm.decode, cache), 8 if vlm.device.type == "cuda" else 1
     for t in range(max_new_tokens):
-        tokens, logp = draw(logits, u[:, t], temperature)
-        for b, (token, lp) in enumerate(zip(tokens.tolist(), logp.tolist())):
-            if live[b]:
-                ids[b].append(token)
-                logps[b].append(lp)
-                live[b] = token != vlm.im_end and t + 1 < max_new_tokens
-        if not any(live):
-            return ids, logps, starts
-        logits, starts = vlm.extend(cache, [[i[-1]] if on else [] for i, on in zip(ids, live)], starts)
+        tokens, logps[:, t] = draw(logits, u[:, t], temperature)
+        ids[:, t] = tokens
+        n += live
+        live = live * (tokens != vlm.im_end)
+        if t + 1 == max_new_tokens or (t + 1) % ask == 0 and not live.any():
+            break
+        logits = step(tokens, positions, live)
+        positions = positions + live
+    cut = lambda x: [row[:k] for row, k in zip(x.tolist(), n.tolist())]
+    return cut(ids), cut(logps), positions.tolist()
 
 
 def respond(vlm, e, text, ended=True, forced=False, zooms_left=1, crop_from="source", black=False):
@@ -186,7 +193,7 @@ def rollout(vlm, samples, group_size=1, *, max_zooms=3, max_new_tokens=64, tempe
     cache = vlm.new_cache(len(prompts))
     logits, starts = vlm.extend(cache, [e.ids for e in prompts], [0] * len(prompts), [v for e in prompts for v in e.views])
     share = [p for p in range(len(prompts)) for _ in range(group_size)]             # a group shares one prefill
-    cache, logits, starts = cache.rows(torch.tensor(share, device=vlm.device)), logits[share], [starts[p] for p in share]
+    cache, logits, starts = cache.share(torch.tensor(share, device=vlm.device)), logits[share], [starts[p] for p in share]
     episodes = [Episode(e.sample, list(e.ids), list(e.sampled), list(e.logprobs), list(e.views), frames=e.frames)
                 for e in (prompts[p] for p in share)]
     u = torch.rand(len(share), limit + 1, max_new_tokens, generator=torch.Generator().manual_seed(seed), dtype=torch.double).to(vlm.device)

@@ -3,7 +3,7 @@ Is our forward pass transformers' own, and does the plumbing around it keep what
 several images; float64 where rounding would hide a bug. At the end MUTATIONS puts bugs into model.py, one at a time, and requires
 the named test to fail.
 """
-import dataclasses, itertools, math, os, random
+import copy, dataclasses, itertools, math, os, random
 from typing import Literal
 
 import numpy as np
@@ -117,6 +117,44 @@ def test_cached_equals_one_shot(vlm64, float64):
             if step[b][0]:
                 close(logits[b].softmax(-1), vlm64.logits(whole(vlm64, e)[0, done[b] - 1]).softmax(-1), 1e-9)
     assert done == [len(e.ids) for e in episodes] == cache.lengths.tolist()
+
+def shared(vlm, group, keep):
+    """Logits after a prompt, a chunk and two tokens: rows with prompts of their own, extended, and rows that share, decoded."""
+    with torch.no_grad():
+        prompts = encoded(vlm, batch(vlm))[:3]
+        said, caches = torch.randint(5, 200, (len(group), 6), generator=torch.Generator().manual_seed(0)), []
+        for share in (False, True):
+            cache = vlm.new_cache(3)
+            _, starts = vlm.extend(cache, [e.ids for e in prompts], [0] * 3, [v for e in prompts for v in e.views])
+            cache = (cache.share if share else cache.rows)(torch.tensor(group))
+            logits, starts = vlm.extend(cache, [row[:2 + i % 3].tolist() for i, row in enumerate(said)], [starts[g] for g in group])
+            cache, starts, out = cache.rows(torch.tensor(keep)), [starts[i] for i in keep], [logits]
+            cache.reserve(3)
+            for t in (4, 5):
+                out.append(vlm.decode(cache, said[keep, t], torch.tensor(starts), torch.ones(len(keep), dtype=torch.long)) if share else
+                           vlm.extend(cache, said[keep, t:t + 1].tolist(), starts)[0])
+                starts = [s + 1 for s in starts]
+            caches.append(out)
+    return caches
+
+@pytest.mark.parametrize("group, keep", [([0, 0, 1, 1, 2, 2], [0, 1, 2, 3, 4, 5]), ([0, 0, 0, 1, 2, 2], [5, 1, 0]), ([2, 0, 2, 0, 1, 0], [3, 0, 2, 5])])
+def test_shared_prompt_equals_own(vlm64, float64, group, keep):
+    """Bug: a prompt that is attended to once for its group weighs too much or too little, or is another group's."""
+    for own, once in zip(*shared(vlm64, group, keep)):
+        close(once.softmax(-1), own.softmax(-1), 1e-9)
+
+@pytest.mark.cuda
+def test_graph_on_cuda(models):
+    """Bug: a captured step that reads what has moved since, or that advances rows which wait."""
+    single = models["qwen2.5"]
+    vlm = model.VLM(copy.deepcopy(single.model).to("cuda"), single.tokenizer, single.processor, single.name, single.spec)
+    out = []
+    for graphs in (False, True):
+        cache = vlm.new_cache(3)
+        logits, starts = vlm.extend(cache, [[5, 6, 7], [8, 9], [10]], [0] * 3)
+        u = torch.rand(3, 24, generator=torch.Generator().manual_seed(1), dtype=torch.double).cuda()
+        out.append(zoom_rollout.sample_turn(vlm, cache, logits, starts, u, 1.0, 24, graphs))
+    assert out[0][0] == out[1][0] and out[0][2] == out[1][2]
 
 def whole(vlm, e):
     positions, _ = model.mrope(e.ids, [v.grid for v in e.views], vlm.image_token)
@@ -407,10 +445,18 @@ MUTATIONS = [
     ("out[:, t] = start\n", "out[:, t] = t\n", test_positions_chunk_by_chunk, {}),
     ("if views and i < len(views[0].deep)", "if views and i + 1 < len(views[0].deep)", test_forward_equals_transformers, dict(images=3)),
     ("v.deep[i] for v in views", "v.deep[0] for v in views", test_forward_equals_transformers, dict(images=1)),
-    ("return lm.norm(h)", "return h", test_forward_equals_transformers, dict(images=0)),
+    ("return F.rms_norm(h, h.shape[-1:], lm.norm.weight, lm.norm.variance_epsilon)", "return h", test_forward_equals_transformers, dict(images=0)),
     ("torch.cat([v.features for v in views])", "torch.cat([v.features for v in views[::-1]])",
      test_forward_equals_transformers, dict(images=3)),
-    ("<= cache.slots[:, None, :, None]", "<= cache.slots.max()", test_cached_equals_one_shot, {}),
+    ("<= cache.slots[:, :, None]              # (B, Q, S)", "<= cache.slots.max() + 0 * cache.slots[:, :, None]", test_cached_equals_one_shot, {}),
+    ("torch.sigmoid(own_lse - lse)", "torch.sigmoid(lse - own_lse)", test_shared_prompt_equals_own, dict(group=[0, 0, 0, 1, 2, 2], keep=[5, 1, 0])),
+    ("else self.prompts.rows(used), group)", "else self.prompts, group)", test_shared_prompt_equals_own, dict(group=[0, 0, 0, 1, 2, 2], keep=[5, 1])),
+    ("(order[:, None] > order)).sum(1)", "(order[:, None] > order)).sum(1) // 2", test_shared_prompt_equals_own, dict(group=[0, 0, 1, 1, 2, 2], keep=[0, 1, 2])),
+    ("scores.masked_fill_(~mask[:, None, None], -1e9)", "scores", test_shared_prompt_equals_own, dict(group=[0, 0, 1, 1, 2, 2], keep=[0, 1, 2])),
+    ("cache.lengths += live", "pass", test_shared_prompt_equals_own, dict(group=[0, 0, 1, 1, 2, 2], keep=[0, 1, 2])),
+    ("axis[1:3 * row:3], axis[2:3 * column:3] = 1, 2", "axis[1:3 * row:3], axis[2:3 * column:3] = 2, 1", test_forward_equals_transformers, dict(images=1)),
+    ("axis[t:t + row], axis[t + row:] = 1, 2", "axis[t:t + row], axis[t + row:] = 2, 1", test_forward_equals_transformers, dict(images=1)),
+    ("q, k = norm(q, a.q_norm), norm(k, a.k_norm)", "pass", test_forward_equals_transformers, dict(images=0)),
     ("cache.lengths = cache.lengths + n", "cache.lengths = cache.lengths + Q", test_cached_equals_one_shot, {}),
     ("self.image_token, starts[b])", "self.image_token, int(cache.lengths[b]))", test_cached_equals_one_shot, {}),
     ("(n - 1).clamp(min=0)", "-1", test_cached_equals_one_shot, {}),
@@ -448,7 +494,7 @@ MUTATIONS = [
 @pytest.mark.parametrize("old, new, test, arguments", MUTATIONS, ids=names(MUTATIONS))
 def test_mutations(old, new, test, arguments, models, models64, tmp_path, capsys, monkeypatch):
     """Bug: a test that no bug can turn red."""
-    family = "qwen3" if "deep" in old else "qwen2.5"
+    family = "qwen3" if "deep" in old or "3 * row" in old or "q_norm" in old else "qwen2.5"
     def again(made, v):
         return made.VLM(v.model, v.tokenizer, v.processor, v.name, made.Spec(**dataclasses.asdict(v.spec)))
     check_mutation("model", old, new, test, arguments, lambda made: {
