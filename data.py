@@ -772,8 +772,9 @@ def main():
             print(f"{s.id} | {s.answer_type} | {s.question} {s.options or ''} -> {answer}")
         print(f"{len(samples)} rows")
     else:
-        if os.path.isdir(args.out) or os.path.exists(args.out) and os.path.samefile(args.path, args.out):
-            raise DataError(f"{args.out} is {'a folder' if os.path.isdir(args.out) else 'the file to convert'}; expected the name of a file to write")
+        source, out = os.path.realpath(args.path), os.path.realpath(args.out)
+        if os.path.isdir(out) or out == source or out.startswith(os.path.join(source, "")):
+            raise DataError(f"{args.out} is a folder, or is part of what is converted; expected another file to write")
         samples, counts, missing = convert(args.name, args.path, args.images, args.skip_missing, args.only)
         if args.check:
             check(args.name, samples, counts)
