@@ -471,7 +471,7 @@ def from_vstar(row, where, layout):
         if asked["answer_type"] != "choice":
             raise DataError(f"{where}text is {row['text']!r:.60}; expected a question with options (A), (B), ...")
         return {**asked, **out}
-    boxes = [target({"bbox": box}, "bbox", layout, where) for box in row.get("bbox") or []]
+    boxes = [target({"bbox": box}, "bbox", layout, where) for box in need(row, "bbox", list, where)]
     return {**out, "question": need(row, "question", str, where), "answer_type": "choice", "options": need(row, "options", list, where),
             "answer": 0, "meta": {"evidence": boxes}}
 
@@ -517,13 +517,13 @@ def from_robospatial(row, where, layout):
 
 def from_one_box(row, where, layout, answer_type="box"):
     """One image, question and box: LISA- and LLMSeg-Grounding (of nested boxes the first four numbers count), RefCOCO, VLM-R1."""
-    flat = lambda v: [x for part in v for x in flat(part)] if isinstance(v, list) else [v]
     key = either(row, "bbox", "boxes", "solution")
-    nested = isinstance(row.get(key), list) and any(isinstance(v, list) for v in row[key])
+    box = row.get(key)
+    if isinstance(box, list) and all(isinstance(part, list) for part in box):
+        box = sum(box, [])[:4]
     return {"id": row.get("id"), "images": [row.get(either(row, "image", "img_filename", "image_path"))],
             "question": need(row, either(row, "instruction", "sent", "problem", "question"), str, where), "answer_type": answer_type,
-            "targets": [target({key: flat(row[key])[:4]} if nested else row, key, layout, where)],
-            "category": [row["split"]] if row.get("split") else []}
+            "targets": [target({key: box}, key, layout, where)], "category": [row["split"]] if row.get("split") else []}
 
 
 def from_screenspot(row, where, layout="xywh px"):
@@ -598,9 +598,8 @@ def refcoco_rows(path, root):
     except Exception as e:                                                     # a broken pickle may raise anything
         raise DataError(f"cannot read {path}: {e}") from None
     beside = os.path.join(os.path.dirname(os.path.abspath(path)), "instances.json")
-    (_, instances), *_ = rows_of(beside) or [("", None)]
-    images, boxes = ({r.get("id"): r for r in need(instances, key, list, beside + ": ") if isinstance(r, dict)}
-                     for key in ("images", "annotations"))
+    (where, instances), *_ = rows_of(beside) or [(f"{beside}: ", None)]
+    images, boxes = ({need(r, "id", int, where): r for r in need(instances, key, list, where)} for key in ("images", "annotations"))
     for i, ref in enumerate(need({"refs": refs}, "refs", list, f"{path}: ")):
         where = f"{path}, ref {i + 1}: "
         image, box = images.get(need(ref, "image_id", int, where)), boxes.get(need(ref, "ann_id", int, where))
@@ -644,7 +643,8 @@ CONVERTERS = {
     "llmseg": (published_rows, from_one_box, "xyxy px", {}),
     "revos": (revos_rows, from_video, "xyxy px", {}),
     "reasonvos": (published_rows, from_video, "xyxy px", {"": (458,)}),
-    "refcoco": (refcoco_rows, from_one_box, "xywh px", {"val": (10834, 10758, 4896), "testA": (5657, 5726), "testB": (5095, 4889), "test": (9602,)}),
+    "refcoco": (refcoco_rows, from_one_box, "xywh px",                         # RefCOCO, RefCOCO+ or RefCOCOg
+                {"val": (10834, 10758, 4896), "testA": (5657, 5726, 0), "testB": (5095, 4889, 0), "test": (0, 9602)}),
     "refcoco_parquet": (refcoco_parquet_rows, from_one_box, "xywh px", {}),
     "vlm-r1": (published_rows, from_one_box, "xyxy px", {}),
 }
@@ -664,7 +664,7 @@ def convert(name, path, images=None, skip_missing=False, only=""):
             continue
         counts.update(["", *row["category"]])
         row["images"] = [im.get("bytes") or im.get("path") if isinstance(im, dict) else im for im in need(row, "images", list, where)]
-        absent = [im for im in row["images"] if isinstance(im, str) and not os.path.exists(os.path.join(root, im))]
+        absent = [im for im in row["images"] if isinstance(im, str) and not os.path.isfile(os.path.join(root, im))]
         if absent and not skip_missing:
             raise DataError(f"{where}image {absent[0]} is not in {root} (--images DIR names another folder, --skip-missing skips such rows)")
         if absent:
@@ -713,7 +713,7 @@ def check(name, samples, counts):
     print(f"checking {len(samples)} rows and their images ...")
     for category, published in CONVERTERS[name][3].items():
         expected = published if isinstance(published, tuple) else (published,)
-        if counts[category] and counts[category] not in expected:
+        if counts[category] not in expected:
             print(f"  {counts[category]} rows{category and ' of ' + category}; the whole file has {' or '.join(map(str, expected))}")
     faults, sizes, beyond = [], {}, [0.0]
     wrong = [(s, impossible(s)) for s in samples if impossible(s)]

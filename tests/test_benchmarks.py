@@ -63,6 +63,8 @@ def turns(*values):
 POINTING = "There is a sink. Pinpoint several points in front of it. Your answer should be formatted as a list of tuples, between 0 and 1."
 
 ROWS = {
+    "vstar file": ({"target_object": ["cup"], "bbox": [[10, 20, 30, 40]], "question": "What is it?", "options": ["tin", "wood"], "image": A},
+                   dict(question="What is it?", options=["tin", "wood"], answer=0)),
     "vstar jsonl": ({"image": A, "text": LETTERED, "category": "direct_attributes", "label": "B", "question_id": "7"},
                     dict(id="7", question="How many cups?", options=["one", "two", "three"], answer=1, category=["direct_attributes"])),
     "blink json": ({"query": "<img src='../x/a.png'> Is it left?\nSelect from the following choices.\n\n(A) yes\n(B) no\n", "images": [A, C], "answer": "(B)"},
@@ -253,6 +255,9 @@ def test_refcoco_pickle(folder):
         put(folder, "instances.json", {**INSTANCES, key: []})
         with pytest.raises(data.DataError, match=f"ref 1: .*instances.json lacks its {lacks}"):
             data.convert("refcoco", path)
+    for bad in (5, [], {}, {**INSTANCES, "images": 5}, {**INSTANCES, "images": [5]}, {**INSTANCES, "annotations": [{"id": []}]}):
+        with pytest.raises(data.DataError, match="instances.json"):
+            put(folder, "instances.json", bad), data.convert("refcoco", path)
 
 ran = []
 
@@ -455,6 +460,8 @@ def test_counts_and_first_options(folder, capsys):
     convert("sat", put(folder, "sat.json", [row] * 150))
     out = capsys.readouterr().out
     assert "whole file" not in out and "always the first option" in out and "150 of 150 gold answers" in out
+    convert("screenspot", put(folder, "web.json", [ROWS["screenspot"][0]]))
+    assert "  0 rows of web; the whole file has 436" in capsys.readouterr().out
     convert("sat", put(folder, "sat.json", [row] * 11 + [{**row, "correct_answer": "right"}]))
     out = capsys.readouterr().out
     assert "12 rows; the whole file has 150 or 4000 or 4001" in out and "always the first" not in out
@@ -511,7 +518,7 @@ MUTATIONS = [
     ("if absent and not skip_missing:", "if False:", test_command, {}),
     ("        if args.check:\n            check(args.name, samples, counts)\n        write_jsonl(args.out, samples)",
      "        write_jsonl(args.out, samples)\n        if args.check:\n            check(args.name, samples, counts)", test_nothing_half_written, {}),
-    ("if counts[category] and counts[category] not in expected:", "if False:", test_counts_and_first_options, {}),
+    ("if counts[category] not in expected:", "if False:", test_counts_and_first_options, {}),
     ('raise DataError(f"{path} is a parquet file; to read it: pip install pyarrow") from None', "return []", test_no_pyarrow, {}),
     ('f.endswith((".json", ".jsonl", ".parquet")) and not f.startswith(".")]', 'f.endswith((".json", ".jsonl", ".parquet"))]', test_folder_of_files, {}),
     ("for file in files or [path]:", "for file in files[:1] or [path]:", test_folder_of_files, {}),
