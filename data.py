@@ -703,7 +703,7 @@ def impossible(s):
             return "" if abs(xs @ np.roll(ys, 1) - ys @ np.roll(xs, 1)) > 1e-6 else "its polygon has no area"
         return f"the center of its box {box} is outside the image" if s.answer_type == "point" and min(x1 + x2, y1 + y2) < 0 else ""
     if s.answer in (None, []):
-        return "its gold is hidden"
+        return "hidden"
     said = gold_text(s)[len("<answer>"):-len("</answer>")]
     return "" if said.strip() and "answer>" not in said else f"its gold {said!r:.60} is empty or holds a tag"
 
@@ -716,7 +716,8 @@ def check(name, samples, counts):
         if counts[category] not in expected:
             print(f"  {counts[category]} rows{category and ' of ' + category}; the whole file has {' or '.join(map(str, expected))}")
     faults, sizes, beyond = [], {}, [0.0]
-    wrong = [(s, impossible(s)) for s in samples if impossible(s)]
+    wrong = [(s, why) for s in samples if (why := impossible(s)) not in ("", "hidden")]
+    hidden = sum(impossible(s) == "hidden" for s in samples)
     for s in samples:
         for im in s.images:
             sizes[im] = sizes.get(im) or open_image(im, f"sample {s.id}: ").size
@@ -727,14 +728,14 @@ def check(name, samples, counts):
                 faults.append(f"{s.id}: its box {t['box']} leaves its image, which is {w} x {h} (another layout? another image?)")
         if len({" ".join(o.casefold().split()) for o in s.options}) < len(s.options):
             faults.append(f"{s.id}: two of its options read the same: {s.options}")
-    faults += [f"{s.id}: {why}" for s, why in wrong if "published_wrong" not in s.meta and "hidden" not in why]
+    faults += [f"{s.id}: {why}" for s, why in wrong if "published_wrong" not in s.meta]
     print(f"  {len(sizes)} images read; no box leaves its image by more than {max(beyond):.1%} of its side")
     unnamed = sum("image_unnamed" in s.meta for s in samples)
     if unnamed:
         print(f"  {unnamed} rows do not say in which image their box is; the last one is taken")
     if len(samples) > 9 and all(s.answer_type == "choice" and s.answer == 0 for s in samples):
         print("  the gold is always the first option: ask with the options shuffled")
-    print(f"  {len(samples) - len(wrong)} of {len(samples)} gold answers are right as predictions"
+    print(f"  {len(samples) - len(wrong) - hidden} of {len(samples)} gold answers would be scored as right" + f", {hidden} are hidden" * (hidden > 0)
           + "".join(f"\n    not {s.id}: {why}" for s, why in wrong[:20]) + f"\n    and {len(wrong) - 20} more" * (len(wrong) > 20))
     if faults:
         raise DataError(f"{len(faults)} faults, such as {'; '.join(faults[:5])}")
