@@ -440,6 +440,7 @@ def episodes_of(config, samples):
         if done:
             print(f"{label}: {len(done)} episodes are in {config.out} already, {len(rest)} are left")
         if rest and not vlm:
+            data.check_images(rest)
             vlm = model.load(config.checkpoint or config.model, max_pixels=config.max_pixels)
         new = rest and run(vlm, rest, zoom, config.style, RECIPES[config.style], config.temperature, config.seed + len(done), config.batch,
                            max_zooms=config.max_zooms, max_new_tokens=config.max_new_tokens, crop_from=config.crop_from,

@@ -156,7 +156,7 @@ def test_each_benchmark_averages_by_its_own_rule():
     for micro in ("screenspot_v2", "screenspot_pro", "vstar", "sat"):
         s = evaluate.summarise([{**r, "benchmark": micro} for r in spot])
         assert s["average"] == s["accuracy"] == 5 / 7 and s["average_of"] == "all questions"
-    assert "average" not in evaluate.summarise(rows("mine", (["a"], 1, 1))) and "average" not in evaluate.summarise(rows(None, (["a"], 1, 1)))
+    assert evaluate.summarise(rows("mine", (["a"], 1, 1)))["average_of"] == "all questions" and "average" not in evaluate.summarise(rows(None, (["a"], 1, 1)))
     assert "average" not in evaluate.summarise(spot + rows("blink", (["Counting"], 1, 0)))
     hidden = rows("blink", (["Jigsaw"], 0, 3))
     assert evaluate.summarise(rows("blink", (["Counting"], 1, 0)) + [{**r, "hidden": 1.0} for r in hidden])["average"] == 1
@@ -165,8 +165,8 @@ def test_each_benchmark_averages_by_its_own_rule():
 def test_overlap_of_exactly_one_half_and_at_each_threshold():
     """MIG-Bench counts it, VLM-R1 does not."""
     box = lambda overlap, benchmark="mig_bench": {"id": "x", "category": ["region"], "accuracy": overlap, "iou": overlap, "wrong_format": 0.0, "benchmark": benchmark}
-    assert evaluate.summarise([box(0.5)])["average"] == 1 and evaluate.summarise([box(0.5, "lisa_vlm_r1")])["average"] == 0
-    assert evaluate.summarise([box(0.51, "lisa_vlm_r1")])["correct"] == 1
+    assert evaluate.summarise([box(0.5)])["average"] == 1 and evaluate.summarise([box(0.5, "vlm-r1")])["average"] == 0
+    assert evaluate.summarise([box(0.51, "vlm-r1")])["correct"] == 1
     s = evaluate.summarise([box(v) for v in (0.2, 0.3, 0.5, 0.6, 0.7, 0.9)])
     assert s["iou_at"] == {"0.3": pytest.approx(5 / 6), "0.5": pytest.approx(4 / 6), "0.7": pytest.approx(2 / 6)}
 
@@ -198,7 +198,7 @@ def test_an_always_first_answer_scores_chance_once_options_are_permuted():
     assert right["accuracy"] == 0.5
 
 
-def test_arrange_moves_the_gold_along_and_answers_map_back():
+def test_arrange_moves_the_gold_along():
     samples = gold_first(50) + [point("p", "x.png"), Sample("h", ["x.png"], "?", "choice", ["a", "b"], None)]
     for circular, count in ((False, 50), (True, 200)):
         arranged = evaluate.arrange(samples, 3, circular)
@@ -209,10 +209,9 @@ def test_arrange_moves_the_gold_along_and_answers_map_back():
         assert all(s.answer is None for s in arranged if s.id.startswith("h"))
         for s in choices[:8]:
             e = evaluate.from_predictions([s], {s.id: "B"})[0]
-            assert evaluate.record(e)["picked"] == s.meta["order"][1] and (evaluate.record(e)["picked"] == 0) == (e.parts["accuracy"] == 1)
+            assert evaluate.right(e) == (s.meta["order"][1] == 0)
     assert evaluate.arrange(samples[7:9], 3) == evaluate.arrange(samples, 3)[7:9]      # by seed and id, whatever stands around it
     assert evaluate.arrange(samples, 4) != evaluate.arrange(samples, 3) and samples == gold_first(50) + samples[50:]
-    assert evaluate.picked(evaluate.from_predictions([samples[0]], {"q0": "option 9"})[0]) is None
 
 
 def test_random_choice_lands_on_chance():
@@ -335,7 +334,7 @@ def test_record_is_one_json_row():
     assert row["turns"][0]["crop"] == [90, 36, 130, 76] and row["turns"][0]["point"] == [55, 14] and row["turns"][2]["forced"]
     assert row["turns"][1]["error"] and row["parts"]["accuracy"] == 1
     assert evaluate.record(episode(point(), Turn("")))["answer"] == "(100, 50, 120, 60)"
-    assert row["verdict"] == "right" and row["picked"] == 1 and row["frames"] == [[2, 4, 200, 100]]
+    assert row["verdict"] == "right" and row["frames"] == [[2, 4, 200, 100]]
 
 
 def test_an_episode_comes_back_from_its_row():
@@ -753,18 +752,10 @@ def test_curves(tmp_path):
     xy = [tuple(map(float, q.split(","))) for q in raw["points"].split()]
     assert len(xy) == 9 and [x for x, _ in xy] == sorted(x for x, _ in xy) and [y for _, y in xy] == sorted((y for _, y in xy), reverse=True)
     assert raw["points"] == smooth["points"]                                   # nine values are too few to smooth
-    assert "step 80: 2" in p.said and all(0 <= x <= 300 and 0 <= y <= 150 for x, y in xy)
+    assert "80" in p.said and all(0 <= x <= 300 and 0 <= y <= 150 for x, y in xy)
     many = page(tmp_path, [], curves=[{"step": i, **{f"m{k}": i * k for k in range(11)}} for i in range(1000)])
-    assert "3 more" in many.said and len(many.all("circle")) < 11 * 160 and many.all("details")
+    assert "3 more" in many.said and many.all("details")
     assert not page(tmp_path, [], curves=[{"step": 1, "reward": 1.0}]).all("figure")            # one point is no curve
-
-
-@pytest.mark.parametrize("low, high", [(0, 1), (0.31, 0.97), (-3e-6, 2e-6), (117, 120), (0, 99999), (-1, 0)])
-def test_ticks_are_round_and_span_the_values(low, high):
-    marks = evaluate.ticks(low, high)
-    step = marks[1] - marks[0]
-    assert 3 <= len(marks) <= 6 and marks[0] <= low + 1e-9 * step and marks[-1] >= high - 1e-9 * step
-    assert float(f"{step:.0e}") == pytest.approx(step)                         # one digit
 
 
 def test_table_of_summaries(tmp_path):
@@ -778,23 +769,32 @@ def test_table_of_summaries(tmp_path):
 # Do the tests bite? Each line puts one bug into evaluate.py; the named test must fail.
 
 MUTATIONS = [
+    ("s * (p * (1 - p) + s / 4)", "s * p * (1 - p)", test_wilson_against_published_values, dict(correct=10, n=10, low=0.7225, high=1)),
+    ("(1 + s), math.sqrt", "1, math.sqrt", test_wilson_is_symmetric_inside_0_1_and_shrinks_with_n, {}),
+    ('parts["iou"] >= 0.5 - 1e-6', 'parts["iou"] > 0.4', test_right_means_the_same_for_every_recipe, {}),
+    ('parts["accuracy"] >= 1 - 1e-6', 'parts["accuracy"] > 0', test_summarise_boxes_partial_credit_hidden_gold_and_nothing, {}),
+    ('[r["iou"] for r in scored if "iou" in r]', '[r["iou"] for r in scored if is_right(r)]', test_summarise_boxes_partial_credit_hidden_gold_and_nothing, {}),
+    ('if name in r["category"]])', 'if r["category"][0] == name])', test_summarise_counts_by_category, {}),
+    ("seed=seed + i,", "seed=seed,", test_run_scores_in_order_and_keeps_memory_small, {}),
+    ("views=views and views[i:i + batch]", "views=views", test_run_scores_in_order_and_keeps_memory_small, {}),
+    ("e.views if views else []", "e.views", test_run_scores_in_order_and_keeps_memory_small, {}),
+    ("sx, sy = e.frames[i][:2] if e.frames else (1, 1)", "sx, sy = 1, 1", test_overlay_maps_points_with_the_frame, {}),
     ("math.sqrt(s * (p * (1 - p) + s / 4))", "math.sqrt(s * p * (1 - p))", test_wilson_is_symmetric_inside_0_1_and_shrinks_with_n, {}),
     ("only_b=only_b, neither", "only_b=only_a, neither", test_paired_against_hand_numbers, {}),
     ("term * (m - k) // (k + 1)", "term * (m - k) / (k + 1)", test_paired_against_hand_numbers, {}),
     ("min(1.0, 2 * tail / 2 ** m)", "min(1.0, tail / 2 ** m)", test_paired_against_hand_numbers, {}),
     ('"screenspot": (2, 6)', '"screenspot": (1, 3)', test_each_benchmark_averages_by_its_own_rule, {}),
     ('"blink": (1, 14)', '"blink": (0, 1)', test_each_benchmark_averages_by_its_own_rule, {}),
-    ('parts["iou"] > 0.5 + 1e-6 if', 'parts["iou"] >= 0.5 if', test_overlap_of_exactly_one_half_and_at_each_threshold, {}),
-    ('len({r.get("of", i) for i, r in enumerate(rows)})', "n", test_rotations_of_a_question_are_one_piece_of_evidence, {}),
-    ('order.index(s.answer),', 's.answer,', test_arrange_moves_the_gold_along_and_answers_map_back, {}),
+    ('if benchmark == "vlm-r1" else', "if False else", test_overlap_of_exactly_one_half_and_at_each_threshold, {}),
+    ('len({r.get("of", i) for i, r in enumerate(scored)})', "n", test_rotations_of_a_question_are_one_piece_of_evidence, {}),
+    ('order.index(s.answer),', 's.answer,', test_arrange_moves_the_gold_along, {}),
     ('random.Random(f"{seed}/{s.id}")', "random.Random(seed)", test_an_always_first_answer_scores_chance_once_options_are_permuted, {}),
-    ('s.meta.get("order", range(len(s.options)))[shown[0]]', "shown[0]", test_arrange_moves_the_gold_along_and_answers_map_back, {}),
     ("k in seen and k != last", "k in seen", test_behaviour_follows_its_rules, dict(lines=["The cat (10, 10).", "The cat (12, 12)."], want=dict(regions=1))),
     ("at[-1], False", "at[-1], doubt", test_behaviour_follows_its_rules,
      dict(lines=["The cat (10, 10).", "Actually it is at (12, 12).", "A dog (150, 80)."], want=dict(regions=2))),
-    ("if rewards.inside((x, y), e.frames[:1])", "if True", test_behaviour_follows_its_rules, dict(lines=["At (500, 10) and (-3, 4)."], want=dict(regions=0))),
+    ("if rewards.inside((x, y), e.frames[:1])]", "]", test_behaviour_follows_its_rules, dict(lines=["At (500, 10) and (-3, 4)."], want=dict(regions=0))),
     ("t.text[len(data.FORCE):] if t.forced and", "t.text if t.forced and", test_behaviour_reads_zooms_and_own_words_only, {}),
-    ("points = zooms or [", "points = zooms + [", test_pointing_counts_points_where_the_box_is_known, {}),
+    ("if not words for p in points] or named", "if not words for p in points] + named", test_pointing_counts_points_where_the_box_is_known, {}),
     ("if not sampled:", "if False:", test_pieces_tell_chosen_tokens_from_given_ones, {}),
     ('looked.get("zoom") == "black"', "False", test_crop_is_shown_as_the_model_saw_it, {}),
     ("html.escape(text[:limit], quote=True)", "html.escape(text[:limit], quote=False)", test_nothing_from_data_or_model_can_run, {}),
@@ -808,4 +808,4 @@ MUTATIONS = [
 @pytest.mark.parametrize("old, new, test, arguments", MUTATIONS, ids=names(MUTATIONS))
 def test_mutations(old, new, test, arguments, tmp_path, monkeypatch):
     """Bug: a test that no bug can turn red."""
-    check_mutation("evaluate", old, new, test, arguments, lambda _: {"tmp_path": lambda: tmp_path}, monkeypatch)
+    check_mutation("evaluate", old, new, test, arguments, lambda _: {"tmp_path": lambda: tmp_path, "monkeypatch": lambda: monkeypatch}, monkeypatch)
