@@ -514,11 +514,131 @@ def main(argv=None):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The report. One file, nothing fetched, no script but the one above. Whatever comes from data or from a model goes through esc().
+# The report. One file, nothing fetched, no script but SCRIPT. Whatever comes from data or from a model goes through esc().
 
 def esc(text, limit=4000):
     text = str(text)
     return html.escape(text[:limit], quote=True) + (f" [and {len(text) - limit:,} more characters]" if len(text) > limit else "")
+
+
+def report(path, title, episodes, curves=None, table=None, settings=None, drawn=DRAWN, max_bytes=18_000_000):
+    """Write the run as one HTML file that can be opened anywhere.
+
+    episodes: [(label, list[Episode])], a section each. curves: the rows of metrics.jsonl. table: [(label, cells)], its first
+    row the head, its cells text or summarise()'s dicts. settings: a dict. At most `drawn` episodes of a section, the first
+    ones and not the best, and at most `max_bytes` of them in all."""
+    album, cards, states, size = {}, [[] for _ in episodes], [], 0
+    side = 640 if sum(min(len(group), drawn) for _, group in episodes) <= 200 else 448             # many pictures are stored smaller
+    turns = [(i, group[k]) for k in range(drawn) for i, (_, group) in enumerate(episodes) if k < len(group)]     # sections take turns
+    for i, e in tqdm(turns, "drawing", unit=" episodes", leave=False, disable=None):
+        if size > max_bytes:
+            break
+        known = len(album)
+        cards[i].append(card(album, e, side))
+        states.append(verdict(e))
+        size += len(cards[i][-1]) + sum(len(element[-1]) for element in list(album.values())[known:])
+
+    links, sections = "", ""
+    for i, (label, group) in enumerate(episodes):
+        hits = [verdict(e) == "right" for e in group if verdict(e)]
+        low, high = wilson(sum(hits), len(hits))
+        score = f"{sum(hits)} of {len(hits)} right ({mean(hits):.1%}, 95 % interval {low:.1%} to {high:.1%}). " if hits else ""
+        rest = f"The first {len(cards[i])} are drawn, {len(group) - len(cards[i])} are left out." if len(cards[i]) < len(group) else ""
+        links += f'<a href="#s{i}">{esc(label, 60)}</a>'
+        sections += f'<section id="s{i}"><h2>{esc(label)}</h2><div class="dim">{score}{rest}</div>{"".join(cards[i])}</section>'
+    body = f"<h1>{esc(title)}</h1>"
+    body += f'<p class="settings">{" ".join(f"<span>{esc(k)} <b>{esc(v, 400)}</b></span>" for k, v in (settings or {}).items())}</p>'
+    if table:
+        head, *rows = [f"<tr><th>{esc(label)}</th>{''.join(map(cell, cells))}</tr>" for label, cells in table]
+        body += f'<div class="scroll"><table class="numbers"><thead>{head.replace("td>", "th>")}</thead>{"".join(rows)}</table></div>'
+    if lines := charts(curves or []):
+        body += f'<h2>Learning curves</h2><div class="dim">By step. Faint: the values; bold: their running mean, whose end is the number.</div>{lines}'
+    if sections:
+        for state, n in (("all", len(states)), ("right", states.count("right")), ("wrong", states.count("wrong"))):
+            body += f'<input type="radio" name="show" id="{state}"{" checked" if state == "all" else ""} aria-label="show {state}">'
+            links += f'<label for="{state}">{state} {n}</label>'
+        body += f"<nav>{links}</nav>{LEGEND}{sections}"
+    digest = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
+    policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
+    pictures = "".join(element for *_, element in album.values())
+    page = f"""<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="{policy}"><title>{esc(title)}</title><style>{CSS}</style></head>
+<body><svg width="0" height="0" class="album" aria-hidden="true"><defs>{pictures}</defs></svg>
+<main>{body}<footer>Written by evaluate.py. One file, nothing fetched.</footer></main><script>{SCRIPT}</script></body></html>"""
+    with open(path + ".tmp", "w", encoding="utf-8", errors="replace") as f:    # a model may write half a surrogate pair
+        f.write(page)
+    os.replace(path + ".tmp", path)
+
+
+def cell(value):
+    """Text, or one of summarise()'s dicts: its accuracy, with the interval as numbers and as a bar."""
+    if not isinstance(value, dict):
+        return f"<td>{esc(value)}</td>"
+    a, low, high = (100 * value[k] for k in ("accuracy", "low", "high"))
+    rect = lambda kind, x, width: f'<rect class="{kind}" x="{x:.2f}" width="{width:.2f}" height="5"/>'
+    return (f'<td><b>{a:.1f} %</b> <small>{low:.1f} to {high:.1f}</small><svg class="bar" viewBox="0 0 100 5" preserveAspectRatio="none">'
+            f'{rect("track", 0, 100)}{rect("range", low, high - low)}{rect("share", 0.985 * a, 1.5)}</svg></td>')
+
+
+def card(album, e, side=640):
+    """One episode: the pictures on the left, the conversation on the right."""
+    s, state, zooms, does = e.sample, verdict(e), sum(t.crop is not None for t in e.turns), behaviour(e)
+    said = answered(e)[1] or "nothing readable"
+    said = said if isinstance(said, str) else numbers(said)
+    tick = '<b class="tick"> ✓</b>'
+    options = "".join(f"<li{' class=gold' * (i == s.answer)}>{chr(65 + i)}. {esc(o)}{tick * (i == s.answer)}</li>" for i, o in enumerate(s.options))
+    facts = [", ".join(map(str, s.category)), f"{zooms} zoom{'s' * (zooms != 1)}", f"{sum(e.sampled)} tokens" if e.ids else "", f"ended by: {e.stop}",
+             *(f"{k} {does[k]}" for k in MARKERS if does.get(k)), f"advantage {e.advantage:+.2f}" if e.advantage else ""]
+    facts = "".join(f"<span>{esc(fact, 60)}</span>" for fact in facts if fact)
+    names = "".join(f"<th>{esc(k.replace('_', ' '))}</th>" for k in e.parts)
+    values = "".join(f"<td>{v:.3g}</td>" for v in e.parts.values())
+    pictures, turns = "".join(picture(album, e, i, side) for i in range(len(s.images))), "".join(turn(album, e, n, t) for n, t in enumerate(e.turns, 1))
+    for_script = f'data-id="{esc(s.id)}" data-category="{esc(chr(10).join(map(str, s.category)))}" data-zooms="{zooms}"'
+    return f"""<article class="{state}" tabindex="-1" {for_script}>
+<header>{f'<span class="badge">{state}</span>' if state else ""}<b>{esc(s.id, 120)}</b>{facts}</header>
+<div class="columns"><div class="pictures{" many" if len(s.images) > 1 else ""}">{pictures}</div>
+<div><p class="question">{esc(s.question)}</p>{f'<ul class="options">{options}</ul>' if options else ""}{turns}
+<div class="result"><p class="said">answered <b>{esc(said, 200)}</b></p><p>expected <b>{esc(gold(s), 200)}</b></p>
+<table class="parts"><tr>{names}</tr><tr>{values}</tr></table></div>{tokens(e)}</div></div></article>"""
+
+
+def answered(e):
+    """What the episode answered: (image that it is about, words or source pixels or None)."""
+    said = rewards.parse_answer(e.text, e.sample.answer_type)
+    image = e.sample.targets[0]["image"] if e.sample.targets else 0
+    return image, tuple(rewards.to_source(said, image, e.frames)) if isinstance(said, tuple) else said
+
+
+def turn(album, e, n, t):
+    def tagged(text):
+        return re.sub(r"&lt;/?(?:think|answer|tool_call)&gt;", r'<span class="tag">\g<0></span>', esc(text))
+
+    given = data.FORCE if t.forced and t.text.startswith(data.FORCE) else ""
+    out = f'<div class="turn t{n % 6}{"" if t.point else " plain"}"><span class="number">{n}</span><pre>'
+    out += (f'<span class="given">{tagged(given)}</span>' if given else "") + tagged(t.text[len(given):]) + "</pre>"
+    if t.crop:
+        shown = crop_of(e, t)
+        name, w, h = embed(album, pixels(shown), shown, 256)
+        small = " small" if max(w, h) <= 160 else ""                           # enlarged as squares, not blurred
+        out += (f'<figure><svg class="crop{small}" viewBox="0 0 {w} {h}" role="img" aria-label="crop {n}"><use href="#{name}"/></svg>'
+                f"<figcaption>{numbers(t.crop[:2])} to {numbers(t.crop[2:])}</figcaption></figure>")
+    if t.error:
+        out += f'<div class="note">{esc(t.error)}</div>'
+    if t.forced:
+        out += '<div class="note">No zooms left: the faint words were given, the rest it wrote.</div>'
+    return out + "</div>"
+
+
+def tokens(e, limit=2000):
+    """What the policy chose, shaded by its probability, and what it was given, faint."""
+    chosen = [piece for piece in getattr(e, "pieces", []) if piece[1] is not None]
+    if not chosen:
+        return ""
+    shade = lambda p: f'class="p{min(int(5 * p), 4)}" title="{p:.3f}"'
+    token = lambda text, logp: f"<s>{esc(text)}</s>" if logp is None else f"<i {shade(math.exp(logp))}>{esc(text)}</i>"
+    sure, weight = math.exp(mean([p for _, p in chosen])), f", each with advantage {e.advantage:+.2f}" if e.advantage else ""
+    return (f'<details><summary>tokens: {len(chosen)} chosen at a mean probability of {sure:.2f}{weight}</summary>'
+            f'<pre class="tokens">{"".join(token(*piece) for piece in e.pieces[:limit])}</pre></details>')
 
 
 def embed(album, key, image, side=640):
@@ -584,10 +704,11 @@ def picture(album, e, i, side):
 
     for box in boxes_in(e.sample, i):
         rect(box, "gold")
-    for n, t in enumerate(e.turns if i == 0 else (), 1):
+    looks = list(enumerate(e.turns, 1)) if i == 0 else []
+    for n, t in looks:
         if t.crop:
             rect(t.crop, f"t{n % 6}")
-    for n, t in enumerate(e.turns if i == 0 else (), 1):                       # on top of every window
+    for n, t in looks:                                                         # on top of every window
         if t.point and 0 <= t.point[0] <= w / sx and 0 <= t.point[1] <= h / sy:
             x, y = t.point[0] * sx, t.point[1] * sy
             marks.append(f'<g class="t{n % 6}"><title>turn {n}: ({x:.0f}, {y:.0f})</title><circle cx="{x:.6g}" cy="{y:.6g}" r="{2.7 * unit:.4g}"/>'
@@ -602,61 +723,6 @@ def picture(album, e, i, side):
     caption = f"<small>image {i + 1}</small>" if many else ""
     return (f'<div><svg class="picture" viewBox="0 0 {w} {h}" role="img" aria-label="image {i + 1}"><use href="#{name}"/>'
             f'{"".join(marks)}</svg>{caption}</div>')
-
-
-def turn(album, e, n, t):
-    def tagged(text):
-        return re.sub(r"&lt;/?(?:think|answer|tool_call)&gt;", r'<span class="tag">\g<0></span>', esc(text))
-
-    given = data.FORCE if t.forced and t.text.startswith(data.FORCE) else ""
-    out = f'<div class="turn t{n % 6}{"" if t.point else " plain"}"><span class="number">{n}</span><pre>'
-    out += (f'<span class="given">{tagged(given)}</span>' if given else "") + tagged(t.text[len(given):]) + "</pre>"
-    if t.crop:
-        shown = crop_of(e, t)
-        name, w, h = embed(album, pixels(shown), shown, 256)
-        small = " small" if max(w, h) <= 160 else ""                           # enlarged as squares, not blurred
-        out += (f'<figure><svg class="crop{small}" viewBox="0 0 {w} {h}" role="img" aria-label="crop {n}"><use href="#{name}"/></svg>'
-                f"<figcaption>{numbers(t.crop[:2])} to {numbers(t.crop[2:])}</figcaption></figure>")
-    if t.error:
-        out += f'<div class="note">{esc(t.error)}</div>'
-    if t.forced:
-        out += '<div class="note">No zooms left: the faint words were given, the rest it wrote.</div>'
-    return out + "</div>"
-
-
-def tokens(e, limit=2000):
-    """What the policy chose, shaded by its probability, and what it was given, faint."""
-    chosen = [piece for piece in getattr(e, "pieces", []) if piece[1] is not None]
-    if not chosen:
-        return ""
-    shade = lambda p: f'class="p{min(int(5 * p), 4)}" title="{p:.3f}"'
-    token = lambda text, logp: f"<s>{esc(text)}</s>" if logp is None else f"<i {shade(math.exp(logp))}>{esc(text)}</i>"
-    sure, weight = math.exp(mean([p for _, p in chosen])), f", each with advantage {e.advantage:+.2f}" if e.advantage else ""
-    return (f'<details><summary>tokens: {len(chosen)} chosen at a mean probability of {sure:.2f}{weight}</summary>'
-            f'<pre class="tokens">{"".join(token(*piece) for piece in e.pieces[:limit])}</pre></details>')
-
-
-def card(album, e, side=640):
-    """One episode: the pictures on the left, the conversation on the right."""
-    s, state = e.sample, verdict(e)
-    said = answered(e)[1] or "nothing readable"
-    said = said if isinstance(said, str) else numbers(said)
-    tick = '<b class="tick"> ✓</b>'
-    options = "".join(f"<li{' class=gold' * (i == s.answer)}>{chr(65 + i)}. {esc(o)}{tick * (i == s.answer)}</li>" for i, o in enumerate(s.options))
-    zooms, does = sum(t.crop is not None for t in e.turns), behaviour(e)
-    facts = [", ".join(map(str, s.category)), f"{zooms} zoom{'s' * (zooms != 1)}", f"{sum(e.sampled)} tokens" if e.ids else "", f"ended by: {e.stop}",
-             *(f"{k} {does[k]}" for k in MARKERS if does.get(k)),
-             f"advantage {e.advantage:+.2f}" if e.advantage else ""]
-    names = "".join(f"<th>{esc(k.replace('_', ' '))}</th>" for k in e.parts)
-    values = "".join(f"<td>{v:.3g}</td>" for v in e.parts.values())
-    pictures, turns = "".join(picture(album, e, i, side) for i in range(len(s.images))), "".join(turn(album, e, n, t) for n, t in enumerate(e.turns, 1))
-    for_script = f'data-id="{esc(s.id)}" data-category="{esc(chr(10).join(map(str, s.category)))}" data-zooms="{zooms}"'
-    return f"""<article class="{state}" tabindex="-1" {for_script}><header>{f'<span class="badge">{state}</span>' if state else ""}<b>{esc(s.id, 120)}</b>
-{"".join(f"<span>{esc(fact, 60)}</span>" for fact in facts if fact)}</header>
-<div class="columns"><div class="pictures{" many" if len(s.images) > 1 else ""}">{pictures}</div>
-<div><p class="question">{esc(s.question)}</p>{f'<ul class="options">{options}</ul>' if options else ""}{turns}
-<div class="result"><p class="said">answered <b>{esc(said, 200)}</b></p><p>expected <b>{esc(gold(s), 200)}</b></p>
-<table class="parts"><tr>{names}</tr><tr>{values}</tr></table></div>{tokens(e)}</div></div></article>"""
 
 
 def chart(name, points, w=300, h=150):
@@ -688,67 +754,9 @@ def charts(curves, first=8):
     return f'<div class="charts">{"".join(drawn[:first])}</div>{more}' if drawn else ""
 
 
-def cell(value):
-    """Text, or one of summarise()'s dicts: its accuracy, with the interval as numbers and as a bar."""
-    if not isinstance(value, dict):
-        return f"<td>{esc(value)}</td>"
-    a, low, high = (100 * value[k] for k in ("accuracy", "low", "high"))
-    rect = lambda kind, x, width: f'<rect class="{kind}" x="{x:.2f}" width="{width:.2f}" height="5"/>'
-    return (f'<td><b>{a:.1f} %</b> <small>{low:.1f} to {high:.1f}</small><svg class="bar" viewBox="0 0 100 5" preserveAspectRatio="none">'
-            f'{rect("track", 0, 100)}{rect("range", low, high - low)}{rect("share", 0.985 * a, 1.5)}</svg></td>')
-
-
-def report(path, title, episodes, curves=None, table=None, settings=None, drawn=DRAWN, max_bytes=18_000_000):
-    """Write the run as one HTML file that can be opened anywhere.
-
-    episodes: [(label, list[Episode])], a section each. curves: the rows of metrics.jsonl. table: [(label, cells)], its first
-    row the head, its cells text or summarise()'s dicts. settings: a dict. At most `drawn` episodes of a section, the first
-    ones and not the best, and at most `max_bytes` of them in all."""
-    album, cards, sections, links, states, size = {}, [[] for _ in episodes], [], [], [], 0
-    side = 640 if sum(min(len(group), drawn) for _, group in episodes) <= 200 else 448             # many pictures are stored smaller
-    turns = [(i, group[k]) for k in range(drawn) for i, (_, group) in enumerate(episodes) if k < len(group)]     # sections take turns
-    for i, e in tqdm(turns, "drawing", unit=" episodes", leave=False, disable=None):
-        if size > max_bytes:
-            break
-        known = len(album)
-        cards[i].append(card(album, e, side))
-        states.append(verdict(e))
-        size += len(cards[i][-1]) + sum(len(element[-1]) for element in list(album.values())[known:])
-    for i, (label, group) in enumerate(episodes):
-        of = [e for e in group if verdict(e)]
-        right = sum(verdict(e) == "right" for e in of)
-        low, high = wilson(right, len(of))
-        score = f"{right} of {len(of)} right ({right / len(of):.1%}, 95 % interval {low:.1%} to {high:.1%}). " if of else ""
-        rest = f"The first {len(cards[i])} are drawn, {len(group) - len(cards[i])} are left out." if len(cards[i]) < len(group) else ""
-        links.append(f'<a href="#s{i}">{esc(label, 60)}</a>')
-        sections.append(f'<section id="s{i}"><h2>{esc(label)}</h2><div class="dim">{score}{rest}</div>{"".join(cards[i])}</section>')
-    head = ""
-    if table:
-        first, *rows = [f"<tr><th>{esc(label)}</th>{''.join(map(cell, cells))}</tr>" for label, cells in table]
-        head = f'<div class="scroll"><table class="numbers"><thead>{first.replace("td>", "th>")}</thead>{"".join(rows)}</table></div>'
-    radios = "".join(f'<input type="radio" name="show" id="{k}"{" checked" if k == "all" else ""}>' for k in ("all", "right", "wrong"))
-    labels = "".join(f'<label for="{k}">{k} {states.count(k) if k != "all" else len(states)}</label>' for k in ("all", "right", "wrong"))
-    lines, pictures = charts(curves or []), "".join(p[-1] for p in album.values())
-    digest = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
-    settings = " ".join(f"<span>{esc(k)} <b>{esc(v, 400)}</b></span>" for k, v in (settings or {}).items())
-    page = f"""<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'">
-<title>{esc(title)}</title><style>{CSS}</style></head><body>
-<svg width="0" height="0" style="position:absolute" aria-hidden="true"><defs>{pictures}</defs></svg>
-<main><h1>{esc(title)}</h1><p class="settings">{settings}</p>{head}"""
-    if lines:
-        page += f"""<h2>Learning curves</h2><div class="dim">By step. Faint: the values; bold: their running mean, whose end is the number.</div>{lines}"""
-    if sections:
-        page += f"""{radios}<nav><p>{"".join(links)}</p>{labels}</nav>
-<p class="dim">Numbers are the points that the model named to zoom into, rectangles of the same color what each crop showed it; the dashed box is where
-the answer lies, a cross or a thick box what the model answered. Coordinates inside a text are the model's own, all others are pixels of the stored image. Keys: j and k
-for the next and the last episode, tab and arrows for all else.</p>
-{"".join(sections)}"""
-    page += f"<footer>Written by evaluate.py. One file, nothing fetched.</footer></main><script>{SCRIPT}</script></body></html>"
-    with open(path + ".tmp", "w", encoding="utf-8", errors="replace") as f:    # a model may write half a surrogate pair
-        f.write(page)
-    os.replace(path + ".tmp", path)
-
+LEGEND = """<p class="dim">Numbers are the points that the model named to zoom into, rectangles of the same color what each crop showed it; the
+dashed box is where the answer lies, a cross or a thick box what the model answered. Coordinates inside a text are the model's own, all others
+are pixels of the stored image. Keys: j and k for the next and the last episode, tab and arrows for all else.</p>"""
 
 CSS = """
 :root { color-scheme:light dark; --page:#f6f5f1; --card:#fff; --ink:#20242b; --dim:#6b7079; --line:#e3e0d8; --soft:#f1efe9; --accent:#3457c9;
@@ -771,10 +779,10 @@ h1 { font:600 2.3rem/1.15 var(--serif); letter-spacing:-.01em; margin:0 } h2 { f
 .chart figcaption { display:flex; justify-content:space-between; font-size:.88rem } .chart line { stroke:var(--line) } .chart text { font-size:10.5px; fill:var(--dim) }
 .chart polyline { fill:none; stroke:var(--accent); stroke-linejoin:round } .chart .raw { opacity:.3 } .chart .smooth { stroke-width:1.9 }
 summary { cursor:pointer; color:var(--accent); margin-top:1rem; font-size:.9rem }
-input[name=show] { position:absolute; opacity:0 }
+input[name=show], .album { position:absolute; opacity:0 }
 nav { position:sticky; top:0; z-index:2; display:flex; flex-wrap:wrap; gap:.3rem 1rem; align-items:center; margin:2.6rem -1.5rem 1rem;
   padding:.7rem 1.5rem; background:var(--page); border-bottom:1px solid var(--line); font-size:.9rem }
-nav p { margin:0 auto 0 0; display:flex; flex-wrap:wrap; gap:.2rem 1.2rem } nav label { cursor:pointer; color:var(--dim); padding:.15rem .8rem; border-radius:99px }
+nav a + label { margin-left:auto } nav label { cursor:pointer; color:var(--dim); padding:.15rem .8rem; border-radius:99px }
 select, button { font:inherit; color:inherit; background:var(--card); border:1px solid var(--line); border-radius:7px; padding:.15rem .6rem }
 #all:checked ~ nav [for=all], #right:checked ~ nav [for=right], #wrong:checked ~ nav [for=wrong] { background:var(--ink); color:var(--page) }
 input:focus-visible ~ nav label, article:focus { box-shadow:0 0 0 1.5px var(--accent); outline:0 }
