@@ -234,13 +234,18 @@ def tool_call(x, y):
 # ----------------------------------------------------------------------------------------------------------------------
 # Files: one normalised JSONL, and the layouts that turn into it
 
-def open_image(source, where="", size_only=False):
-    """A path, or the bytes of a file -> RGB PIL image, or its (width, height); or a DataError that names it and the row."""
+def open_image(source, where="", size_only=False, check=False):
+    """A path, or the bytes of a file -> RGB PIL image, or a DataError that names it and the row. size_only: its (width, height),
+    from its head; with check, all of the file is read too, a JPEG at an eighth of its size, which costs little."""
     name = "image" if isinstance(source, bytes) else f"image {source}"
     try:
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as im:
+            size = im.size
+            if check:
+                im.draft("L", (im.width // 8, im.height // 8))
+                im.load()
             if size_only:
-                return im.size
+                return size
             im.load()                                                          # decode now: a truncated file fails here, not mid-run
             if im.mode in ("RGBA", "LA", "P"):                                 # transparent pixels are white, as on a screen
                 im = im.convert("RGBA")
@@ -258,22 +263,11 @@ def image(sample, i):
 
 
 def check_images(samples):
-    """Every image once, before any work: a broken one in the last row must not end a run in the middle. A JPEG is decoded at
-    an eighth of its size, which reads all of the file and costs little."""
-    def check(task):
-        path, where = task
-        try:
-            with Image.open(path) as im:
-                im.draft("L", (im.width // 8, im.height // 8))
-                im.load()
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
-            return f"{where}image {path} cannot be read ({e})"
-
-    tasks = {path: f"sample {s.id}: " for s in samples for path in s.images if not isinstance(path, Image.Image)}
+    """Every image once, before any work: a broken one in the last row must not end a run in the middle. -> {image: (width, height)}"""
+    first = {im: f"sample {s.id}: " for s in samples for im in s.images if not isinstance(im, Image.Image)}
     with ThreadPoolExecutor() as pool:
-        wrong = next(filter(None, tqdm(pool.map(check, tasks.items()), "images", len(tasks), disable=None, leave=False)), None)
-    if wrong:
-        raise DataError(wrong)
+        read = pool.map(lambda item: open_image(*item, size_only=True, check=True), first.items())
+        return dict(zip(first, tqdm(read, "images", len(first), disable=None, leave=False)))
 
 
 def rows_of(path):
@@ -548,16 +542,14 @@ def from_one_box(row, where, layout, answer_type="box"):
 
 
 def from_screenspot(row, where, layout="xywh px"):
-    """ScreenSpot, ScreenSpot-v2 (xywh px) and the parquet copy (xyxy 0-1)."""
+    """ScreenSpot, -v2 and -Pro, whose rows also say the image's size: one of its boxes begins at y = -1 and is clamped."""
+    out = from_one_box(row, where, layout, "point")
+    if layout == "xyxy px":
+        w, h = numbers(row.get("img_size"), 2, where, "img_size")
+        out["targets"][0]["box"] = [min(max(v, 0), side) for v, side in zip(out["targets"][0]["box"], (w, h, w, h))]
+        return {**out, "category": [row.get("group"), row.get("application"), row.get("ui_type")]}
     platform = need(row, either(row, "img_filename", "file_name"), str, where).split("_")[0].replace("pc", "desktop")
-    return {**from_one_box(row, where, layout, "point"), "category": [platform, str(row.get("data_type"))]}
-
-
-def from_screenspot_pro(row, where, layout):
-    """One published box begins at y = -1: clamped to the image, whose size the row gives."""
-    out, (w, h) = from_one_box(row, where, layout, "point"), numbers(row.get("img_size"), 2, where, "img_size")
-    out["targets"][0]["box"] = [min(max(v, 0), side) for v, side in zip(out["targets"][0]["box"], (w, h, w, h))]
-    return {**out, "category": [row.get("group"), row.get("application"), row.get("ui_type")]}
+    return {**out, "category": [platform, str(row.get("data_type"))]}
 
 
 ORDINALS = ["first", "second", "third", "fourth", "fifth", "sixth"]
@@ -582,6 +574,19 @@ def from_univg(row, where, layout="xyxy 0-1000"):
     meta |= {} if x1 < x2 and y1 < y2 else {"published_wrong": "its box is inverted"}
     return {"id": row.get("id"), "images": paths, "question": question, "answer_type": "box", "category": [task] if task else [],
             "targets": [place], "meta": meta}
+
+
+def mgrounding_rows(path, root):
+    """MGrounding-630k, which UniVG-R1 was trained on: of a conversation, every question whose reply is a box. The reply names the image."""
+    for where, row in published_rows(path, root):
+        said = [need(turn, "value", str, where) for turn in need(row, "conversations", list, where)]
+        found = [(question, reply, re.search(r"\((\d+),\s*(\d+)\),\s*\((\d+),\s*(\d+)\)", reply)) for question, reply in zip(said[::2], said[1::2])]
+        if not any(box for *_, box in found):
+            raise DataError(f"{where}no reply of the conversation holds a box (x1,y1),(x2,y2)")
+        for k, (question, reply, box) in enumerate(found):
+            if box:
+                yield where, {"id": f"{row.get('id')}_{k}", "images": row.get("images"), "question": question, "answer": [int(v) for v in box.groups()],
+                              "task": "group_grounding", "additional_info": reply}
 
 
 def revos_rows(path, root):
@@ -654,10 +659,11 @@ CONVERTERS = {
     "screenspot": (published_rows, from_screenspot, "xywh px", SCREENSPOT),
     "screenspot_parquet": (published_rows, from_screenspot, "xyxy 0-1", SCREENSPOT),
     "screenspot_v2": (published_rows, from_screenspot, "xywh px", {"": (1272,)}),
-    "screenspot_pro": (published_rows, from_screenspot_pro, "xyxy px",
+    "screenspot_pro": (published_rows, from_screenspot, "xyxy px",
                        {"Dev": 299, "Creative": 341, "CAD": 261, "Scientific": 254, "Office": 230, "OS": 196}),
     "vigorl": (published_rows, from_vigorl, "xyxy px", {}),
     "univg-r1": (published_rows, from_univg, "xyxy 0-1000", {}),
+    "mgrounding": (mgrounding_rows, from_univg, "xyxy 0-1000", {}),
     "mig_bench": (published_rows, from_univg, "xyxy 0-1", MIG),
     "mig_bench_revised": (published_rows, from_univg, "xyxy 0-1000", {**MIG, "common_object": 815, "group_grounding": 485, "reasoning": 97}),
     "lisa": (published_rows, from_one_box, "xyxy px", {"": (200, 779)}),
@@ -732,16 +738,13 @@ def impossible(s):
 def check(name, samples, counts):
     """Hold what was converted to what was published, and every box to its image. Prints what it finds; a fault is a DataError."""
     print(f"checking {len(samples)} rows and their images ...")
-    for category, published in CONVERTERS[name][3].items():
-        expected = published if isinstance(published, tuple) else (published,)
-        if counts[category] not in expected:
-            print(f"  {counts[category]} rows{category and ' of ' + category}; the whole file has {' or '.join(map(str, expected))}")
-    faults, sizes, beyond = [], {}, [0.0]
+    whole = {category: n if isinstance(n, tuple) else (n,) for category, n in CONVERTERS[name][3].items()}
+    if part := [f"{counts[c]} of {' or '.join(map(str, n))} {c or 'rows'}" for c, n in whole.items() if counts[c] not in n]:
+        print(f"  not the whole file: {', '.join(part)}")
+    faults, sizes, beyond = [], check_images(samples), [0.0]
     wrong = [(s, why) for s in samples if (why := impossible(s)) not in ("", "hidden")]
     hidden = sum(impossible(s) == "hidden" for s in samples)
     for s in samples:
-        for im in s.images:
-            sizes[im] = sizes.get(im) or open_image(im, f"sample {s.id}: ").size
         for t in s.targets:
             (w, h), (x1, y1, x2, y2) = sizes[s.images[t["image"]]], t["box"]
             beyond.append(max(-x1 / w, -y1 / h, x2 / w - 1, y2 / h - 1))

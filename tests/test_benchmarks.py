@@ -92,6 +92,9 @@ ROWS = {
                     "images": [A]}, dict(answer_type="text", answer=["type [4] [red [x]]"])),
     "univg-r1": ({"question": "<image>\n<image>\nFind it in the first image.", "answer": [100, 200, 500, 1000], "images": [A, B]},
                  dict(question="Find it in the first image.", answer_type="box", targets=box(20, 20, 100, 100), images=2)),
+    "mgrounding": ({"id": "5", "images": [A, B], "conversations": turns("<image>\n<image>\nFind <|object_ref_start|>a cup<|object_ref_end|>.",
+                    "It's in the second image. <|box_start|>(100,200),(500,1000)<|box_end|>", "Sure?", "Yes."), "type": "gg_train"},
+                   dict(id="5_0", question="Find <|object_ref_start|>a cup<|object_ref_end|>.", answer_type="box", targets=box(40, 60, 200, 300, 1), images=2)),
     "mig_bench": ({"task": "diff", "images": [A, B], "question": "What differs? ", "answer": [0.1, 0.2, 0.5, 1.048], "additional_info": "", "need_format": True},
                   dict(targets=box(40, 60, 200, 314.4, 1), category=["diff"], images=2)),
     "mig_bench_revised": ({"task": "diff", "images": [A, B], "question": "What differs?", "answer": [100, 200, 500, 1000]},
@@ -324,7 +327,7 @@ def test_mig_inverted(folder, capsys):
     samples = convert("mig_bench", put(folder, "mig.json", [row, {**row, "answer": [0.5, 0.2, 0.1, 0.9]}]))
     out = capsys.readouterr().out
     assert len(samples) == 2 and "1 of 2 gold answers would be scored as right" in out and "not mig_bench/1: its box" in out
-    assert "2 rows of diff; the whole file has 528" in out and "by more than 4.8% of its side" in out
+    assert "2 of 528 diff" in out and "by more than 4.8% of its side" in out
     assert rewards.score(samples[1], data.gold_text(samples[1]), [], "accuracy")["reward"] == 0
 
 # -----------------------------------------------------------------------------
@@ -461,10 +464,10 @@ def test_counts_and_first_options(folder, capsys):
     out = capsys.readouterr().out
     assert "whole file" not in out and "always the first option" in out and "150 of 150 gold answers" in out
     convert("screenspot", put(folder, "web.json", [ROWS["screenspot"][0]]))
-    assert "  0 rows of web; the whole file has 436" in capsys.readouterr().out
+    assert "0 of 436 web" in capsys.readouterr().out
     convert("sat", put(folder, "sat.json", [row] * 11 + [{**row, "correct_answer": "right"}]))
     out = capsys.readouterr().out
-    assert "12 rows; the whole file has 150 or 4000 or 4001" in out and "always the first" not in out
+    assert "12 of 150 or 4000 or 4001 rows" in out and "always the first" not in out
 
 def test_known_numbers():
     """Bug: a slip in the published counts."""
@@ -477,8 +480,8 @@ def test_known_numbers():
 
 MUTATIONS = [
     ('[a, b, a + c, b + d] if order == "xywh"', '[a, b, c, d] if order == "xywh"', test_row, dict(case="screenspot")),
-    ('"screenspot_pro": (published_rows, from_screenspot_pro, "xyxy px"', '"screenspot_pro": (published_rows, from_screenspot_pro, "xywh px"',
-     test_row, dict(case="screenspot_pro")),
+    ('"screenspot_v2": (published_rows, from_screenspot, "xywh px"', '"screenspot_v2": (published_rows, from_screenspot, "xyxy px"',
+     test_row, dict(case="screenspot_v2")),
     ('"screenspot_parquet": (published_rows, from_screenspot, "xyxy 0-1"', '"screenspot_parquet": (published_rows, from_screenspot, "xywh 0-1"',
      test_screenspot_parquet, {}),
     ("if not low < max(a, b, c, d) <= high:", "if False:", test_contradicted_layout, dict(name="lisa", values=[0.1, 0.2, 0.5, 0.9])),
@@ -518,7 +521,7 @@ MUTATIONS = [
     ("if absent and not skip_missing:", "if False:", test_command, {}),
     ("        if args.check:\n            check(args.name, samples, counts)\n        write_jsonl(args.out, samples)",
      "        write_jsonl(args.out, samples)\n        if args.check:\n            check(args.name, samples, counts)", test_nothing_half_written, {}),
-    ("if counts[category] not in expected:", "if False:", test_counts_and_first_options, {}),
+    ("if counts[c] not in n]", "if False]", test_counts_and_first_options, {}),
     ('raise DataError(f"{path} is a parquet file; to read it: pip install pyarrow") from None', "return []", test_no_pyarrow, {}),
     ('f.endswith((".json", ".jsonl", ".parquet")) and not f.startswith(".")]', 'f.endswith((".json", ".jsonl", ".parquet"))]', test_folder_of_files, {}),
     ("for file in files or [path]:", "for file in files[:1] or [path]:", test_folder_of_files, {}),
