@@ -372,9 +372,8 @@ def left_over(config):
 def compare(a, b, out):
     """Two folders that evaluate.py wrote; of --zoom all, the section with zoom allowed counts."""
     def read(folder):
-        rows = [row for _, row in data.rows_of(os.path.join(folder, "episodes.jsonl"))]
-        if not all(isinstance(r, dict) and {"run", "id", "verdict", "question"} <= r.keys() for r in rows):
-            raise data.DataError(f"{folder}/episodes.jsonl was not written by evaluate.py; expected a folder that was its --out")
+        found = data.rows_of(os.path.join(folder, "episodes.jsonl"))
+        rows = [{key: data.need(row, key, str, where) for key in ("run", "id", "verdict", "question")} for where, row in found]
         return {r["id"]: r for r in rows if r["run"] == rows[0]["run"] and r["verdict"]}
     runs = {a: read(a), b: read(b)}
     both = [i for i in runs[a] if i in runs[b]]
@@ -617,8 +616,7 @@ def turn(album, e, n, t):
     out = f'<div class="turn t{n % 6}{"" if t.point else " plain"}"><span class="number">{n}</span><pre>'
     out += (f'<span class="given">{tagged(given)}</span>' if given else "") + tagged(t.text[len(given):]) + "</pre>"
     if t.crop:
-        shown = crop_of(e, t)
-        name, w, h = embed(album, pixels(shown), shown, 256)
+        name, w, h = embed(album, crop_of(e, t), 256)
         small = " small" if max(w, h) <= 160 else ""                           # enlarged as squares, not blurred
         out += (f'<figure><svg class="crop{small}" viewBox="0 0 {w} {h}" role="img" aria-label="crop {n}"><use href="#{name}"/></svg>'
                 f"<figcaption>{numbers(t.crop[:2])} to {numbers(t.crop[2:])}</figcaption></figure>")
@@ -641,10 +639,12 @@ def tokens(e, limit=2000):
             f'<pre class="tokens">{"".join(token(*piece) for piece in e.pieces[:limit])}</pre></details>')
 
 
-def embed(album, key, image, side=640):
-    """Put a picture into the album, {key: (id, width, height, element)}, where it stands once however often it is drawn.
-    It keeps its size in source pixels, so everything drawn over it is in source pixels too."""
+def embed(album, image, side):
+    """Put a picture, or the file at a path, into the album, {picture: (id, width, height, element)}, where it stands once however
+    often it is drawn. It keeps its size in source pixels, so everything drawn over it is in source pixels too."""
+    key = image if isinstance(image, str) else (image.size, hash(image.tobytes()))
     if key not in album:
+        image = opened(image) if isinstance(image, str) else image
         small, files = image.copy(), {}
         small.thumbnail((side, side), Image.Resampling.LANCZOS)
         for kind, options in (("png", {}), ("jpeg", {"quality": 86})):
@@ -655,10 +655,6 @@ def embed(album, key, image, side=640):
         album[key] = (name, w, h, f'<image id="{name}" width="{w}" height="{h}" preserveAspectRatio="none" '
                                   f'href="data:image/{kind};base64,{base64.b64encode(files[kind]).decode()}"/>')
     return album[key][:3]
-
-
-def pixels(image):
-    return image.size, hash(image.tobytes())
 
 
 @functools.lru_cache(4)
@@ -690,9 +686,7 @@ def boxes_in(sample, i):
 
 def picture(album, e, i, side):
     """Prompt image i with the places where the model looked, the windows it was shown, the gold and the answer."""
-    source = e.sample.images[i]
-    key = source if isinstance(source, str) else pixels(source)
-    name, w, h = album[key][:3] if key in album else embed(album, key, data.image(e.sample, i), side)
+    name, w, h = embed(album, e.sample.images[i], side)
     sx, sy = e.frames[i][:2] if e.frames else (1, 1)
     many = len(e.sample.images) > 1
     unit, marks = max(w, h) / (60 if many else 100), []                        # several images are drawn smaller

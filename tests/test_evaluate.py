@@ -478,7 +478,7 @@ def test_compare(bench, capsys):
     assert f"right only in {a}: 0; only in {b}: 2; in both: 1" in capsys.readouterr().out
     rows = [json.loads(line) for line in open(f"{b}/episodes.jsonl")]
     for change, said in (([{**r, "question": "?"} for r in rows], "not the same data"), ([{**r, "id": "z"} for r in rows], "share no question"),
-                         ([{"step": 1}], "was not written by evaluate.py")):
+                         ([{"step": 1}], "line 1: field 'run' is missing")):
         open(f"{b}/episodes.jsonl", "w").writelines(json.dumps(r) + "\n" for r in change)
         with pytest.raises(SystemExit):
             evaluate.main(["--compare", a, b, "--out", out])
