@@ -724,13 +724,12 @@ def chart(name, points, w=300, h=150):
     xs, ys = zip(*points)
     low, high, k = min(ys), max(ys), len(ys) // 16
     means = [mean(ys[max(0, i - k):i + k + 1]) for i in range(len(ys))]
-    X = lambda x: f"{8 + (w - 16) * (x - xs[0]) / ((xs[-1] - xs[0]) or 1):.1f}"
-    Y = lambda y: f"{h - 30 - (h - 52) * ((y - low) / (high - low) if high > low else 0.5):.1f}"            # a flat line stands in the middle
+    X = lambda x: f"{44 + (w - 52) * (x - xs[0]) / ((xs[-1] - xs[0]) or 1):.1f}"
+    Y = lambda y: f"{h - 24 - (h - 34) * ((y - low) / (high - low) if high > low else 0.5):.1f}"            # a flat line stands in the middle
     line = lambda kind, values: f'<polyline class="{kind}" points="{" ".join(f"{X(x)},{Y(y)}" for x, y in zip(xs, values))}"/>'
-    label = lambda x, y, side, text: f'<text x="{x}" y="{y}" text-anchor="{side}">{text}</text>'
-    edges = "".join(f'<line x1="8" x2="{w - 8}" y1="{y}" y2="{y}"/>' for y in (22, h - 30))
-    words = label(8, 17, "start", f"{high:.4g}") + label(8, h - 35, "start", f"{low:.4g}" if low < high else "")
-    words += label(8, h - 15, "start", f"{xs[0]:g}") + label(w - 8, h - 15, "end", f"{xs[-1]:g}")
+    edges = "".join(f'<line x1="44" x2="{w - 8}" y1="{Y(y)}" y2="{Y(y)}"/><text x="39" y="{Y(y)}" dy="3" text-anchor="end">{y:.3g}</text>'
+                    for y in dict.fromkeys((low, high)))
+    words = "".join(f'<text x="{X(x)}" y="{h - 7}" text-anchor="{side}">{x:g}</text>' for x, side in ((xs[0], "start"), (xs[-1], "end")))
     return (f'<figure class="chart"><figcaption>{esc(name)}<b>{means[-1]:.3g}</b></figcaption>'
             f'<svg viewBox="0 0 {w} {h}">{edges}{line("raw", ys)}{line("smooth", means)}{words}</svg></figure>')
 
@@ -774,9 +773,9 @@ h1 { font:600 2.3rem/1.15 var(--serif); letter-spacing:-.01em; margin:0 } h2 { f
 .chart polyline { fill:none; stroke:var(--accent); stroke-linejoin:round } .chart .raw { opacity:.3 } .chart .smooth { stroke-width:1.9 }
 summary { cursor:pointer; color:var(--accent); margin-top:1rem; font-size:.9rem }
 input[name=show], .album { position:absolute; opacity:0 }
-nav { position:sticky; top:0; z-index:2; display:flex; flex-wrap:wrap; gap:.3rem 1rem; align-items:center; margin:2.6rem -1.5rem 1rem;
+nav { position:sticky; top:0; z-index:2; display:flex; flex-wrap:wrap; gap:.3rem .8rem; align-items:center; margin:2.6rem -1.5rem 1rem;
   padding:.7rem 1.5rem; background:var(--page); border-bottom:1px solid var(--line); font-size:.9rem }
-nav a + label { margin-left:auto } nav label { cursor:pointer; color:var(--dim); padding:.15rem .8rem; border-radius:99px }
+nav a + label { margin-left:auto } nav label { cursor:pointer; color:var(--dim); padding:.15rem .6rem; border-radius:99px }
 select, button { font:inherit; color:inherit; background:var(--card); border:1px solid var(--line); border-radius:7px; padding:.15rem .6rem }
 #all:checked ~ nav [for=all], #right:checked ~ nav [for=right], #wrong:checked ~ nav [for=wrong] { background:var(--ink); color:var(--page) }
 input:focus-visible ~ nav label, article:focus { box-shadow:0 0 0 1.5px var(--accent); outline:0 }
