@@ -87,13 +87,19 @@ def iou(a, b):
         overlap *= max(0.0, min(a[high], b[high]) - max(a[low], b[low]))
     return overlap / (area_a + area_b - overlap) if area_a > 0 and area_b > 0 else 0.0
 
+def in_polygon(x, y, corners):
+    """Does a ray to the right cross an odd number of edges? Corners in order, around."""
+    edges = zip(corners, corners[1:] + corners[:1])
+    return sum((y1 > y) != (y2 > y) and x < x1 + (y - y1) / (y2 - y1) * (x2 - x1) for (x1, y1), (x2, y2) in edges) % 2 == 1
+
 def point_in_target(point, sample, frames):
-    """1 if the point is in the box of any target, edges included, and in that target's image."""
+    """1 if the point is in the box of any target, edges included, in its polygon if it has one, and in that target's image."""
     for target in sample.targets:
         x, y = to_source(point, target["image"], frames)
         x1, y1, x2, y2 = target["box"]
         in_box = x1 - EPS <= x <= x2 + EPS and y1 - EPS <= y <= y2 + EPS
-        if in_box and inside(point, frames and [frames[target["image"]]]):
+        in_shape = in_box and ("polygon" not in target or in_polygon(x, y, target["polygon"]))
+        if in_shape and inside(point, frames and [frames[target["image"]]]):
             return 1.0
     return 0.0
 

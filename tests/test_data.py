@@ -249,7 +249,8 @@ MANY = ["a.png", "b.png", "c.png"]
 def test_boxes_of_several_images(folder, name, row, image, box):
     """Bug: 0-1 taken for 0-1000, or either for pixels; scaled by the size of another image than the one asked about."""
     row = {**row, "images": MANY}
-    s = data.parse_row(data.CONVERTERS[name](row, "here: "), "here: ", str(folder))
+    _, function, layout, _ = data.CONVERTERS[name]
+    s = data.parse_row(function(row, "here: ", layout), "here: ", str(folder))
     assert s.answer_type == "box" and s.targets == [{"image": image, "box": pytest.approx(box)}] and "<image>" not in s.question
     if name == "univg-r1":
         assert data.read_jsonl(write(folder, row))[0].targets == s.targets
@@ -389,11 +390,11 @@ MUTATIONS = [
     ("if sample.options:", "if sample.answer is not None:", test_prompt, dict(task="search")),
     ("o.lower() == answer.strip().lower()", "o == answer.strip().lower()",
      test_vigorl_rows, dict(problem=CHOICES, answer="yes, Left", want=dict(answer=0))),
-    ("scale=1000.0", "scale=100.0", test_boxes_of_several_images,
+    ("1000 if unit == \"0-1000\"", "100 if unit == \"0-1000\"", test_boxes_of_several_images,
      dict(name="univg-r1", row={"question": "Find it.", "answer": [100, 200, 500, 1000]}, image=2, box=[5, 16, 25, 80])),
-    ("w, h = open_image(s.images[index], where).size", "w, h = open_image(s.images[0], where).size", test_boxes_of_several_images,
+    ("open_image(s.images[index], where, size_only=True)", "open_image(s.images[0], where, size_only=True)", test_boxes_of_several_images,
      dict(name="univg-r1", row={"question": "Find it.", "answer": [100, 200, 500, 1000]}, image=2, box=[5, 16, 25, 80])),
-    ("[x, y, x + w, y + h]", "[x, y, w, h]", test_screenspot, {}),
+    ("[a, b, a + c, b + d] if order == \"xywh\" else", "", test_screenspot, {}),
     ("-1e9 < v < 1e9", "True", test_bad_field, dict(change={"targets": [{"box": [1, 2, 3, float("nan")]}]}, expected="4 numbers")),
     ("except (OSError, SyntaxError,", "except (SyntaxError,", test_broken_image, dict(kind="jpeg")),
     ("[draw(s) for s in scenes]", "[draw(scenes[0]) for s in scenes]", test_pictures, {}),

@@ -14,7 +14,7 @@ GROUND, PACKAGES = set(), {"torch", "transformers", "PIL", "numpy", "tqdm", "saf
 ARROWS = {"data": GROUND, "rewards": GROUND, "grpo": GROUND, "model": GROUND, "zoom_rollout": {"model", "data"},
           "train_sft": {"data", "rewards", "grpo", "model", "zoom_rollout"}, "evaluate": {"data", "rewards", "grpo", "model", "zoom_rollout"},
           "train_rl": {"data", "rewards", "grpo", "model", "zoom_rollout", "train_sft", "evaluate"}}
-OUTSIDE = {"data": {"PIL", "numpy", "tqdm"}, "rewards": set(), "grpo": {"torch"}}
+OUTSIDE = {"data": {"PIL", "numpy", "tqdm", "pyarrow"}, "rewards": set(), "grpo": {"torch"}}
 TOP = {"README.md", "LICENSE", "requirements.txt", "tests", "checkpoints", *(f"{m}.py" for m in MODULES)}
 # what a reader puts in for the README's capitals and for a loop's variable
 STANDS_FOR = {"NAME": "screenspot", "IN": "a.json", "OUT": "b.jsonl", "DIR": "images", "FILE.jsonl": "f.jsonl", "FILE.JSONL": "f.jsonl", "$s": "0"}
@@ -191,7 +191,7 @@ def test_top_level_is_the_plan():
         pytest.skip("not a git checkout")
     top = {f.split("/")[0] for f in git.stdout.split()}
     assert {t for t in top if t[0] != "."} == TOP and {f.split("/")[1] for f in git.stdout.split() if f.startswith("checkpoints/")} == {"tiny"}
-    assert not [m for m in MODULES if re.search(r"^class \w+\((?!ValueError|torch\.utils\.data)", text_of(f"{m}.py"), re.M)]        # no base classes
+    assert not [m for m in MODULES if re.search(r"^class \w+\((?!ValueError|pickle\.Unpickler|torch\.utils\.data)", text_of(f"{m}.py"), re.M)]        # no base classes
 
 def test_no_comment_is_left_to_fill_in():
     """Bug: a placeholder (an HTML comment with nothing after it, a TODO) ships."""
