@@ -58,6 +58,7 @@ NAMES = [f"{color} {shape}" for color in COLORS for shape in SHAPES]
 DIFFICULTY = {"easy": dict(objects=(2, 2), radius=(44, 56), alike=False),      # how many objects; radius in 1/448 of the side;
               "medium": dict(objects=(3, 4), radius=(38, 52), alike=False),    # may two have the same color?
               "hard": dict(objects=(5, 6), radius=(30, 44), alike=True)}
+DIFFICULTIES = (*DIFFICULTY, "mixed")                                          # mixed: every question draws one of the three
 SIDE = 448                                                                     # pixels of a source image in the tiny world
 TASKS = ("search", "point", "relation", "boxes")
 
@@ -172,15 +173,16 @@ def toy(task, split, n, seed=0, difficulty="medium", side=SIDE):
     """n samples of a toy task. `split` is "train" or "test", which can never share a scene, whatever the seeds."""
     if task not in ASK:
         raise DataError(f"unknown toy task {task!r}: expected one of {', '.join(TASKS)}")
-    if difficulty not in DIFFICULTY:
-        raise DataError(f"unknown difficulty {difficulty!r}: expected one of {', '.join(DIFFICULTY)}")
-    rng = random.Random(f"{task}/{split}/{seed}")
-    new_scene = lambda names=None: split_scene(rng, split, **DIFFICULTY[difficulty], side=side, names=names)
-    samples = []
+    if difficulty not in DIFFICULTIES:
+        raise DataError(f"unknown difficulty {difficulty!r}: expected one of {', '.join(DIFFICULTIES)}")
+    rng, level, samples = random.Random(f"{task}/{split}/{seed}"), difficulty, []
+    new_scene = lambda names=None: split_scene(rng, split, **DIFFICULTY[level], side=side, names=names)
     for i in range(n):
+        if difficulty == "mixed":
+            level = rng.choice(list(DIFFICULTY))
         scenes, asked = ASK[task](rng, new_scene)
-        meta = {"scenes": scenes, **asked.pop("meta", {})}
-        samples.append(Sample(f"{task}/{split}/{seed}/{i}", [draw(s) for s in scenes], category=[task], meta=meta, **asked))
+        meta, category = {"scenes": scenes, **asked.pop("meta", {})}, [task] + [level] * (difficulty == "mixed")
+        samples.append(Sample(f"{task}/{split}/{seed}/{i}", [draw(s) for s in scenes], category=category, meta=meta, **asked))
     return samples
 
 

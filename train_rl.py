@@ -30,7 +30,7 @@ class Config:
     seed: int = 0                   # of scenes, rollouts and order
 
     task: Literal[data.TASKS] = "search"        # toy task
-    difficulty: Literal[tuple(data.DIFFICULTY)] = "medium"      # of the toy world
+    difficulty: Literal[data.DIFFICULTIES] = "medium"     # of the toy world
     data: str = ""                  # JSONL of questions instead of the toy world
     images: str = ""                # folder of the images of --data (default: the file's own)
     recipe: Literal["", "vigorl-zoom", "vigorl", "univg-r1"] = ""       # prompt and reward; empty: what suits the task
