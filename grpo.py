@@ -26,8 +26,6 @@ is to add a function of two or three lines and its name to a dict.
 Left out: ViGoRL (2505.23678) clamps k3 at 10, which takes the pull back from the very tokens that drifted furthest. PAPO
 (2507.06448) also lowers both entropies, against the hacking of its own term.
 """
-import math
-
 import torch
 
 # -----------------------------------------------------------------------------
@@ -115,10 +113,9 @@ def reinforce(logprobs, old_logprobs, advantages, mask, clip_low, clip_high):
     return -advantages * logprobs
 
 def dual_clip(logprobs, old_logprobs, advantages, mask, clip_low, clip_high):
-    """PPO's, but never more than -3 A where A < 0: a token that is bad and has become far likelier would else have a loss without
-    bound. Ye et al. (1912.09729) eq. 5; ViGoRL, DAPO's code. It stops the way back, from a ratio of 3 on."""
-    ceiling = torch.where(advantages < 0, -3 * advantages, math.inf)
-    return torch.min(ppo_clip(logprobs, old_logprobs, advantages, mask, clip_low, clip_high), ceiling)
+    """PPO's, but at most 3 |A|: where A < 0 and the ratio has run away, the loss would else have no bound. Ye et al. (1912.09729)
+    eq. 5; ViGoRL. The price: from a ratio of 3 on, the way back is stopped too. (Where A > 0 no loss is positive.)"""
+    return torch.min(ppo_clip(logprobs, old_logprobs, advantages, mask, clip_low, clip_high), 3 * advantages.abs())
 
 def gspo(logprobs, old_logprobs, advantages, mask, clip_low, clip_high):
     """PPO's, with one ratio for the whole answer, the geometric mean of its tokens': GSPO (2507.18071) eq. 5-7. It lies close to

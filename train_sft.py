@@ -79,7 +79,7 @@ def oracle(vlm, sample, rng, max_zooms=3):
         view = vlm.view(sample.images[t["image"]])
         others = sample.meta["scenes"][t["image"]]["objects"]
         o = rng.choice(others) if rng.random() < 0.33 else next(o for o in others if data.object_box(o) == t["box"])
-        return [f"<think> The {o['name']} is at {near(o, view)}. </think>\n<answer> {corners(view, data.object_box(o))} </answer>"]
+        return [f"<think> {o['name']} </think>\n<answer> {corners(view, data.object_box(o))} </answer>"]
     if sample.category[0] == "relation":
         a, b = (next(o for o in objects if data.object_box(o) == e["box"]) for e in sample.meta["evidence"])
         option = rng.choice(sample.options) if rng.random() < 0.33 else sample.options[sample.answer]
