@@ -194,7 +194,7 @@ def vigorl(found, sample, text, frames, **_):
     form, ground = float(answers_well(text, sample.answer_type)), float(grounded(text, frames))
     return {"reward": 0.5 * found["accuracy"] + 0.5 * form * ground, "format": form, "grounded": ground}
 
-def vigorl_zoom(found, sample, turns, frames, max_zooms, min_distance, distinct_bonus, **_):
+def vigorl_zoom(found, sample, turns, frames, max_zooms, min_distance, distinct_bonus, tool_bonus, **_):
     """
     0.6 A + 0.4 F (1 + distinct). F: every turn is one thought and one zoom that worked, the last is one thought and one answer.
 
@@ -206,6 +206,9 @@ def vigorl_zoom(found, sample, turns, frames, max_zooms, min_distance, distinct_
                           F = 0    F = 1    F = 1, distinct = 0.4
         wrong (A = 0)     0.00     0.40     0.56    the best of wrong ...
         right (A = 1)     0.60     1.00     1.16    ... is below 0.60, the worst of right
+
+    tool_bonus: paid where the answer is right AND a zoom worked. DeepEyes (2505.14362): 1.2, beside 0.8 A + 0.2 F; paid to wrong
+    answers too, or to none, its policy stopped zooming.
     """
     kept = []
     for turn in turns:
@@ -214,7 +217,8 @@ def vigorl_zoom(found, sample, turns, frames, max_zooms, min_distance, distinct_
     distinct = min(0.4, distinct_bonus * max(0, min(len(kept), max_zooms) - 1))
     form = float(bool(turns) and all(map(zooms_well, turns[:-1])) and answers_well(turns[-1].text, sample.answer_type))
     ground = sum(grounded(turn.text, frames) for turn in turns) / max(1, len(turns))  # for the log: share of turns
-    reward = 0.6 * found["accuracy"] + 0.4 * form * (1 + distinct)
+    looked = found["accuracy"] >= 1 and any(map(zooms_well, turns))
+    reward = 0.6 * found["accuracy"] + 0.4 * form * (1 + distinct) + tool_bonus * looked
     return {"reward": reward, "format": form, "distinct": distinct, "grounded": ground}
 
 def univg_r1(found, text, **_):
@@ -235,7 +239,7 @@ def accuracy(found, **_):
 
 RECIPES = {"vigorl": vigorl, "vigorl-zoom": vigorl_zoom, "univg-r1": univg_r1, "accuracy": accuracy}
 
-def score(sample, text, turns, recipe, frames=None, max_zooms=4, min_distance=10.0, distinct_bonus=0.2):
+def score(sample, text, turns, recipe, frames=None, max_zooms=4, min_distance=10.0, distinct_bonus=0.2, tool_bonus=0.0):
     """
     Score one episode: `text` its transcript, `turns` its assistant turns (.text .point .crop .error), recipe a name in RECIPES.
 
@@ -246,4 +250,4 @@ def score(sample, text, turns, recipe, frames=None, max_zooms=4, min_distance=10
         raise ValueError(f"unknown reward recipe {recipe!r}, expected one of: {', '.join(RECIPES)}")
     found = judge(parse_answer(text, sample.answer_type), sample, frames)
     return found | RECIPES[recipe](found, sample=sample, text=text, turns=turns, frames=frames, max_zooms=max_zooms,
-                                   min_distance=min_distance, distinct_bonus=distinct_bonus)
+                                   min_distance=min_distance, distinct_bonus=distinct_bonus, tool_bonus=tool_bonus)

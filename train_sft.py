@@ -30,7 +30,7 @@ class Config:
     name: str = "sft"               # the run: runs/NAME
     traces: str = "oracle"          # "oracle" (toy world), or a JSONL file of {"id", "turns"} for the rows of --data
     task: Literal[data.TASKS] = "search"        # toy task
-    difficulty: Literal[tuple(data.DIFFICULTY)] = "medium"      # of the toy world
+    difficulty: Literal[data.DIFFICULTIES] = "medium"           # of the toy world
     data: str = ""                  # JSONL of questions instead of the toy world
     images: str = ""                # folder of the images of --data (default: the file's own)
     recipe: Literal["", "vigorl-zoom", "vigorl", "univg-r1"] = ""       # whose prompt; empty: what suits the task
