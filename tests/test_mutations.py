@@ -191,7 +191,7 @@ def test_refill(vlm):
     """Claim: groups without a signal give way, in place, to groups of prompts that the step has not asked, as long as there are some and
     rounds are left; blind groups stay. Bug: an endless loop where nothing has a signal."""
     flat_group, live = [0.5] * 4, [1.0, 0.0, 0.0, 0.5]
-    metrics, episodes, _ = run_step(vlm, flat_group + live + flat_group + flat_group + live + live, resample=2)
+    metrics, episodes, _ = run_step(vlm, flat_group + live + flat_group + flat_group + live * 9, resample=2)
     assert metrics["resampled"] == 2 + 1 and metrics["no_signal"] == 0
     ids = [e.sample.id for e in episodes[::4]]
     assert ids == ["search/train/rl0/5/2/0", SAMPLES[1].id, "search/train/rl0/5/1/1"]
@@ -476,7 +476,7 @@ MUTATIONS = [
     ("train_rl", '(f"/{again}" if again else "")', '""', test_refill, {}),
     ("train_rl", "== 1]\n        if not dull", "> 1]\n        if not dull", test_refill, {}),
     ("train_rl", "episodes[i:i + G] = new[k * G:(k + 1) * G]", "episodes[i:i + G] = new[:G]", test_refill, {}),
-    ("train_rl", "range(1, cfg.resample + 1)", "range(1, 99)", test_refill, {}),
+    ("train_rl", "range(1, cfg.resample + 1)", "range(1, cfg.resample)", test_refill, {}),
     ("train_rl", "range(first, len(episodes), G)", "range(0, len(episodes), G)", test_refill, {}),
     ("train_rl", "advantages = advantages * finished", "advantages = advantages * ~finished", test_over_turn, {}),
     ("train_rl", 'finished if cfg.over_turn == "exclude" else None', "None", test_over_turn, {}),
