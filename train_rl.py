@@ -74,6 +74,7 @@ class Config:
     kl: Literal[tuple(grpo.PENALTIES)] = "k3"           # see grpo.kl_penalty for the gradient each really has
     papo_coef: float = 0.0          # answers should be unlikely where most of the image is black (PAPO 0.01-0.02); a second forward pass
 
+    max_batch_tokens: int = 262144  # of the rollout's cache (3B: 36 kB each); more is run in parts, with the same result
     micro_tokens: int = 16384       # padded tokens per forward pass: memory only, the gradient does not change
     eval_n: int = 200               # held-out questions, asked before and after, in three zoom modes
     save_every: int = 10            # steps between checkpoints
@@ -97,7 +98,7 @@ PAPERS = {
 
 
 POSITIVE = ("num_prompts", "group_size", "num_minibatches", "max_new_tokens", "temperature", "save_every", "sft_n", "sft_batch", "sft_epochs",
-            "eval_n", "micro_tokens")
+            "eval_n", "max_batch_tokens", "micro_tokens")
 
 
 def presets(cfg):
@@ -125,14 +126,14 @@ def questions(cfg, vlm, step, again=0):
 
 def train_step(vlm, ref, optimizer, samples, cfg, step):
     """Steps 2 to 6 for one batch of prompts -> (metrics, episodes). `samples` is step 1, the log line step 7."""
-    began, P, G = time.time(), len(samples), cfg.group_size
+    began, P, G, work = time.time(), len(samples), cfg.group_size, dict(vlm.work)
 
     # 2. roll out: G episodes per prompt, all of prompt 0 first
     blind = cfg.blind_prompts if data.STYLES[cfg.recipe] == "zoom" and P > cfg.blind_prompts else 0
     episodes = zoom_rollout.rollout(vlm, samples[blind:], G, seed=cfg.seed * 1_000_003 + step, **rollout_options(cfg))
     if blind:                                                             # without a zoom: to answer when told to must stay learned
         episodes = zoom_rollout.rollout(vlm, samples[:blind], G, seed=cfg.seed * 1_000_003 + step, zoom="off", **rollout_options(cfg)) + episodes
-    rolled = time.time()
+    rolled, work = time.time(), {k: v - work[k] for k, v in vlm.work.items()}
 
     # 3. reward: rules on the text and on what the calls led to
     score(episodes, cfg)
@@ -216,6 +217,7 @@ def train_step(vlm, ref, optimizer, samples, cfg, step):
             "no_signal": (advantages == 0).all(1).float().mean().item(),
             **{k: v / max(tokens, 1) for k, v in log.items()}, "kl_samp_max": gap, "grad_norm": sum(norms) / max(len(norms), 1),
             "skipped": sum(not n < float("inf") for n in norms),
+            **{f"{k}_{how}": v for how, of in (("run", work), ("naive", zoom_rollout.naive_work(vlm, episodes))) for k, v in of.items()},
             "roll_tokens_per_s": sum(sum(e.sampled) for e in episodes) / (rolled - began),
             "train_tokens_per_s": sum(len(e.ids) for e in learn) / (done - rolled), "seconds": done - began}, episodes
 
@@ -268,7 +270,7 @@ def longest(cfg):
 
 def rollout_options(cfg):
     return dict(max_zooms=cfg.max_zooms, max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature, style=data.STYLES[cfg.recipe],
-                crop_from=cfg.crop_from)
+                crop_from=cfg.crop_from, max_batch_tokens=cfg.max_batch_tokens)
 
 
 def measure(vlm, cfg, samples, label):
@@ -381,6 +383,10 @@ def finish(vlm, cfg, run, settings, held_out, before, sections, spent):
     after = measure(vlm, cfg, held_out, "after RL")
     curves = [json.loads(line) for line in open(os.path.join(run, "metrics.jsonl"))]
     on = after["on"][0]
+    if curves:
+        total = {key: sum(m[key] for m in curves) for key in ("tokens_run", "tokens_naive", "patches_run", "patches_naive")}
+        print("rollouts prefilled {tokens_run:,} tokens and encoded {patches_run:,} patches; sending all again each turn, for each member "
+              "of a group, would have been {tokens_naive:,} and {patches_naive:,}".format(**total))
     summary = {"seconds": round(spent + time.time(), 1), "n": on["n"], "accuracy_before": before["on"]["accuracy"], "accuracy_after": on["accuracy"],
                "low": on["low"], "high": on["high"], "chance": chance(held_out),
                "zooms_per_episode": sum(t.crop is not None for e in after["on"][1] for t in e.turns) / on["n"],
