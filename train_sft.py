@@ -75,12 +75,13 @@ def oracle(vlm, sample, rng, max_zooms=3):
         if len(turns) == max_zooms:
             return turns + [f"{data.FORCE} {o['pattern']} </answer>"]
         return turns + [f"<think>{before[:-1]}, at ({x}, {y}). </think>\n<answer> {o['pattern']} </answer>"]
-    if sample.category[0] == "boxes":
+    if sample.category[0] in ("boxes", "find", "video"):
         t = sample.targets[0]
         view = vlm.view(sample.images[t["image"]])
         others = sample.meta["scenes"][t["image"]]["objects"]
         o = rng.choice(others) if rng.random() < 0.33 else next(o for o in others if data.object_box(o) == t["box"])
-        return [f"<think> {o['name']} </think>\n<answer> {corners(view, data.object_box(o))} </answer>"]
+        where = f" image {t['image'] + 1}:" * bool(sample.meta.get("name_image"))
+        return [f"<think> {o['name']} </think>\n<answer>{where} {corners(view, data.object_box(o))} </answer>"]
     if sample.category[0] == "relation":
         a, b = (next(o for o in objects if data.object_box(o) == e["box"]) for e in sample.meta["evidence"])
         option = rng.choice(sample.options) if rng.random() < 0.33 else sample.options[sample.answer]
