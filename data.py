@@ -61,8 +61,9 @@ NAMES = [f"{color} {shape}" for color in COLORS for shape in SHAPES]
 DIFFICULTY = {"easy": dict(objects=(2, 2), radius=(44, 56), alike=False),      # how many objects; radius in 1/448 of the side;
               "medium": dict(objects=(3, 4), radius=(38, 52), alike=False),    # may two have the same color?
               "hard": dict(objects=(5, 6), radius=(30, 44), alike=True)}
+DIFFICULTIES = (*DIFFICULTY, "mixed")                                          # mixed: every question draws one of the three
 SIDE = 448                                                                     # pixels of a source image in the tiny world
-TASKS = ("search", "point", "relation", "boxes")
+TASKS = ("search", "point", "relation", "boxes", "find", "video")
 
 
 def make_scene(rng, objects, radius, alike=True, side=SIDE, names=None):
@@ -158,32 +159,65 @@ def ask_boxes(rng, new_scene):
                                   targets=[{"image": target, "box": object_box(o)}])
 
 
-RECIPES = {"search": "vigorl-zoom", "point": "vigorl", "relation": "vigorl", "boxes": "univg-r1"}      # how a toy task is rewarded
-ASK = {"search": ask_search, "point": ask_point, "relation": ask_relation, "boxes": ask_boxes}
+def ask_find(rng, new_scene):
+    """The same, but nobody says in which image it is, and the answer must: {"name_image": True} asks for it and scores it."""
+    scenes, asked = ask_boxes(rng, new_scene)
+    return scenes, {**asked, "question": "Find the object of image 1 in another image.", "meta": {"name_image": True}}
 
 
-def split_scene(rng, split, **look):
-    """`make_scene` until one belongs to the split, by a hash of what it shows: one in five to test."""
+def ask_video(rng, new_scene):
+    """Frames of a video as images, everything on its way: where is the named thing in the frame that is asked for?"""
+    drift = {}
+    def move(o, side):
+        step = drift.setdefault(o["name"], [rng.choice((-1, 1)) * rng.randint(side // 14, side // 6) for _ in "xy"])
+        return {**o, "center": [min(max(c + d, o["radius"] + 4), side - o["radius"] - 4) for c, d in zip(o["center"], step)]}
+    frames = [new_scene()]
+    while len(frames) < 3:
+        frames.append(new_scene(made={"side": frames[-1]["side"], "objects": [move(o, frames[-1]["side"]) for o in frames[-1]["objects"]]}))
+        if frames[-1] is None:                                                 # two things collide, or the frame is of the other split
+            drift, frames = {}, [new_scene()]
+    target = rng.randrange(3)
+    o = frames[target]["objects"][0]
+    return frames, dict(question=f"These are frames of a video. Find the {o['name']} in image {target + 1}.", answer_type="box",
+                        targets=[{"image": target, "box": object_box(o)}])
+
+
+# how a toy task is rewarded
+RECIPES = {"search": "vigorl-zoom", "point": "vigorl", "relation": "vigorl", "boxes": "univg-r1", "find": "univg-r1", "video": "univg-r1"}
+ASK = {"search": ask_search, "point": ask_point, "relation": ask_relation, "boxes": ask_boxes, "find": ask_find, "video": ask_video}
+
+
+def split_scene(rng, split, made=None, **look):
+    """`make_scene` until one belongs to the split, by a hash of what it shows: one in five to test. made: this scene, or None if
+    it does not belong, or if things in it stand too close."""
     while True:
-        scene = make_scene(rng, **look)
+        scene = made or make_scene(rng, **look)
         shows = sorted((o["name"], o["center"]) for o in scene["objects"])
-        if (zlib.crc32(repr(shows).encode()) % 5 == 0) == (split == "test"):
+        if (zlib.crc32(repr(shows).encode()) % 5 == 0) == (split == "test") and (not made or apart(scene["objects"])):
             return scene
+        if made:
+            return None
+
+
+def apart(objects):
+    return all(sum((u - v) ** 2 for u, v in zip(a["center"], b["center"])) > (1.1 * (a["radius"] + b["radius"])) ** 2
+               for i, a in enumerate(objects) for b in objects[:i])
 
 
 def toy(task, split, n, seed=0, difficulty="medium", side=SIDE):
     """n samples of a toy task. `split` is "train" or "test", which can never share a scene, whatever the seeds."""
     if task not in ASK:
         raise DataError(f"unknown toy task {task!r}: expected one of {', '.join(TASKS)}")
-    if difficulty not in DIFFICULTY:
-        raise DataError(f"unknown difficulty {difficulty!r}: expected one of {', '.join(DIFFICULTY)}")
-    rng = random.Random(f"{task}/{split}/{seed}")
-    new_scene = lambda names=None: split_scene(rng, split, **DIFFICULTY[difficulty], side=side, names=names)
-    samples = []
+    if difficulty not in DIFFICULTIES:
+        raise DataError(f"unknown difficulty {difficulty!r}: expected one of {', '.join(DIFFICULTIES)}")
+    rng, level, samples = random.Random(f"{task}/{split}/{seed}"), difficulty, []
+    new_scene = lambda names=None, made=None: split_scene(rng, split, made, **DIFFICULTY[level], side=side, names=names)
     for i in range(n):
+        if difficulty == "mixed":
+            level = rng.choice(list(DIFFICULTY))
         scenes, asked = ASK[task](rng, new_scene)
-        meta = {"scenes": scenes, **asked.pop("meta", {})}
-        samples.append(Sample(f"{task}/{split}/{seed}/{i}", [draw(s) for s in scenes], category=[task], meta=meta, **asked))
+        meta, category = {"scenes": scenes, **asked.pop("meta", {})}, [task] + [level] * (difficulty == "mixed")
+        samples.append(Sample(f"{task}/{split}/{seed}/{i}", [draw(s) for s in scenes], category=category, meta=meta, **asked))
     return samples
 
 
@@ -208,6 +242,7 @@ FORMAT = {
     "choice": "Answer with the text of the option.",
     "text": "Answer briefly.",
 }
+NAME_IMAGE = " Before the box, name its image, as in image 1: (x1, y1),(x2, y2)."        # where the answer's image is scored too
 TOOL_OPEN, TOOL_CLOSE = '<tool_call>\n{"name": "search_coordinate", "arguments": {"coordinate": [', "]}}\n</tool_call>"
 OBSERVE = ("<observation>\nHere is the crop of the image centered on the coordinate:\n", "\n</observation>")   # around the crop
 REFUSE = "<observation>\n{error}\n</observation>"
@@ -224,7 +259,7 @@ def prompt(sample, style="zoom"):
     text = sample.question
     if sample.options:
         text += "\nAnswer Choices:\n" + "\n".join(f"{chr(65 + i)}. {o}" for i, o in enumerate(sample.options))
-    return SYSTEM[style], text + "\n" + FORMAT[sample.answer_type]
+    return SYSTEM[style], text + "\n" + FORMAT[sample.answer_type] + NAME_IMAGE * bool(sample.meta.get("name_image"))
 
 
 def tool_call(x, y):

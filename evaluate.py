@@ -39,7 +39,7 @@ class Config:
     model: str = "tiny"                                     # name of a model, or a checkpoint folder
     checkpoint: str = ""                                    # a checkpoint folder, in place of --model
     task: Literal[data.TASKS] = "search"                    # toy task
-    difficulty: Literal[tuple(data.DIFFICULTY)] = "medium"  # of the toy scenes
+    difficulty: Literal[data.DIFFICULTIES] = "medium"      # of the toy scenes
     data: str = ""                                          # JSONL of samples; empty: the toy world
     images: str = ""                                        # folder that image paths start from; empty: the JSONL's own
     n: int = 0                                              # how many samples; 0: 200 toy samples, or all of --data

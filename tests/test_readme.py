@@ -148,8 +148,8 @@ def test_metrics(models):
     glossary = [name for names in rows for name in names]
     vlm, keys = models["qwen2.5"], set()
     optimizer = model.AdamW(vlm.parameters(), 1e-3)
-    for task in ("search", "boxes"):
-        cfg = train_rl.Config(recipe=data.RECIPES[task], group_size=1, blind_prompts=1, max_new_tokens=2, max_zooms=1)
+    for task, flags in (("search", {}), ("boxes", dict(difficulty_weight="exp", resample=1, papo_coef=0.01))):
+        cfg = train_rl.Config(recipe=data.RECIPES[task], task=task, group_size=1, blind_prompts=1, max_new_tokens=2, max_zooms=1, **flags)
         metrics, _ = train_rl.train_step(vlm, None, optimizer, data.toy(task, "train", 2), cfg, 1)
         keys |= set(metrics)
     assert len(glossary) == len(set(glossary)) and set(glossary) == keys - {"step"}
