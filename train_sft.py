@@ -12,8 +12,9 @@ on the assistant's tokens only.
 Left out so far: ViGoRL finds its traces by tree search with a 72B teacher, UniVG-R1 has a teacher write three chains per
 sample. `oracle` stands in for both: it knows the toy scene, and it is a bad example on purpose (see there).
 """
-import json, math, os, random, re, time
-from dataclasses import asdict, dataclass
+import json, math, os, random, re, time, zlib
+from dataclasses import asdict, dataclass, field
+from typing import Literal
 
 import torch
 from tqdm import tqdm
@@ -40,9 +41,34 @@ class Config:
     max_zooms: int = 3              # crops per episode
     max_pixels: int = 0             # of a prompt image as fed; 0: the model's default
     seed: int = 0                   # of scenes, traces and order
+
+    preset: Literal["", "vigorl"] = ""      # "vigorl": the numbers of the original search
+    simulations: int = 4            # of a tree: select, expand, play out, back up
+    children: int = 3               # steps tried from a leaf
+    tries: int = 2                  # rounds of sampling until there are so many distinct ones
+    rollouts: int = 1               # played out to an answer from each new child
+    depth: int = 3                  # steps of a path, then it must answer
+    rollout_steps: int = 3          # steps of a rollout, then it must answer
+    exploration: float = 1.0        # c of UCT
+    min_distance: float = 10.0      # a point nearer than this to one seen before is no new step
+    temperature: float = 1.0        # of the search's sampling
+    max_new_tokens: int = 48        # per step
+    crops: bool = True              # in the zoom protocol, search with the crops (the original: without)
+    direct: int = 3                 # chains of a tree, at most, that go straight to a right answer
+    corrected: int = 2              # ... and that go wrong first
+    recovery: str = "Not this."     # what a corrected chain says between
+    repeat_prefix: bool = False     # ... and begin again from the question (as the original does)
+    reorder: float = 0.0            # share of zoom dialogues whose first call moves to a later place
+    trees: int = 64                 # searched in one batch
+
     pretrain: bool = False          # make the tiny model from nothing instead: --steps, --out
     steps: int = 16_000             # of pretraining
     out: str = ""                   # of pretraining (default: checkpoints/tiny)
+
+
+# The original's search (a 72B teacher, whole sentences). Its paper says 20 simulations, its code 8.
+VIGORL = dict(simulations=20, children=3, tries=1, rollouts=2, depth=10, rollout_steps=5, exploration=2.0, min_distance=1.0, max_new_tokens=512,
+              crops=False, recovery="Wait, this seems off. Let's try something else.", reorder=0.2, direct=10, corrected=10)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -101,6 +127,263 @@ def read_traces(path, samples):
     if not out:
         raise data.DataError(f"{path} holds no traces")
     return out
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Tree search (ViGoRL, section 3.1; UCT: Kocsis and Szepesvari 2006). A node is one step of reasoning: a thought that names one
+# point. Search walks down to a promising leaf, lets the policy write several next steps, plays each one out to an answer, and
+# tells all nodes on the way whether that answer was right. Nobody judges the steps: a point is good if it leads to right answers.
+
+@dataclass
+class Path:
+    """A conversation so far, as steps of one thought and one point, and what it takes to go on from it."""
+    tree: int                       # the question: which prompt of the cache it continues
+    episode: Episode
+    steps: list = field(default_factory=list)       # [(thought, point)], point (x, y) in the model's own convention; a last
+    answer: str = None              # ... thought that led to the answer has no point
+    over: bool = False              # it has answered, or is broken: cut off, malformed, pointing outside the image
+    must_answer: bool = False       # no steps left: what makes it answer has been said already
+    kept: list = None               # KVCache.keep: keys and values of all this beyond the prompt ...
+    logits: torch.Tensor = None     # ... (V,) of the token that comes next ...
+    start: int = 0                  # ... and its position
+
+
+@dataclass
+class Node:
+    """A path, and what search found out about its last step."""
+    path: Path
+    parent: "Node" = None
+    children: list = field(default_factory=list)
+    visits: int = 0                 # N: outcomes seen below
+    value: float = 0.0              # Q: their mean
+    rollouts: list = field(default_factory=list)    # [Path] played out from here to an answer
+    closed: bool = False            # a dead end: every step tried from here was rejected
+
+
+def uct(node, exploration):
+    """Q + c sqrt(ln(N_parent + 1) / (N + 1)): the mean outcome, and more for what was hardly tried."""
+    return node.value + exploration * math.sqrt(math.log(node.parent.visits + 1) / (node.visits + 1))
+
+
+def select(root, exploration):
+    """Down the tree by UCT, to a node without children: an answer, or a step from which nothing was tried. None if there is
+    none left. (The original selects a node whose children were all rejected again and again, and never ends.)"""
+    node = root
+    while node and node.children:
+        alive = [child for child in node.children if not child.closed]
+        node.closed = not alive
+        node = max(alive, key=lambda child: uct(child, exploration)) if alive else root if node is not root else None
+    return None if node is None or node.closed else node
+
+
+def backup(node, reward):
+    while node:
+        node.visits += 1
+        node.value += (reward - node.value) / node.visits
+        node = node.parent
+
+
+def outcome(path):
+    """1 if the answer is right, else 0. The only judge of the search."""
+    if path.answer is None:
+        return 0.0
+    s = path.episode.sample
+    said = rewards.parse_answer(f"<answer>{path.answer}</answer>", s.answer_type)
+    return float(rewards.judge(said, s, path.episode.frames)["accuracy"] >= 1 - 1e-6)
+
+
+def adds(node, path, min_distance):
+    """Is the last step of `path` worth a node below `node`: whole, not where its own path looked already, and no copy of a
+    sibling? By distance: the original compares strings, and (50, 50), (51, 50) are two places to it."""
+    if path.answer is not None:
+        return all(child.path.answer != path.answer for child in node.children)
+    seen = [point for _, point in node.path.steps] + [child.path.steps[-1][1] for child in node.children if child.path.answer is None]
+    return not path.over and all(math.dist(path.steps[-1][1], point) >= min_distance for point in seen)
+
+
+def tree_search(vlm, samples, style, cfg, seed=0):
+    """One tree for each sample, all in lockstep, so that the steps of many trees share a sampling batch -> roots, Sampler."""
+    sampler = Sampler(vlm, samples, style, cfg, seed)
+    roots = [Node(path) for path in sampler.prompt_paths]
+    for _ in range(cfg.simulations):
+        # select
+        leaves = [leaf for leaf in (select(root, cfg.exploration) for root in roots) if leaf]
+        for leaf in (l for l in leaves if l.path.answer is not None):      # an answer again: its visits count, nothing is sampled
+            backup(leaf, leaf.value)
+        leaves = [l for l in leaves if l.path.answer is None]
+        # expand: what is rejected is tried again, `tries` times in all
+        for _ in range(cfg.tries):
+            wanted = [leaf for leaf in leaves for _ in range(cfg.children - len(leaf.children))]
+            for leaf, path in zip(wanted, sampler.step([leaf.path for leaf in wanted], [cfg.depth] * len(wanted))):
+                if adds(leaf, path, cfg.min_distance):
+                    leaf.children.append(Node(path, leaf))
+        # play out
+        new = [child for leaf in leaves for child in leaf.children]
+        for leaf in leaves:
+            leaf.closed, leaf.path.kept, leaf.path.logits = not leaf.children, None, None                # its cache is done with
+        running = [(child, child.path) for child in new for _ in range(cfg.rollouts)]
+        while running:
+            for child, path in running:
+                if path.over:
+                    child.rollouts.append(path)
+                    backup(child, outcome(path))
+            running = [(child, path) for child, path in running if not path.over]
+            limits = [min(cfg.depth, len(child.path.steps) + cfg.rollout_steps) for child, _ in running]
+            running = list(zip([child for child, _ in running], sampler.step([path for _, path in running], limits)))
+    return roots, sampler
+
+
+class Sampler:
+    """Samples the next step of many paths in one batch. The prompts stand in the cache once, and a path keeps its own keys
+    and values, so no token of any tree is computed twice: `computed` counts tokens that went through the model, `naive` those
+    that would have, had every step sent its whole conversation."""
+
+    def __init__(self, vlm, samples, style, cfg, seed=0):
+        self.vlm, self.cfg, self.zoom, self.computed, self.naive = vlm, cfg, style == "zoom", 0, 0
+        # Of a single turn, a step ends where a parenthesis closes; a zoom step is a turn.
+        self.stop = None if self.zoom else torch.tensor([")" in vlm.text([i]) for i in range(vlm.model.lm_head.weight.shape[0])], device=vlm.device)
+        self.random = [torch.Generator().manual_seed(zlib.crc32(f"{seed}/{s.id}".encode())) for s in samples]    # a tree's own
+        episodes = [zoom_rollout.begin(vlm, s, style) for s in samples]
+        self.prompts = vlm.new_cache(len(samples))
+        logits, starts = vlm.extend(self.prompts, [e.ids for e in episodes], [0] * len(episodes), [v for e in episodes for v in e.views])
+        self.computed += sum(len(e.ids) for e in episodes)
+        self.prompt_paths = [Path(i, e, logits=logits[i], start=starts[i]) for i, e in enumerate(episodes)]
+
+    def step(self, paths, limits):
+        """paths, and how many steps each may have before it must answer -> as many new paths, one step (or the answer) longer."""
+        if not paths:
+            return []
+        vlm, cfg, out, rows, chunks, shown = self.vlm, self.cfg, [], [], [], []
+        cache = self.prompts.resume([p.kept for p in paths], torch.tensor([p.tree for p in paths], device=vlm.device))
+        u = torch.stack([torch.rand(cfg.max_new_tokens, generator=self.random[p.tree], dtype=torch.double) for p in paths]).to(vlm.device)
+        ids, _, starts = zoom_rollout.sample_turn(vlm, cache, torch.stack([p.logits for p in paths]), [p.start for p in paths], u,
+                                                  cfg.temperature, cfg.max_new_tokens, stop=self.stop)
+        for b, (p, limit) in enumerate(zip(paths, limits)):
+            e = p.episode
+            e = Episode(e.sample, list(e.ids), list(e.sampled), list(e.logprobs), list(e.views), list(e.turns), frames=e.frames)
+            e.say(vlm, ids[b])
+            new = Path(p.tree, e, list(p.steps))
+            ended = ids[b][-1] == vlm.im_end
+            text = vlm.text(ids[b][:-1] if ended else ids[b])
+            more = self.read_turn(p, new, text, ended, limit) if self.zoom else self.read_clause(p, new, text, ended, limit)
+            self.computed, self.naive = self.computed + len(ids[b]), self.naive + len(e.ids)
+            new.over = more is None
+            if more:
+                self.computed += len(more[0])
+                rows, chunks, shown = rows + [b], chunks + [[ids[b][-1]] + more[0]], shown + more[1]
+            out.append(new)
+        if rows:
+            cache = cache.rows(torch.tensor(rows, device=vlm.device))
+            logits, starts = vlm.extend(cache, chunks, [starts[b] for b in rows], shown)
+            for i, b in enumerate(rows):
+                out[b].kept, out[b].logits, out[b].start = cache.keep(i), logits[i], starts[i]
+        return out
+
+    # What was said -> new.steps or new.answer, and what is said next, (ids, views); None when the path is over.
+
+    def read_turn(self, p, new, text, ended, limit):
+        """A turn of the zoom protocol. The environment answers as it does in every rollout, with the crop."""
+        text = (data.FORCE if p.must_answer else "") + text
+        more = zoom_rollout.respond(self.vlm, new.episode, text, ended, p.must_answer, limit - len(p.steps))
+        action, body = rewards.action_of(text)
+        thought, turn = text.partition("<think>")[2].partition("</think>")[0].strip(), new.episode.turns[-1]
+        if action == "answer" and ended and body.strip():
+            new.steps, new.answer = p.steps + ([] if p.must_answer else [(thought, None)]), body.strip()
+        elif action == "tool_call" and turn.crop and points_in(thought)[-1:] == [turn.point]:            # it looks where it says
+            new.steps, new.must_answer = p.steps + [(thought, turn.point)], limit - len(p.steps) == 1
+            return more
+        return None
+
+    def read_clause(self, p, new, text, ended, limit):
+        """The next words of a single turn, up to a point in parentheses. A base model that does not know the tags thinks aloud
+        and ends with its answer: 'red square (88, 19), blue square (37, 70): right'."""
+        points, answers = points_in(text), p.must_answer or "<answer>" in text
+        if points and not ended and not answers and rewards.inside(points[0], new.episode.frames):
+            new.steps, new.must_answer = p.steps + [(text.replace("<think>", "").strip(), points[0])], len(p.steps) + 1 == limit
+            wrote = self.vlm.text([i for i, sampled in zip(new.episode.ids, new.episode.sampled) if sampled])
+            close = self.vlm.ids(" </think>\n<answer>" if "<think>" in wrote else ":") if new.must_answer else []
+            new.episode.say(self.vlm, close, sampled=False)
+            return close, []
+        if ended or answers and (points or "</answer>" in text):
+            thought, _, said = text.replace("</answer>", "").rpartition("<answer>")
+            last = [f"({x}, {y})" for _, (x, y) in p.steps[-1:]]
+            new.answer = said.strip(" \n,.:") or (last[0] if last else None)
+            new.steps = p.steps + [(t, None) for t in [re.sub("</?think>", "", thought).strip(" \n,.:")] if t]
+        return None
+
+
+def points_in(text):
+    """The (x, y) of a text, as integers."""
+    return [(round(float(x)), round(float(y))) for x, y in rewards.POINT.findall(text)]
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A tree as JSON, and the chains that are read off it
+
+def outline(root):
+    """Node -> JSON: what a person wants to see of it and `linearise` needs."""
+    steps = lambda path, node: [[t, p] for t, p in path.steps[len(node.path.steps):]]
+    def of(node):
+        own = node.path.steps[len(node.parent.path.steps):] if node.parent else []
+        return {"steps": [[t, p] for t, p in own], "answer": node.path.answer, "visits": node.visits, "value": round(node.value, 3),
+                "rollouts": [{"steps": steps(r, node), "answer": r.answer, "reward": outcome(r)} for r in node.rollouts],
+                "children": [of(child) for child in node.children]}
+    s = root.path.episode.sample
+    return {"id": s.id, "question": s.question, "options": s.options, "tree": of(root)}
+
+
+def linearise(tree, rng, cfg):
+    """A tree's JSON -> chains [(kind, steps, answer)], without doubles, at most cfg.direct and cfg.corrected of a kind.
+
+    Two ways on from one node meet there, as its rollouts or through its children. Each that ends well makes a direct chain.
+    One that ends badly and then one that ends well make a corrected chain: wrong, a phrase of recovery, right. The wrong
+    answer itself is dropped. repeat_prefix says the shared beginning again after the phrase, as the original does."""
+    direct, corrected = {}, {}
+
+    def visit(node, before):
+        """-> the ways on from the node's parent that go through this node: [(steps, answer, reward)]"""
+        here = before + node["steps"]
+        ways = [[(r["steps"], r["answer"], r["reward"]) for r in node["rollouts"]]] + [visit(child, here) for child in node["children"]]
+        for steps, answer, reward in ways[0]:
+            if reward == 1 and (here or steps):
+                direct[repr((here + steps, answer))] = "direct", here + steps, answer
+        for wrong, said, failed in sum(ways, []):
+            for right, answer, worked in sum(ways, []):
+                if failed < 1 and said is not None and worked == 1 and wrong and right:
+                    steps = here + wrong + [[cfg.recovery, None]] + (here if cfg.repeat_prefix else []) + right
+                    corrected[repr((steps, answer))] = "corrected", steps, answer
+        return [(node["steps"] + steps, answer, reward) for way in ways for steps, answer, reward in way]
+
+    visit(tree["tree"], [])
+    few = lambda chains, n: rng.sample(list(chains.values()), min(n, len(chains)))
+    return few(direct, cfg.direct) + few(corrected, cfg.corrected)
+
+
+def prose(thoughts):
+    """Thoughts -> one text. A thought may go on in its sentence (', blue square (37, 70)'); a recovery begins a new one."""
+    text = ""
+    for t in filter(None, thoughts):
+        text = text + t if t[0] in ",.;:" else f"{text.rstrip(' ,;:')}{'.' * (text[-1:] not in '.!?')} {t}" if text and t[0].isupper() else f"{text} {t}".strip()
+    text = text.strip(" ,;:")
+    return text + "." * (bool(text) and text[-1] not in ".!?")
+
+
+def to_turns(steps, answer, style, max_zooms=3, min_distance=10.0, reorder=0.0, rng=None):
+    """A chain -> the assistant's turns. A single turn holds all thoughts; in the zoom protocol every new point becomes a tool
+    call (its crop comes from `replay`), what is no new point or beyond max_zooms stays thought. Points of the answer are no steps, so
+    they are never called. reorder: the chance that the first call moves to a later place, so that order is not learned by heart."""
+    if style != "zoom":
+        return [f"<think> {prose(t for t, _ in steps)} </think>\n<answer> {answer} </answer>"]
+    calls, thoughts, seen = [], [], []
+    for thought, point in steps:
+        thoughts.append(thought)
+        if point and len(calls) < max_zooms and all(math.dist(point, p) >= min_distance for p in seen):
+            seen.append(point)
+            calls.append(f"<think> {prose(thoughts)} </think>\n{data.tool_call(*point)}")
+            thoughts = []
+    if reorder and len(calls) > 1 and rng.random() < reorder:
+        calls.insert(rng.randrange(1, len(calls)), calls.pop(0))
+    last = f"<think> {prose(thoughts)} </think>\n<answer>" if thoughts and len(calls) < max_zooms else data.FORCE
+    return calls + [f"{last} {answer} </answer>"]
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -111,12 +111,12 @@ def draw(logits, u, temperature):
     return tokens, logprobs.gather(1, tokens[:, None])[:, 0]
 
 
-def sample_turn(vlm, cache, logits, starts, u, temperature, max_new_tokens, graphs=False):
+def sample_turn(vlm, cache, logits, starts, u, temperature, max_new_tokens, graphs=False, stop=None):
     """One assistant turn for every row, token by token. logits (B, V) of the first token, u (B, max_new_tokens).
 
     -> ids and logprobs per row, the next positions. A row ends with <|im_end|>, which is sampled, counted and trained like
     any token but not yet in the cache: it goes in with what follows it. Rows that have ended wait. Everything stays on the
-    device; on a GPU the question whether all have ended, which waits for it, is put every 8 tokens. graphs: model.VLM.graph"""
+    device; on a GPU the question whether all have ended, which waits for it, is put every 8 tokens. graphs: model.VLM.graph; stop (V,): other tokens that end a row, as tree search needs"""
     B, positions = len(starts), torch.tensor(starts, device=vlm.device)
     ids, logps = torch.zeros(B, max_new_tokens, dtype=torch.long, device=vlm.device), torch.zeros(B, max_new_tokens, device=vlm.device)
     n, live = torch.zeros_like(positions), torch.ones_like(positions)                # (B,) tokens so far; 1 while the turn goes on
@@ -126,7 +126,7 @@ def sample_turn(vlm, cache, logits, starts, u, temperature, max_new_tokens, grap
         tokens, logps[:, t] = draw(logits, u[:, t], temperature)
         ids[:, t] = tokens
         n += live
-        live = live * (tokens != vlm.im_end)
+        live = live * (tokens != vlm.im_end) * (1 if stop is None else ~stop[tokens])
         if t + 1 == max_new_tokens or (t + 1) % ask == 0 and not live.any():
             break
         logits = step(tokens, positions, live)
