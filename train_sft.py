@@ -157,7 +157,7 @@ class Node:
     visits: int = 0                 # N: outcomes seen below
     value: float = 0.0              # Q: their mean
     rollouts: list = field(default_factory=list)    # [Path] played out from here to an answer
-    closed: bool = False            # a dead end: every step tried from here was rejected
+    closed: bool = False            # nothing to be found below: an answer, or every step tried from here was rejected
 
 
 def uct(node, exploration):
@@ -166,14 +166,14 @@ def uct(node, exploration):
 
 
 def select(root, exploration):
-    """Down the tree by UCT, to a node without children: an answer, or a step from which nothing was tried. None if there is
-    none left. (The original selects a node whose children were all rejected again and again, and never ends.)"""
+    """Down the tree by UCT, to a step from which nothing was tried yet; None if there is none left. The original selects a node
+    whose children were all rejected for ever, and spends most of its simulations on going back to an answer it knows."""
     node = root
-    while node and node.children:
+    while node.children and not root.closed:
         alive = [child for child in node.children if not child.closed]
         node.closed = not alive
-        node = max(alive, key=lambda child: uct(child, exploration)) if alive else root if node is not root else None
-    return None if node is None or node.closed else node
+        node = max(alive, key=lambda child: uct(child, exploration)) if alive else root
+    return None if root.closed else node
 
 
 def backup(node, reward):
@@ -208,15 +208,12 @@ def tree_search(vlm, samples, style, cfg, seed=0):
     for _ in range(cfg.simulations):
         # select
         leaves = [leaf for leaf in (select(root, cfg.exploration) for root in roots) if leaf]
-        for leaf in (l for l in leaves if l.path.answer is not None):      # an answer again: its visits count, nothing is sampled
-            backup(leaf, leaf.value)
-        leaves = [l for l in leaves if l.path.answer is None]
         # expand: what is rejected is tried again, `tries` times in all
         for _ in range(cfg.tries):
             wanted = [leaf for leaf in leaves for _ in range(cfg.children - len(leaf.children))]
             for leaf, path in zip(wanted, sampler.step([leaf.path for leaf in wanted], [cfg.depth] * len(wanted))):
                 if adds(leaf, path, cfg.min_distance):
-                    leaf.children.append(Node(path, leaf))
+                    leaf.children.append(Node(path, leaf, closed=path.answer is not None))
         # play out
         new = [child for leaf in leaves for child in leaf.children]
         for leaf in leaves:
@@ -331,31 +328,37 @@ def outline(root):
     return {"id": s.id, "question": s.question, "options": s.options, "tree": of(root)}
 
 
-def linearise(tree, rng, cfg):
+def linearise(tree, cfg):
     """A tree's JSON -> chains [(kind, steps, answer)], without doubles, at most cfg.direct and cfg.corrected of a kind.
 
     Two ways on from one node meet there, as its rollouts or through its children. Each that ends well makes a direct chain.
     One that ends badly and then one that ends well make a corrected chain: wrong, a phrase of recovery, right. The wrong
-    answer itself is dropped. repeat_prefix says the shared beginning again after the phrase, as the original does."""
+    answer itself is dropped. repeat_prefix says the shared beginning again after the phrase, as the original does.
+
+    A right answer may be luck. If others went on from the same step and were right too, less likely so: chains come in the
+    order of their last step's (wins + 1) / (visits + 2), in corrected ones less that of the wrong half. (The original keeps all.)"""
     direct, corrected = {}, {}
 
-    def visit(node, before):
-        """-> the ways on from the node's parent that go through this node: [(steps, answer, reward)]"""
+    def visit(node, before, worth):
+        """-> the ways on from the node's parent that go through this node: [(steps, answer, reward, worth of its last step)]"""
         here = before + node["steps"]
-        ways = [[(r["steps"], r["answer"], r["reward"]) for r in node["rollouts"]]] + [visit(child, here) for child in node["children"]]
-        for steps, answer, reward in ways[0]:
+        if node["answer"] is None:                                         # an answer is as good as the step that led to it
+            worth = (node["value"] * node["visits"] + 1) / (node["visits"] + 2)
+        ways = [[(r["steps"], r["answer"], r["reward"], worth) for r in node["rollouts"]]] + [visit(child, here, worth) for child in node["children"]]
+        for steps, answer, reward, worth in ways[0]:
             if reward == 1 and (here or steps):
-                direct[repr((here + steps, answer))] = "direct", here + steps, answer
-        for wrong, said, failed in sum(ways, []):
-            for right, answer, worked in sum(ways, []):
+                direct.setdefault(repr((here + steps, answer)), (worth, "direct", here + steps, answer))
+        ways = sum(ways, [])
+        for wrong, said, failed, bad in ways:
+            for right, answer, worked, good in ways:
                 if failed < 1 and said is not None and worked == 1 and wrong and right:
                     steps = here + wrong + [[cfg.recovery, None]] + (here if cfg.repeat_prefix else []) + right
-                    corrected[repr((steps, answer))] = "corrected", steps, answer
-        return [(node["steps"] + steps, answer, reward) for way in ways for steps, answer, reward in way]
+                    corrected.setdefault(repr((steps, answer)), (good - bad, "corrected", steps, answer))
+        return [(node["steps"] + steps, *rest) for steps, *rest in ways]
 
-    visit(tree["tree"], [])
-    few = lambda chains, n: rng.sample(list(chains.values()), min(n, len(chains)))
-    return few(direct, cfg.direct) + few(corrected, cfg.corrected)
+    visit(tree["tree"], [], 0)
+    best = lambda chains, n: [chain[1:] for chain in sorted(chains.values(), key=lambda chain: -chain[0])[:n]]
+    return best(direct, cfg.direct) + best(corrected, cfg.corrected)
 
 
 def prose(thoughts):
