@@ -13,10 +13,12 @@ Boxes and points here are always pixels of the stored image, (x1, y1, x2, y2). W
 another frame (it sees a resized image); `model.View` is the only place that maps between the two.
 """
 import argparse, hashlib, json, os, random, re, sys, zlib
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 
 import numpy as np
 from PIL import Image
+from tqdm import tqdm
 
 Image.MAX_IMAGE_PIXELS = 200_000_000        # screenshots of several screens are legitimate; a decompression bomb is not
 
@@ -231,11 +233,15 @@ def tool_call(x, y):
 # ----------------------------------------------------------------------------------------------------------------------
 # Files: one normalised JSONL, and the layouts that turn into it
 
-def open_image(path, where=""):
+def open_image(path, where="", check=False):
     """A path -> RGB PIL image, or a DataError that names the file (and the row that wants it)."""
     try:
         with Image.open(path) as im:
+            if check:                                                          # a JPEG at an eighth of its size: reads it all, costs little
+                im.draft("L", (im.width // 8, im.height // 8))
             im.load()                                                          # decode now: a truncated file fails here, not mid-run
+            if check:
+                return None
             if im.mode in ("RGBA", "LA", "P"):                                 # transparent pixels are white, as on a screen
                 im = im.convert("RGBA")
                 im = Image.alpha_composite(Image.new("RGBA", im.size, "white"), im)
@@ -249,6 +255,14 @@ def open_image(path, where=""):
 def image(sample, i):
     """Source image i of a sample as RGB PIL."""
     return sample.images[i] if isinstance(sample.images[i], Image.Image) else open_image(sample.images[i], f"sample {sample.id}: ")
+
+
+def check_images(samples):
+    """Every image once, before any work: a broken one in the last row must not end a run in the middle."""
+    tasks = {path: f"sample {s.id}: " for s in samples for path in s.images if not isinstance(path, Image.Image)}
+    with ThreadPoolExecutor() as pool:
+        for _ in tqdm(pool.map(lambda task: open_image(*task, check=True), tasks.items()), "images", len(tasks), disable=None, leave=False):
+            pass
 
 
 def rows_of(path):

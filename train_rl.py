@@ -64,6 +64,7 @@ class Config:
     kl_coef: float = 0.0            # pull towards the warm start (ViGoRL 0.01, UniVG-R1 0.04); 0 needs no reference model
     kl: Literal["k1", "k2", "k3"] = "k3"                # see grpo.kl_penalty for the gradient each really has
 
+    max_batch_tokens: int = 262144  # of the rollout's cache (3B: 36 kB each); more is run in parts, with the same result
     micro_tokens: int = 16384       # padded tokens per forward pass: memory only, the gradient does not change
     eval_n: int = 200               # held-out questions, asked before and after, in three zoom modes
     save_every: int = 10            # steps between checkpoints
@@ -73,6 +74,17 @@ class Config:
 
 # Other defaults for models that are not tiny. Papers: ViGoRL 1e-6 for both, 128 prompts of 5 episodes on eight GPUs.
 REAL = dict(num_prompts=8, blind_prompts=1, max_new_tokens=512, lr=1e-6, sft_lr=5e-6)
+
+
+POSITIVE = ("num_prompts", "group_size", "num_minibatches", "max_new_tokens", "temperature", "save_every", "sft_n", "sft_batch", "sft_epochs",
+            "eval_n", "max_batch_tokens", "micro_tokens")
+
+
+def presets(cfg):
+    """Defaults that depend on what was asked for: a run that is resumed keeps its settings, a real model has its own."""
+    if cfg.resume:
+        return {k: v for k, v in saved_state(os.path.join("runs", cfg.name, "checkpoint"))["config"].items() if k not in ("resume", "name")}
+    return {} if model.is_tiny(cfg.model) else REAL
 
 
 def questions(cfg, vlm, step):
@@ -88,14 +100,14 @@ def questions(cfg, vlm, step):
 
 def train_step(vlm, ref, optimizer, samples, cfg, step):
     """Steps 2 to 6 for one batch of prompts -> (metrics, episodes). `samples` is step 1, the log line step 7."""
-    began, P, G = time.time(), len(samples), cfg.group_size
+    began, P, G, work = time.time(), len(samples), cfg.group_size, dict(vlm.work)
 
     # 2. roll out: G episodes per prompt, all of prompt 0 first
     blind = cfg.blind_prompts if data.STYLES[cfg.recipe] == "zoom" and P > cfg.blind_prompts else 0
     episodes = zoom_rollout.rollout(vlm, samples[blind:], G, seed=cfg.seed * 1_000_003 + step, **rollout_options(cfg))
     if blind:                                                             # without a zoom: to answer when told to must stay learned
         episodes = zoom_rollout.rollout(vlm, samples[:blind], G, seed=cfg.seed * 1_000_003 + step, zoom="off", **rollout_options(cfg)) + episodes
-    rolled = time.time()
+    rolled, work = time.time(), {k: v - work[k] for k, v in vlm.work.items()}
 
     # 3. reward: rules on the text and on what the calls led to
     for e in episodes:
@@ -161,13 +173,14 @@ def train_step(vlm, ref, optimizer, samples, cfg, step):
             "no_signal": (advantages == 0).all(1).float().mean().item(),
             **{k: v / max(tokens, 1) for k, v in log.items()}, "kl_samp_max": gap, "grad_norm": sum(norms) / max(len(norms), 1),
             "skipped": sum(not n < float("inf") for n in norms),
+            **{f"{k}_{how}": v for how, of in (("run", work), ("naive", zoom_rollout.naive_work(vlm, episodes))) for k, v in of.items()},
             "roll_tokens_per_s": sum(sum(e.sampled) for e in episodes) / (rolled - began),
             "train_tokens_per_s": sum(len(e.ids) for e in learn) / (done - rolled), "seconds": done - began}, episodes
 
 
 def rollout_options(cfg):
     return dict(max_zooms=cfg.max_zooms, max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature, style=data.STYLES[cfg.recipe],
-                crop_from=cfg.crop_from)
+                crop_from=cfg.crop_from, max_batch_tokens=cfg.max_batch_tokens)
 
 
 def measure(vlm, cfg, samples, label):
@@ -188,11 +201,15 @@ def log_line(m, cfg, left):
 
 
 def main():
-    cfg = model.cli(Config, description=__doc__, presets=lambda c: {} if model.is_tiny(c.model) else REAL)
+    cfg = model.cli(Config, description=__doc__, presets=presets, positive=POSITIVE)
     began, run = time.time(), model.make_dir(os.path.join("runs", cfg.name))
     checkpoint, path = os.path.join(run, "checkpoint"), lambda name: os.path.join(run, name)
     cfg.recipe = cfg.recipe or ("vigorl-zoom" if cfg.data else data.RECIPES[cfg.task])
+    if cfg.traces and bool(cfg.data) != (cfg.traces != "oracle"):
+        model.fail("the oracle knows the toy world only: --data needs --traces FILE.jsonl, or --traces '' for none" if cfg.data else
+                   f"--traces {cfg.traces} are about the rows of a file: name it with --data FILE.jsonl")
     rows = data.read_jsonl(cfg.data, cfg.images or None) if cfg.data else []
+    data.check_images(rows)
     settings = asdict(cfg)
     state = resumable(checkpoint, settings) if cfg.resume else None
     vlm = model.load(checkpoint if cfg.resume else cfg.model, cfg.device, cfg.dtype,
@@ -202,7 +219,7 @@ def main():
     if cfg.resume:
         first, before, spent, sections = state["step"], state["before"], state["seconds"], []
         for name in ("metrics.jsonl", "episodes.jsonl"):                   # rows of steps after the checkpoint are run again
-            kept = [line for line in open(path(name)) if json.loads(line)["step"] < first]
+            kept = [line for line in open(path(name)) if line.endswith("\n") and json.loads(line)["step"] < first]       # a torn one goes too
             open(path(name), "w").writelines(kept)
     else:
         for name in ("metrics.jsonl", "episodes.jsonl"):
@@ -246,11 +263,15 @@ def main():
     finish(vlm, cfg, run, settings, held_out, before, sections, spent - began)
 
 
-def resumable(checkpoint, settings):
-    """The state of a checkpoint that was made with these settings; only --steps may differ."""
+def saved_state(checkpoint):
     if not os.path.exists(f"{checkpoint}/state.json"):
         model.fail(f"nothing to resume in {checkpoint}")
-    state = json.load(open(f"{checkpoint}/state.json"))
+    return model.read_json(f"{checkpoint}/state.json", "config", "step", "before", "seconds")
+
+
+def resumable(checkpoint, settings):
+    """The state of a checkpoint that was made with these settings; only --steps may differ."""
+    state = saved_state(checkpoint)
     differ = [f"{k} ({state['config'].get(k)!r} there, {v!r} here)" for k, v in settings.items()
               if k not in ("resume", "steps", "name") and state["config"].get(k) != v]
     if differ:
@@ -272,6 +293,10 @@ def finish(vlm, cfg, run, settings, held_out, before, sections, spent):
     after = measure(vlm, cfg, held_out, "after RL")
     curves = [json.loads(line) for line in open(os.path.join(run, "metrics.jsonl"))]
     on = after["on"][0]
+    if curves:
+        total = {key: sum(m[key] for m in curves) for key in ("tokens_run", "tokens_naive", "patches_run", "patches_naive")}
+        print("rollouts prefilled {tokens_run:,} tokens and encoded {patches_run:,} patches; sending all again each turn, for each member "
+              "of a group, would have been {tokens_naive:,} and {patches_naive:,}".format(**total))
     summary = {"seconds": round(spent + time.time(), 1), "n": on["n"], "accuracy_before": before["on"]["accuracy"], "accuracy_after": on["accuracy"],
                "low": on["low"], "high": on["high"], "chance": chance(held_out),
                "zooms_per_episode": sum(t.crop is not None for e in after["on"][1] for t in e.turns) / on["n"],
