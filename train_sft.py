@@ -12,14 +12,8 @@ on the assistant's tokens only.
 Left out so far: ViGoRL finds its traces by tree search with a 72B teacher, UniVG-R1 has a teacher write three chains per
 sample. `oracle` stands in for both: it knows the toy scene, and it is a bad example on purpose (see there).
 """
-<<<<<<< HEAD
-import json, math, os, random, re, time, zlib
-from dataclasses import asdict, dataclass, field
-=======
-import json, math, os, random, re, time
-from dataclasses import asdict, dataclass
->>>>>>> main
-from typing import Literal
+import base64, html, io, itertools, json, math, os, random, re, time, zlib
+from dataclasses import asdict, dataclass, field, replace
 
 import torch
 from tqdm import tqdm
@@ -33,13 +27,14 @@ from zoom_rollout import Episode
 class Config:
     model: str = "tiny"             # a name of model.MODELS or a checkpoint folder
     name: str = "sft"               # the run: runs/NAME
-    traces: str = "oracle"          # "oracle" (toy world), or a JSONL file of {"id", "turns"} for the rows of --data
+    traces: str = "oracle"          # "mcts" (tree search), "oracle" (knows the toy world), "teacher", or a JSONL file of {"id", "turns"}
+    target: Literal["full", "answer", "ungrounded"] = "full"    # what of a trace is learned; the others are the papers' baselines
     task: Literal[data.TASKS] = "search"        # toy task
     difficulty: Literal[tuple(data.DIFFICULTY)] = "medium"      # of the toy world
     data: str = ""                  # JSONL of questions instead of the toy world
     images: str = ""                # folder of the images of --data (default: the file's own)
     recipe: Literal["", "vigorl-zoom", "vigorl", "univg-r1"] = ""       # whose prompt; empty: what suits the task
-    n: int = 1200                   # traces from the oracle
+    n: int = 1200                   # traces of the toy world
     epochs: int = 1                 # passes over the traces
     batch: int = 8                  # traces per optimizer step
     lr: float = 5e-4                # peak learning rate, cosine with warm-up (ViGoRL on a 3B: 1e-6, UniVG-R1: 5e-6)
@@ -66,6 +61,13 @@ class Config:
     reorder: float = 0.0            # share of zoom dialogues whose first call moves to a later place
     trees: int = 64                 # searched in one batch
 
+    teacher: str = ""               # writes the traces of --traces teacher: a name of model.MODELS, a checkpoint, or http://HOST:PORT/v1
+    teacher_model: str = ""         # which model of an endpoint; empty: its first
+    chains: int = 3                 # of a teacher per question; a judge keeps the best (UniVG-R1: 3)
+    timeout: float = 120.0          # seconds that an endpoint may take to answer
+    retries: int = 4                # after a request that failed
+    show: int = 0                   # print so many traces, and stop before fine-tuning
+
     pretrain: bool = False          # make the tiny model from nothing instead: --steps, --out
     steps: int = 16_000             # of pretraining
     out: str = ""                   # of pretraining (default: checkpoints/tiny)
@@ -74,6 +76,10 @@ class Config:
 # The original's search (a 72B teacher, whole sentences). Its paper says 20 simulations, its code 8.
 VIGORL = dict(simulations=20, children=3, tries=1, rollouts=2, depth=10, rollout_steps=5, exploration=2.0, min_distance=1.0, max_new_tokens=512,
               crops=False, recovery="Wait, this seems off. Let's try something else.", reorder=0.2, direct=10, corrected=10)
+
+# What a tree depends on: trees of a killed search are kept only for a search with the same.
+SEARCH = ("simulations", "children", "tries", "rollouts", "depth", "rollout_steps", "exploration", "min_distance", "temperature", "max_new_tokens",
+          "seed", "difficulty", "max_pixels")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -119,19 +125,100 @@ def oracle(vlm, sample, rng, max_zooms=3):
     return [f"<think> The {o['name']} is at {near(o)}. </think>\n<answer> {near(o)} </answer>"]
 
 
-def read_traces(path, samples):
-    """Trace rows -> [(sample, turns)], each matched to its question by id."""
-    by_id, out = {s.id: s for s in samples}, []
-    for where, row in data.rows_of(path):
+def read_traces(path, samples, difficulty="medium", side=data.SIDE):
+    """Trace rows -> [(sample, turns)], each matched to its question by id. Without samples the ids are those of toy questions,
+    which are drawn again."""
+    rows = data.rows_of(path)
+    by_id, out = {s.id: s for s in samples or toy_again([(where, row.get("id")) for where, row in rows if isinstance(row, dict)], difficulty, side)}, []
+    for where, row in rows:
         turns = data.need(row, "turns", list, where)
         if not turns or not all(isinstance(t, str) for t in turns):
             raise data.DataError(f"{where}field 'turns' is {turns!r:.60}; expected the assistant's turns as a list of strings")
         if str(row.get("id")) not in by_id:
             raise data.DataError(f"{where}id {row.get('id')!r} is no row of the questions")
-        out.append((by_id[str(row["id"])], turns))
+        s = by_id[str(row["id"])]
+        if row.get("question", s.question) != s.question:
+            raise data.DataError(f"{where}asks {row['question']!r:.60}, but {s.id} is {s.question!r:.60} (another difficulty, or another model's image size?)")
+        out.append((s, turns))
     if not out:
         raise data.DataError(f"{path} holds no traces")
     return out
+
+
+def toy_again(ids, difficulty, side):
+    """(where, id) of toy questions -> the questions. An id is task/split/seed/number, and that is all there is to one."""
+    wanted = {}
+    for where, name in ids:
+        stream, _, number = str(name).rpartition("/")
+        if stream.split("/")[0] not in data.TASKS or stream.count("/") < 2 or not number.isdigit():
+            raise data.DataError(f"{where}id {name!r} is no question of the toy world; traces about the rows of a file need that file: --data FILE.jsonl")
+        wanted[stream] = max(int(number) + 1, wanted.get(stream, 0))
+    return [s for stream, n in wanted.items() for s in data.toy(*stream.split("/", 2)[:2], n, stream.split("/", 2)[2], difficulty, side)]
+
+
+def retarget(sample, turns, target):
+    """A trace -> what is learned of it. The papers' baselines: "answer", the answer alone (SFT-direct); "ungrounded", the same
+    reasoning in one turn, without a point and so without a zoom."""
+    if target == "full":
+        return turns
+    text = "\n".join(turns)
+    answer = text.rpartition("<answer>")[2].partition("</answer>")[0].strip()
+    thoughts = " ".join(t.strip() for t in re.findall(r"<think>(.*?)</think>", text, re.S))
+    thoughts = re.sub(r",?(?: (?:may be|is))?(?: at)? ?\([^()]*\d\)", "", thoughts)
+    return [f"<answer> {answer} </answer>" if target == "answer" else f"<think> {thoughts} </think>\n<answer> {answer} </answer>"]
+
+
+def searched(vlm, style, cfg, questions=None, side=data.SIDE, log=""):
+    """Traces by tree search -> [(sample, turns, kind)], and counts. questions: searched once each; None: toy ones, `cfg.trees` at
+    a time, until there are cfg.n traces. log: a file that keeps every finished tree; a search that was killed goes on from it."""
+    within = "zoom" if style == "zoom" and cfg.crops else "think"         # the style of the search itself
+    if style == "boxes" or min(cfg.max_zooms, cfg.depth) < 1:
+        raise data.DataError("tree search needs steps with a point: not for the recipe univg-r1, nor with --max-zooms 0 or --depth 0")
+    cfg = replace(cfg, depth=min(cfg.depth, cfg.max_zooms) if within == "zoom" else cfg.depth)
+    stamp = {k: getattr(cfg, k) for k in SEARCH} | {"style": within, "weights": round(vlm.model.lm_head.weight.double().abs().sum().item(), 3)}
+    kept, out, began = kept_trees(log, stamp), [], time.time()
+    counts = {"trees": 0, "solved": 0, "tokens_computed": 0, "tokens_naive": 0, "seconds": 0.0}
+    bar, rng = tqdm(total=len(questions) if questions else cfg.n, desc="tree search", unit=" questions" if questions else " traces"), random.Random(cfg.seed)
+    for k in itertools.count():
+        chunk = questions[k * cfg.trees:(k + 1) * cfg.trees] if questions else data.toy(cfg.task, "train", cfg.trees, f"sft{cfg.seed}/{k}", cfg.difficulty, side)
+        if not chunk or not questions and (len(out) >= cfg.n or k * cfg.trees >= 4 * cfg.n + cfg.trees):
+            break
+        todo = [s for s in chunk if s.id not in kept]
+        if todo:
+            roots, sampler = tree_search(vlm, todo, within, cfg, cfg.seed)
+            counts["tokens_computed"], counts["tokens_naive"] = counts["tokens_computed"] + sampler.computed, counts["tokens_naive"] + sampler.naive
+            found = {root.path.episode.sample.id: outline(root) for root in roots}
+            if log:
+                with open(log, "a") as f:
+                    f.writelines(json.dumps(tree) + "\n" for tree in found.values())
+            kept |= found
+        for s in chunk:
+            chains = linearise(kept[s.id], cfg)
+            counts["trees"], counts["solved"] = counts["trees"] + 1, counts["solved"] + any(kind == "direct" for kind, _, _ in chains)
+            out += [(s, to_turns(steps, answer, style, cfg.max_zooms, cfg.min_distance, cfg.reorder, rng), kind) for kind, steps, answer in chains]
+        counts["seconds"] = round(time.time() - began, 1)
+        bar.n = (k + 1) * cfg.trees if questions else len(out)
+        bar.set_postfix_str(f"{counts['solved']} of {counts['trees']} questions solved")
+    bar.close()
+    if not out:
+        raise data.DataError(f"tree search found no right answer to any of {counts['trees']} questions: search more (--simulations, --children) or ask easier ones")
+    return out[:cfg.n] if not questions else out, counts
+
+
+def kept_trees(log, stamp):
+    """The trees of an earlier, unfinished search with the same settings -> {id: tree}. The file's first line says which those were."""
+    if not log:
+        return {}
+    if not os.path.exists(log):
+        with open(log, "w") as f:
+            f.write(json.dumps({"search": stamp}) + "\n")
+        return {}
+    with open(log, "rb+") as f:                                            # a kill may have torn the last line
+        f.truncate(f.read().rfind(b"\n") + 1)
+    rows = [row for _, row in data.rows_of(log)] or [{}]
+    if rows[0].get("search") != stamp:
+        raise data.DataError(f"{log} holds trees that were searched with other settings or weights; remove it, or choose another --name")
+    return {row["id"]: row for row in rows[1:]}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -395,6 +482,65 @@ def to_turns(steps, answer, style, max_zooms=3, min_distance=10.0, reorder=0.0, 
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Traces to look at
+
+def show_traces(found):
+    """Print traces; points are numbered in the order in which a trace names them."""
+    for s, turns, *kind in found:
+        numbers = {}
+        mark = lambda m: f"{m[0]}[{numbers.setdefault(m[1].replace(' ', ''), len(numbers) + 1)}]"
+        print(f"\n{s.id}  {' '.join(kind)}\n{s.question}  {' / '.join(s.options)}   (right: {s.options[s.answer] if s.options and s.answer is not None else s.answer or s.targets})")
+        for turn in turns:
+            print("  " + re.sub(r"[(\[](-?\d+, ?-?\d+)[)\]]", mark, turn).replace("\n", "\n  "))
+
+
+TREE_CSS = """body { font:15px/1.45 system-ui,sans-serif; max-width:60rem; margin:2rem auto; padding:0 1rem; color:#20242b; background:#f6f5f1 }
+article { background:#fff; border:1px solid #e3e0d8; border-radius:10px; padding:1rem 1.2rem; margin:1rem 0; display:flex; gap:1.4rem }
+svg { flex:0 0 15rem; width:15rem; height:15rem } circle { fill:#ff9a2e; stroke:#000 } text { font-weight:700; text-anchor:middle }
+details, .leaf { margin-left:1.1rem } summary { cursor:pointer } .n { color:#6b7079; font-size:.85em } .right { color:#16794c } .wrong { color:#b03a2e }"""
+
+
+def draw_trees(path, log, samples, most=40):
+    """The first trees of a log as one HTML file: an outline to open and close, with N and Q of each node and where its rollouts
+    led, and the image with the nodes' points numbered. samples {id: (Sample, View)}. Nothing in it runs or is fetched."""
+    esc, cards = lambda text: html.escape(str(text)[:1000]), []
+    for tree in [row for _, row in data.rows_of(log) if row.get("id") in samples][:most]:
+        (sample, view), points = samples[tree["id"]], []
+
+        def said(node, steps):
+            out = []
+            for thought, point in steps:
+                points.append(point)
+                out.append(f"{f'<b>{len(points)}</b> ' if point else ''}{esc(thought)}")
+                if not point:
+                    points.pop()
+            return " ".join(out) or ("" if node["steps"] else "the question")
+
+        def outline_of(node):
+            right = [r["reward"] for r in node["rollouts"]]
+            ends = "; ".join(f'<span class="{"right" if r["reward"] == 1 else "wrong"}">{esc(r["answer"] or "broken")}</span>' for r in node["rollouts"])
+            line = f'{said(node, node["steps"])} <span class="n">N {node["visits"]} Q {node["value"]:.2f}</span> {f"→ {ends}" if right else ""}'
+            return (f'<details open><summary>{line}</summary>{"".join(map(outline_of, node["children"]))}</details>' if node["children"]
+                    else f'<div class="leaf">{line}</div>')
+
+        text, buffer = outline_of(tree["tree"]), io.BytesIO()
+        image = view.source.copy()
+        image.thumbnail((480, 480))
+        image.save(buffer, "png")
+        (w, h), r = view.source.size, max(view.source.size) / 28
+        marks = "".join(f'<circle cx="{x:.4g}" cy="{y:.4g}" r="{r:.4g}"/><text x="{x:.4g}" y="{y + r / 2:.4g}" font-size="{1.4 * r:.4g}">{i}</text>'
+                        for i, (x, y) in enumerate((view.to_source(*p) for p in points), 1))
+        cards.append(f'<article><svg viewBox="0 0 {w} {h}"><image width="{w}" height="{h}" href="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"/>'
+                     f'{marks}</svg><div><b>{esc(tree["question"])}</b> {esc(" / ".join(tree["options"]))}{text}</div></article>')
+    page = (f'<!doctype html><meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="default-src \'none\'; img-src data:; style-src \'unsafe-inline\'">'
+            f'<title>Search trees</title><style>{TREE_CSS}</style><h1>Search trees</h1><p>A line is a step: its number in the image, the thought, how often search came by (N), the mean outcome '
+            f'below it (Q), and the answers its rollouts ended in.</p>{"".join(cards)}')
+    with open(path + ".tmp", "w", encoding="utf-8", errors="replace") as f:
+        f.write(page)
+    os.replace(path + ".tmp", path)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Fine-tuning
 
 def finetune(vlm, episodes, lr, epochs=1, batch=8, seed=0, progress=True):
@@ -437,15 +583,45 @@ def held_out_loss(vlm, episodes):
     return -sum(p[0].sum().item() for p in parts) / sum(p[2].sum().item() for p in parts)
 
 
+@torch.no_grad()
+def held_out_accuracy(vlm, samples, style, cfg):
+    """Greedy answers -> the share that is right."""
+    right = 0
+    for i in range(0, len(samples), 64):
+        for e in zoom_rollout.rollout(vlm, samples[i:i + 64], max_zooms=cfg.max_zooms, max_new_tokens=cfg.max_new_tokens, temperature=0, style=style):
+            right += rewards.score(e.sample, e.text, e.turns, "accuracy", e.frames)["accuracy"] >= 1 - 1e-6
+    return right / len(samples)
+
+
+def saw_it(episodes):
+    """Of episodes about toy scenes: the share in which a crop shows the place that the answer depends on. A judge of outcomes
+    cannot tell those from lucky ones. None where nothing zooms."""
+    seen = []
+    for e in episodes:
+        for place in e.sample.meta.get("evidence", [])[:1]:
+            x, y = ((place["box"][i] + place["box"][i + 2]) / 2 for i in (0, 1))
+            seen.append(any(t.crop and t.crop[0] <= x <= t.crop[2] and t.crop[1] <= y <= t.crop[3] for t in e.turns))
+    return sum(seen) / len(seen) if any(seen) else None
+
+
 def warm_start(vlm, style, traces="oracle", task="search", questions=None, n=1200, epochs=1, batch=8, lr=5e-4, difficulty="medium",
                max_zooms=3, side=data.SIDE, seed=0):
     """Find traces, fine-tune on them (in place). -> (the loss of each step, the traces [(sample, turns)])."""
-    rng = random.Random(f"traces/{seed}")
-    if traces == "oracle":
-        pairs = [(s, oracle(vlm, s, rng, max_zooms)) for s in data.toy(task, "train", n, f"sft{seed}", difficulty, side)]
-    else:
-        pairs = read_traces(traces, questions)
+    cfg = Config(traces=traces, task=task, n=n, difficulty=difficulty, max_zooms=max_zooms, seed=seed)
+    pairs = [(s, turns) for s, turns, *_ in find_traces(vlm, style, cfg, questions, side)[0]]
     return finetune(vlm, [zoom_rollout.replay(vlm, s, turns, style, max_zooms) for s, turns in pairs], lr, epochs, batch, seed), pairs
+
+
+def find_traces(vlm, style, cfg, questions=None, side=data.SIDE, run=""):
+    """-> [(sample, turns) or (sample, turns, kind)], counts for the summary. run: a folder for what must not be lost"""
+    if cfg.traces == "mcts":
+        return searched(vlm, style, cfg, questions, side, run and os.path.join(run, "trees.jsonl"))
+    if cfg.traces == "teacher":
+        return taught(vlm, style, cfg, questions, side, run and os.path.join(run, "replies.jsonl"))
+    if cfg.traces == "oracle":
+        rng = random.Random(f"traces/{cfg.seed}")
+        return [(s, oracle(vlm, s, rng, cfg.max_zooms)) for s in data.toy(cfg.task, "train", cfg.n, f"sft{cfg.seed}", cfg.difficulty, side)], {}
+    return read_traces(cfg.traces, questions, cfg.difficulty, side), {}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -674,31 +850,47 @@ def answer(vlm, questions, max_new_tokens=24):
 
 
 def main():
-    cfg = model.cli(Config, description=__doc__, presets=lambda c: {} if model.is_tiny(c.model) else {"lr": 5e-6}, positive=("n", "epochs", "batch", "steps"))
+    cfg = model.cli(Config, description=__doc__, presets=lambda c: ({} if model.is_tiny(c.model) else {"lr": 5e-6}) | (VIGORL if c.preset else {}),
+                    positive=("n", "epochs", "batch", "steps", "simulations", "children", "tries", "rollouts", "rollout_steps", "max_new_tokens",
+                              "trees", "chains", "timeout"))
     if cfg.pretrain:
         folder = cfg.out or model.MODELS["tiny"].path
         model.make_dir(os.path.dirname(os.path.abspath(folder)))
         return pretrain(folder, cfg.steps, cfg.seed)
     began, run = time.time(), model.make_dir(os.path.join("runs", cfg.name))
+    path = lambda name: os.path.join(run, name)
+    if cfg.data and cfg.traces == "oracle":
+        model.fail("the oracle knows the toy world only: --data needs --traces mcts, teacher or FILE.jsonl")
     rows = data.read_jsonl(cfg.data, cfg.images or None) if cfg.data else None
-    if bool(rows) != (cfg.traces != "oracle"):
-        model.fail("the oracle knows the toy world only: --data needs --traces FILE.jsonl" if rows else
-                   f"--traces {cfg.traces} are about the rows of a file: name it with --data FILE.jsonl")
     data.check_images(rows or [])
-    recipe = cfg.recipe or ("vigorl-zoom" if cfg.data else data.RECIPES[cfg.task])
+    style = data.STYLES[cfg.recipe or ("vigorl-zoom" if cfg.data else data.RECIPES[cfg.task])]
     vlm = model.load(cfg.model, max_pixels=cfg.max_pixels)
-    model.write_json(os.path.join(run, "config.json"), asdict(cfg))
-    losses, pairs = warm_start(vlm, data.STYLES[recipe], cfg.traces, cfg.task, rows, cfg.n, cfg.epochs, cfg.batch, cfg.lr, cfg.difficulty,
-                               cfg.max_zooms, vlm.toy_side, cfg.seed)
-    with open(os.path.join(run, "traces.jsonl"), "w") as f:
-        f.writelines(json.dumps({"id": s.id, "question": s.question, "options": s.options, "turns": turns}) + "\n" for s, turns in pairs)
-    model.replace_folder(vlm.save(os.path.join(run, "checkpoint")), os.path.join(run, "checkpoint"))
-    summary = {"traces": len(pairs), "loss_first": losses[0], "loss_last": losses[-1], "seconds": round(time.time() - began, 1)}
-    if not cfg.data:
-        rng = random.Random(f"held out/{cfg.seed}")
-        test = [(s, oracle(vlm, s, rng, cfg.max_zooms)) for s in data.toy(cfg.task, "test", 64, cfg.seed, cfg.difficulty, vlm.toy_side)]
-        summary["held_out_loss"] = held_out_loss(vlm, [zoom_rollout.replay(vlm, s, t, data.STYLES[recipe], cfg.max_zooms) for s, t in test])
-    model.write_json(os.path.join(run, "summary.json"), summary)
+    model.write_json(path("config.json"), asdict(cfg))
+
+    found, counts = find_traces(vlm, style, cfg, rows, vlm.toy_side, run)
+    found = [(s, retarget(s, turns, cfg.target), *kind) for s, turns, *kind in found]
+    with open(path("traces.jsonl"), "w") as f:
+        f.writelines(json.dumps({"id": s.id, "question": s.question, "options": s.options, **({"kind": kind[0]} if kind else {}), "turns": turns}) + "\n"
+                     for s, turns, *kind in found)
+    if cfg.traces == "mcts":
+        draw_trees(path("trees.html"), path("trees.jsonl"), {s.id: (s, vlm.view(data.image(s, 0))) for s, *_ in found})
+        print(f"{len(found)} traces from {counts['solved']} of {counts['trees']} questions; {run}/trees.html draws the trees, {run}/trees.jsonl holds them")
+    if cfg.show:
+        return show_traces(found[:cfg.show])
+
+    ids = list(dict.fromkeys(s.id for s, *_ in found))                     # one question in twenty is held out, with all its traces
+    held = set(ids[len(ids) - max(len(ids) // 20, 1):] if len(ids) > 1 else [])
+    episodes = {True: [], False: []}
+    for s, turns, *_ in found:
+        episodes[s.id in held].append(zoom_rollout.replay(vlm, s, turns, style, cfg.max_zooms))
+    losses = finetune(vlm, episodes[False], cfg.lr, cfg.epochs, cfg.batch, cfg.seed)
+    model.replace_folder(vlm.save(path("checkpoint")), path("checkpoint"))
+    asked = data.toy(cfg.task, "test", 64, cfg.seed, cfg.difficulty, vlm.toy_side) if rows is None else [s for s in rows if s.id in held]
+    summary = {"traces": len(found), "loss_first": losses[0], "loss_last": losses[-1], "saw_it": saw_it(episodes[False]), **counts}
+    if held:
+        summary |= {"held_out_loss": held_out_loss(vlm, episodes[True]), "held_out_accuracy": held_out_accuracy(vlm, asked, style, cfg)}
+    summary["seconds"] = round(time.time() - began, 1)
+    model.write_json(path("summary.json"), {k: v for k, v in summary.items() if v is not None})
     print(f"{summary}\n{run}/checkpoint is ready: python evaluate.py --model {run}/checkpoint")
 
 
@@ -708,4 +900,4 @@ if __name__ == "__main__":
     except data.DataError as e:
         model.fail(str(e))
     except KeyboardInterrupt:
-        model.fail("interrupted; nothing was saved")
+        model.fail("interrupted; finished trees and paid replies are kept: the same command goes on from there")
