@@ -14,6 +14,7 @@ sample. `oracle` stands in for both: it knows the toy scene, and it is a bad exa
 """
 import base64, html, io, itertools, json, math, os, random, re, time, zlib
 from dataclasses import asdict, dataclass, field, replace
+from typing import Literal
 
 import torch
 from tqdm import tqdm
