@@ -12,7 +12,8 @@ on the assistant's tokens only.
 Left out so far: ViGoRL finds its traces by tree search with a 72B teacher, UniVG-R1 has a teacher write three chains per
 sample. `oracle` stands in for both: it knows the toy scene, and it is a bad example on purpose (see there).
 """
-import base64, html, io, itertools, json, math, os, random, re, time, zlib
+import base64, contextlib, html, http.client, io, itertools, json, math, os, random, re, threading, time, urllib.error, urllib.request, zlib
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from typing import Literal
 
@@ -480,6 +481,189 @@ def to_turns(steps, answer, style, max_zooms=3, min_distance=10.0, reorder=0.0, 
         calls.insert(rng.randrange(1, len(calls)), calls.pop(0))
     last = f"<think> {prose(thoughts)} </think>\n<answer>" if thoughts and len(calls) < max_zooms else data.FORCE
     return calls + [f"{last} {answer} </answer>"]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A teacher (UniVG-R1, section 3: chains from a strong model that is shown the answer, a judge that keeps the best)
+
+TEACH = """Look carefully at {images}. Question: {question}
+The answer is {gold}. Pretend that you do not know it, and describe the reasoning that leads from the question to it, as if you found it yourself. {how} \
+Name every place that you look at as (x, y), x from 0 to {w} and y from 0 to {h}. Do not say that an answer was given. Write nothing but
+<think> your reasoning </think>
+<answer> {gold} </answer>"""
+HOW = {"point": "First describe the thing that is asked for, then find it, then give its center.",
+       "box": "First say what each image shows, then which object is meant and what gives it away, then where its edges are.",
+       "choice": "First find what the question names, then look at it closely, then compare the options.",
+       "text": "First find what the question names, then look at it closely, then conclude."}
+JUDGE = """Question: {question}
+The right answer is {gold}. Which of these chains of reasoning is the best: true to the image, complete, each step following from the one before? \
+Reply with its number and nothing else.
+{chains}"""
+LEAK = re.compile(r"\b(given|provided|supplied|stated|known|correct|ground[- ]?truth|target|reference) (answer|box|bounding box|coordinates?|point|option|label)\b"
+                  r"|\bground[- ]?truth\b|\bpretend|\bI (?:was|am|have been) (?:told|given)\b", re.I)
+
+
+def taught(vlm, style, cfg, questions=None, side=data.SIDE, log=""):
+    """cfg.chains of a teacher for each question, filtered, the best by its own judgement -> [(sample, turns, "taught")], counts.
+    Each image is sent at the size the policy is fed, so that a coordinate means the same to both."""
+    samples = questions or data.toy(cfg.task, "train", cfg.n, f"sft{cfg.seed}", cfg.difficulty, side)
+    ask = Endpoint(cfg, log).ask if cfg.teacher.startswith(("http://", "https://")) else Local(cfg, vlm).ask
+    views, prompts = {}, {}
+    for s in samples:
+        views[s.id] = [vlm.view(data.image(s, i), i) for i in range(len(s.images))]
+        asked = s.targets[0]["image"] if s.targets else 0
+        w, h = (1000, 1000) if vlm.spec.convention == "thousand" else views[s.id][asked].fed
+        text = s.question + "".join(f"\n{chr(65 + i)}. {o}" for i, o in enumerate(s.options))
+        prompts[s.id] = dict(images="the image" if len(s.images) == 1 else f"all {len(s.images)} images", question=text, gold=gold(s, views[s.id]), w=w, h=h,
+                             how=HOW[s.answer_type])
+    jobs = [(f"{s.id}/chain{k}", views[s.id], TEACH.format(**prompts[s.id])) for s in samples for k in range(cfg.chains)]
+    replies, kept, lost = iter(ask(jobs, cfg.temperature)), {}, dict.fromkeys(("unparsed", "wrong", "leaked"), 0)
+    for s in samples:
+        frames = [(*v.scale, *v.source.size) for v in views[s.id]]
+        for reply in (next(replies) for _ in range(cfg.chains)):
+            chain, fault = read_chain(reply, s, frames)
+            if fault:
+                lost[fault] += 1
+            else:
+                kept.setdefault(s.id, []).append(chain)
+    rivals = [s for s in samples if len(kept.get(s.id, [])) > 1]
+    verdicts = ask([(f"{s.id}/judge", views[s.id], JUDGE.format(**prompts[s.id], chains="\n".join(f"[{k}] {t}" for k, (t, _) in enumerate(kept[s.id], 1))))
+                    for s in rivals], 0.0)
+    for s, verdict in zip(rivals, verdicts):
+        number = re.search(r"\d+", verdict)
+        best = int(number[0]) - 1 if number else 0
+        kept[s.id] = [kept[s.id][best if best in range(len(kept[s.id])) else 0]]
+    counts = {"questions": len(samples), "chains": len(jobs), **lost}
+    print(f"teacher: {len(jobs)} chains for {len(samples)} questions; {', '.join(f'{n} {fault}' for fault, n in lost.items())}; {len(kept)} questions have one")
+    if not kept:
+        raise data.DataError(f"no chain of the teacher can be used: of {len(jobs)}, {', '.join(f'{n} {fault}' for fault, n in lost.items())}")
+    return [(s, to_turns(steps_of(thought), answer, style, cfg.max_zooms, cfg.min_distance), "taught")
+            for s in samples if s.id in kept for thought, answer in kept[s.id][:1]], counts
+
+
+def gold(sample, views):
+    """The right answer in words, in the policy's own coordinates."""
+    if sample.targets:
+        t = sample.targets[0]
+        (x1, y1), (x2, y2) = (views[t["image"]].from_source(*t["box"][i:i + 2]) for i in (0, 2))
+        return f"({x1}, {y1}),({x2}, {y2})" if sample.answer_type == "box" else f"({(x1 + x2) // 2}, {(y1 + y2) // 2})"
+    if sample.answer in (None, []):
+        raise data.DataError(f"sample {sample.id} has no answer that a teacher could be given")
+    return sample.options[sample.answer] if sample.answer_type == "choice" else sample.answer[0]
+
+
+def read_chain(reply, sample, frames):
+    """-> ((thought, answer), None), or (None, why it is dropped): it cannot be parsed, its answer is wrong, it gives away that it knew."""
+    found = re.search(r"<think>(.*?)</think>\s*<answer>(.*?)</answer>", reply, re.S)
+    thought, answer = (" ".join(part.split()) for part in found.groups()) if found else ("", "")
+    said = rewards.parse_answer(f"<answer>{answer}</answer>", sample.answer_type)
+    if not thought or said is None:
+        return None, "unparsed"
+    if rewards.judge(said, sample, frames)["accuracy"] < 1 - 1e-6:
+        return None, "wrong"
+    return (None, "leaked") if LEAK.search(thought) else ((thought, answer), None)
+
+
+def steps_of(thought):
+    """A thought -> [(text, point)]: cut at the end of every sentence that names a point (its first counts)."""
+    steps, text = [], ""
+    for sentence in re.split(r"(?<=[.!?])\s+", thought):
+        text = f"{text} {sentence}".strip()
+        if points_in(sentence):
+            steps, text = steps + [(text, points_in(sentence)[0])], ""
+    return steps + [(text, None)] * bool(text)
+
+
+class Local:
+    """A model that runs here: the policy itself, or another. ask: [(key, views, text)] -> replies."""
+
+    def __init__(self, cfg, vlm):
+        self.cfg, self.vlm = cfg, model.load(cfg.teacher) if cfg.teacher else vlm
+
+    @torch.no_grad()
+    def ask(self, jobs, temperature, at_once=64):
+        vlm, out, limit = self.vlm, [], self.cfg.max_new_tokens
+        for i in range(0, len(jobs), at_once):
+            part = jobs[i:i + at_once]
+            views = [[vlm.view(v.source, v.index, fed=None if any(side % vlm.factor for side in v.fed) else v.fed) for v in vs] for _, vs, _ in part]
+            ids = [vlm.chat("system", data.SYSTEM["boxes"]) + vlm.chat("user", *vs, text) + vlm.chat("assistant", open=True) for vs, (_, _, text) in zip(views, part)]
+            cache = vlm.new_cache(len(part))
+            logits, starts = vlm.extend(cache, ids, [0] * len(part), [v for vs in views for v in vs])
+            u = torch.stack([torch.rand(limit, generator=torch.Generator().manual_seed(zlib.crc32(f"{self.cfg.seed}/{key}".encode())), dtype=torch.double)
+                             for key, _, _ in part]).to(vlm.device)
+            said, _, _ = zoom_rollout.sample_turn(vlm, cache, logits, starts, u, temperature, limit)
+            out += [vlm.text([t for t in row if t != vlm.im_end]) for row in said]
+        return out
+
+
+class Endpoint:
+    """An OpenAI-compatible server. Replies cost money: each is written to `log` when it comes, and never asked for again."""
+
+    def __init__(self, cfg, log=""):
+        self.cfg, self.log, self.url, self.lock, self.said = cfg, log, cfg.teacher.rstrip("/"), threading.Lock(), {}
+        if log and os.path.exists(log):
+            with open(log, "rb+") as f:                                    # a kill may have torn the last line
+                f.truncate(f.read().rfind(b"\n") + 1)
+            self.said = {row["key"]: row["text"] for _, row in data.rows_of(log)}
+        self.model = cfg.teacher_model or self.get("/models", lambda r: r["data"][0]["id"])
+
+    def ask(self, jobs, temperature, workers=8):
+        """-> replies in the order of the jobs. The first request that fails for good stops all."""
+        def one(job):
+            key, views, text = job
+            key = f"{self.model}/{key}/{self.cfg.seed}/{zlib.crc32(text.encode()):08x}"
+            if key not in self.said:
+                content = [{"type": "image_url", "image_url": {"url": png(v.pixels())}} for v in views] + [{"type": "text", "text": text}]
+                said = self.get("/chat/completions", lambda r: check_text(r["choices"][0]["message"]["content"]), {
+                    "model": self.model, "messages": [{"role": "user", "content": content}], "temperature": temperature, "max_tokens": self.cfg.max_new_tokens})
+                with self.lock:
+                    self.said[key] = said
+                    if self.log:
+                        with open(self.log, "a") as f:
+                            f.write(json.dumps({"key": key, "text": said}) + "\n")
+            return self.said[key]
+
+        with ThreadPoolExecutor(workers) as pool:
+            futures = [pool.submit(one, job) for job in jobs]
+            try:
+                return [f.result() for f in tqdm(futures, desc="teacher", unit=" replies")]
+            except BaseException:
+                pool.shutdown(wait=True, cancel_futures=True)              # what is under way is still paid for, and kept
+                raise
+
+    def get(self, path, read, body=None):
+        """POST body (GET without) -> read(the reply's JSON). Tries again, ever later, what may pass: no connection, time-outs, 429,
+        5xx, replies that are cut off or no JSON of the right shape. Anything else, 401 say, is final at once."""
+        headers = {"Content-Type": "application/json", "Authorization": f"Bearer {os.environ.get('OPENAI_API_KEY', 'none')}"}
+        for attempt in range(self.cfg.retries + 1):
+            if attempt:
+                time.sleep(min(0.5 * 2 ** attempt, 20))
+            try:
+                request = urllib.request.Request(self.url + path, json.dumps(body).encode() if body else None, headers)
+                with urllib.request.urlopen(request, timeout=self.cfg.timeout) as reply:
+                    return read(json.loads(reply.read(1 << 24)))
+            except urllib.error.HTTPError as e:
+                fault = f"HTTP {e.code} {e.reason}"
+                with contextlib.suppress(OSError, http.client.HTTPException):
+                    fault += ": " + e.read(300).decode(errors="replace")
+                if e.code not in (408, 409, 429) and e.code < 500:
+                    break
+            except (OSError, http.client.HTTPException) as e:              # refused, reset, timed out, cut off
+                fault = f"{type(e).__name__}: {e}"
+            except (ValueError, KeyError, IndexError, TypeError) as e:
+                fault = f"a reply that is not what was asked for ({type(e).__name__}: {e})"
+        raise data.DataError(f"teacher at {self.url}{path}: {' '.join(fault.split())[:300]} (tried {attempt + 1} times; replies so far are kept)")
+
+
+def check_text(text):
+    if not isinstance(text, str):
+        raise ValueError(f"its content is {text!r:.40}")
+    return text
+
+
+def png(image):
+    image.save(buffer := io.BytesIO(), "png")
+    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
