@@ -5,7 +5,7 @@ that misbehaves. At the end MUTATIONS puts bugs into train_sft.py, one line each
 
 Most trees here are scripted: a stand-in for the sampler says what each step is, so that every count is known.
 """
-import json, math, os, re
+import contextlib, http.server, json, math, re, threading, time
 from types import SimpleNamespace
 from unittest import mock
 
@@ -448,6 +448,158 @@ def test_traces_are_shown(models, tmp_path, capsys):
     text = page.read_text()
     assert "<script" not in text and "&lt;script&gt;" in text and "&lt;b&gt;" in text and "default-src 'none'" in text
     assert text.count("<circle") == 4 and text.count("<details") == 2 and "N 3 Q 0.67" in text and '<span class="wrong">bad</span>' in text
+
+# -----------------------------------------------------------------------------
+# a teacher
+
+def think(thought, answer):
+    return f"<think> {thought} </think>\n<answer> {answer} </answer>"
+
+def test_read_chain():
+    """Claim: a chain is kept if it can be parsed, ends in the gold and does not say that it was told; words may be as they like."""
+    s = ASKED[0]
+    read = lambda text: train_sft.read_chain(text, s, None)
+    assert read("Sure!\n" + think("The square at (10, 20)\nis lined.", RIGHT.upper())) == (("The square at (10, 20) is lined.", RIGHT.upper()), None)
+    for text in ("", RIGHT, "<think> x </think>", think("", RIGHT), think("x", ""), f"<answer> {RIGHT} </answer>"):
+        assert read(text) == (None, "unparsed"), text
+    assert read(think("At (10, 20).", WRONG)) == (None, "wrong")
+    for leak in ("It fits the given bounding box (1, 2).", "The ground truth says so.", "The provided answer is at (1, 2).", "I was told.", "The ground-truth box."):
+        assert read(think(leak, RIGHT)) == (None, "leaked"), leak
+    assert read(think("Given the light, the square at (10, 20) stands on the target board.", RIGHT))[1] is None
+
+def test_steps_of():
+    """Claim: a sentence that names a point ends a step; sentences without one belong to the next; what is left has no point."""
+    assert train_sft.steps_of("I look. The sign is at (10, 20), left. It is 3.5 m tall. Then (40, 50)! So it is.") == [
+        ("I look. The sign is at (10, 20), left.", (10, 20)), ("It is 3.5 m tall. Then (40, 50)!", (40, 50)), ("So it is.", None)]
+    assert train_sft.steps_of("Nothing.") == [("Nothing.", None)]
+
+def test_gold_is_in_the_policys_own_coordinates(models):
+    s = data.toy("boxes", "train", 1, "gold")[0]
+    views = [models["qwen2.5"].view(data.image(s, i), i) for i in range(len(s.images))]
+    numbers = [int(v) for v in re.findall(r"\d+", train_sft.gold(s, views))]
+    close(numbers, [v / 4 for v in s.targets[0]["box"]], 0.02)                  # 448 pixels fed as 112
+    assert train_sft.gold(ASKED[0], None) == RIGHT
+    with pytest.raises(data.DataError, match="no answer"):
+        train_sft.gold(data.Sample("h", [], "?", "text"), None)
+
+class Server:
+    """An OpenAI-compatible endpoint on loopback. `misbehave(n)`, for the n-th request for a completion, may name what goes wrong."""
+    def __init__(self, reply, misbehave=lambda n: None):
+        self.asked, lock = [], threading.Lock()
+        server = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def log_message(self, *_):
+                pass
+
+            def send(self, body, status=200, length=None):
+                self.send_response(status)
+                self.send_header("Content-Length", str(len(body) if length is None else length))
+                self.end_headers()
+                self.wfile.write(body)
+
+            def do_GET(self):
+                self.send(json.dumps({"data": [{"id": "big-model"}]}).encode())
+
+            def do_POST(self):
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                with lock:
+                    server.asked.append(body)
+                    fault = misbehave(len(server.asked))
+                text = body["messages"][0]["content"][-1]["text"]
+                good = json.dumps({"choices": [{"message": {"content": reply(text)}}]}).encode()
+                if fault == "slow":
+                    time.sleep(0.9)
+                if isinstance(fault, int):
+                    return self.send(b"no " * 500, fault)
+                if fault == "cut":
+                    return self.send(good[:20], length=len(good))
+                with contextlib.suppress(OSError):                              # whom it was for has gone
+                    self.send({"not json": b"<html>", "no choices": b'{"choices": []}', "no text": b'{"choices": [{"message": {"content": null}}]}'}.get(fault, good))
+
+        self.http = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.http.server_port}/v1"
+        threading.Thread(target=self.http.serve_forever, daemon=True).start()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.http.shutdown()
+        self.http.server_close()
+
+def teacher(text):
+    """Chain 0 of every question is right, and so is one more; the judge likes the second."""
+    if "chains of reasoning" in text:
+        return "2."
+    right = re.search(r"The answer is (\w+)\.", text)[1]
+    return think(f"The thing is at (30, {len(text) % 50}). It is {right}.", right)
+
+@pytest.fixture
+def hurry(monkeypatch):
+    monkeypatch.setattr(train_sft.time, "sleep", lambda s, sleep=time.sleep: sleep(s if s == 0.9 else 0))      # the slow server stays slow
+
+def endpoint(url, **more):
+    return train_sft.Config(**{**dict(traces="teacher", teacher=url, chains=2, timeout=0.5, retries=3), **more})
+
+def test_taught(models, tmp_path):
+    """Claim: k chains for each question, sent with its image and gold; the judge's choice becomes the trace; every reply is kept, and a
+    second run asks nothing."""
+    vlm, log = models["qwen2.5"], str(tmp_path / "replies.jsonl")
+    with Server(teacher) as server:
+        found, counts = train_sft.taught(vlm, "zoom", endpoint(server.url), ASKED, log=log)
+        assert counts == {"questions": 2, "chains": 4, "unparsed": 0, "wrong": 0, "leaked": 0} and len(server.asked) == 6
+        assert [s.id for s, *_ in found] == [s.id for s in ASKED]
+        turns = found[0][1]
+        assert len(turns) == 2 and "[30, " in turns[0] and turns[1] == think(f"It is {RIGHT}.", RIGHT)
+        body = server.asked[0]
+        assert body["model"] == "big-model" and body["messages"][0]["content"][0]["image_url"]["url"].startswith("data:image/png;base64,")
+        assert "x from 0 to 112" in body["messages"][0]["content"][1]["text"]
+        assert [b["temperature"] for b in server.asked] == [1.0] * 4 + [0.0] * 2
+        with open(log, "a") as f:
+            f.write('{"key": "torn')
+        assert [t for _, t, _ in train_sft.taught(vlm, "zoom", endpoint(server.url), ASKED, log=log)[0]] == [t for _, t, _ in found] and len(server.asked) == 6
+
+def test_the_filters_count_what_they_drop(models):
+    replies = iter([think("At (3, 4).", WRONG), "hm", think("As in the given answer, (3, 4).", RIGHT), think("At (3, 4).", RIGHT)])
+    with Server(lambda text: next(replies)) as server:
+        found, counts = train_sft.taught(models["qwen2.5"], "think", endpoint(server.url, chains=4), ASKED[:1])
+    assert counts == {"questions": 1, "chains": 4, "unparsed": 1, "wrong": 1, "leaked": 1} and found[0][1] == [think("At (3, 4).", RIGHT)]
+    with Server(lambda text: "hm") as server, pytest.raises(data.DataError, match="no chain .* of 4, 4 unparsed"):
+        train_sft.taught(models["qwen2.5"], "think", endpoint(server.url), ASKED)
+
+@pytest.mark.parametrize("fault", ["slow", 500, 503, 429, "cut", "not json", "no choices", "no text"])
+def test_what_may_pass_is_tried_again(models, hurry, fault):
+    """Claim: a server that fails at first and then answers costs time, no reply."""
+    with Server(teacher, lambda n: fault if n == 1 else None) as server:
+        found, _ = train_sft.taught(models["qwen2.5"], "think", endpoint(server.url, chains=1), ASKED[:1])
+        assert len(server.asked) == 2 and len(found) == 1
+
+@pytest.mark.parametrize("fault, tries, said", [(500, 4, "HTTP 500"), (401, 1, "HTTP 401"), (404, 1, "HTTP 404"), ("not json", 4, "not what was asked for"),
+                                                ("cut", 4, "tried 4 times")])
+def test_what_will_not_pass_ends_in_one_line(models, hurry, fault, tries, said):
+    """Claim: retries are bounded, and a refusal (a wrong key) is not tried again; one line says which address and what it said."""
+    with Server(teacher, lambda n: fault) as server, pytest.raises(data.DataError) as error:
+        train_sft.taught(models["qwen2.5"], "think", endpoint(server.url, chains=1), ASKED[:1])
+    assert len(server.asked) == tries and said in str(error.value) and server.url in str(error.value) and "\n" not in str(error.value)
+    with pytest.raises(data.DataError, match="127.0.0.1:9/v1/models"):          # nobody listens there
+        train_sft.taught(models["qwen2.5"], "think", endpoint("http://127.0.0.1:9/v1"), ASKED[:1])
+
+def test_nothing_paid_for_is_lost(models, tmp_path, hurry):
+    """Claim: when the server dies half way, the replies it gave are not asked for again."""
+    vlm, log = models["qwen2.5"], str(tmp_path / "replies.jsonl")
+    with Server(teacher, lambda n: 401 if n > 2 else None) as server, pytest.raises(data.DataError):
+        train_sft.taught(vlm, "think", endpoint(server.url), ASKED, log=log)
+    with open(log) as f:
+        assert len(f.readlines()) == 2
+    with Server(teacher) as server:
+        found, _ = train_sft.taught(vlm, "think", endpoint(server.url), ASKED, log=log)
+        assert len(found) == 2 and len(server.asked) == 2 + 2                   # the other two chains, and the judge twice
+
+def test_a_local_teacher(models):
+    """Claim: without an address the policy itself is asked; a random one writes nothing that can be used, which is said, not trained on."""
+    with pytest.raises(data.DataError, match="no chain .* of 2"):
+        train_sft.taught(models["qwen2.5"], "think", train_sft.Config(chains=1, max_new_tokens=4), ASKED)
 
 # -----------------------------------------------------------------------------
 # the whole, on the shipped model
