@@ -1,16 +1,20 @@
 """The warm start: find traces, fine-tune on them. And, for the tiny model, the eyes that come before.
 
     python train_sft.py                       # fine-tune the tiny model on traces of the toy world -> runs/sft/checkpoint
+    python train_sft.py --traces mcts         # ... on traces that tree search found: no teacher, and no truth but the answers
+    python train_sft.py --traces mcts --show 3          # print three of them, draw the trees in runs/sft/trees.html, and stop there
+    python train_sft.py --traces teacher --teacher http://127.0.0.1:8000/v1 --data questions.jsonl
     python train_sft.py --traces traces.jsonl --data questions.jsonl --model qwen2.5-vl-3b
     python train_sft.py --pretrain            # make checkpoints/tiny again from nothing
 
 RL can only reward what the policy sometimes does, so both papers begin with supervised fine-tuning on traces in the right
 form. Here a trace is the list of the assistant's turns, {"id": ..., "turns": [...]}, one JSON object a line, whoever wrote
 them; `zoom_rollout.replay` turns it into the very episode that a rollout would have made, crops and all, and the loss falls
-on the assistant's tokens only.
+on the assistant's tokens only. Traces come from the toy world's `oracle` (a bad example on purpose), from tree search
+(ViGoRL), from a teacher that is given the answer (UniVG-R1), or from a file.
 
-Left out so far: ViGoRL finds its traces by tree search with a 72B teacher, UniVG-R1 has a teacher write three chains per
-sample. `oracle` stands in for both: it knows the toy scene, and it is a bad example on purpose (see there).
+Left out: tree search by a model behind an address (it needs the tokens and the cache); ViGoRL's "at least k thoughts" line in the
+prompt of each search; packing (a batch is split by length instead); UniVG-R1's task-by-task prompts for its teacher.
 """
 import base64, contextlib, html, http.client, io, itertools, json, math, os, random, re, threading, time, urllib.error, urllib.request, zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -357,7 +361,7 @@ class Sampler:
             ended = ids[b][-1] == vlm.im_end
             text = vlm.text(ids[b][:-1] if ended else ids[b])
             more = self.read_turn(p, new, text, ended, limit) if self.zoom else self.read_clause(p, new, text, ended, limit)
-            self.computed, self.naive = self.computed + len(ids[b]), self.naive + len(e.ids)
+            self.computed, self.naive = self.computed + len(ids[b]), self.naive + len(p.episode.ids) + len(ids[b])
             new.over = more is None
             if more:
                 self.computed += len(more[0])
@@ -438,17 +442,17 @@ def linearise(tree, cfg):
         here = before + node["steps"]
         if node["answer"] is None:                                         # an answer is as good as the step that led to it
             worth = (node["value"] * node["visits"] + 1) / (node["visits"] + 2)
-        ways = [[(r["steps"], r["answer"], r["reward"], worth) for r in node["rollouts"]]] + [visit(child, here, worth) for child in node["children"]]
-        for steps, answer, reward, worth in ways[0]:
+        ways = [[(r["steps"], r["answer"], r["reward"], worth)] for r in node["rollouts"]]
+        for steps, answer, reward, _ in sum(ways, []):
             if reward == 1 and (here or steps):
                 direct.setdefault(repr((here + steps, answer)), (worth, "direct", here + steps, answer))
-        ways = sum(ways, [])
-        for wrong, said, failed, bad in ways:
-            for right, answer, worked, good in ways:
+        ways += [visit(child, here, worth) for child in node["children"]]
+        for one, other in itertools.permutations(ways, 2):                 # two ways through one child part further down
+            for (wrong, said, failed, bad), (right, answer, worked, good) in itertools.product(one, other):
                 if failed < 1 and said is not None and worked == 1 and wrong and right:
                     steps = here + wrong + [[cfg.recovery, None]] + (here if cfg.repeat_prefix else []) + right
                     corrected.setdefault(repr((steps, answer)), (good - bad, "corrected", steps, answer))
-        return [(node["steps"] + steps, *rest) for steps, *rest in ways]
+        return [(node["steps"] + steps, *rest) for way in ways for steps, *rest in way]
 
     visit(tree["tree"], [], 0)
     best = lambda chains, n: [chain[1:] for chain in sorted(chains.values(), key=lambda chain: -chain[0])[:n]]

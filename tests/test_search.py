@@ -144,6 +144,18 @@ def test_limits():
     _, sampler = search(grid(), depth=2, rollout_steps=5)
     assert {limit for _, limit in sampler.calls} == {2}
 
+def test_a_broken_step_is_no_child():
+    (root,), _ = search(lambda p, limit: None, simulations=2)
+    assert not root.children
+
+def test_search_ends_at_a_dead_end():
+    """Bug: the step from which every next one is broken stays open, and takes the simulations of its sibling."""
+    say = lambda p, limit: ((20, 0) if limit == 3 else (80, 0)) if not p.steps else None if p.steps[0][1] == (20, 0) else (80 + 20 * len(p.steps), 0)
+    firsts = iter([(20, 0), (80, 0)])
+    (root,), _ = search(lambda p, limit: next(firsts) if not p.steps else say(p, limit), simulations=4, depth=3, exploration=9.0)
+    dead, alive = root.children
+    assert dead.closed and not dead.children and alive.children and alive.children[0].children
+
 @pytest.mark.parametrize("say", [lambda p, limit: None, lambda p, limit: (50, 50), lambda p, limit: (50, 50) if len(p.steps) < 1 else None],
                          ids=["broken", "always the same place", "one step, then broken"])
 def test_search_ends_when_all_children_are_rejected(say):
@@ -508,7 +520,7 @@ class Server:
                     fault = misbehave(len(server.asked))
                 text = body["messages"][0]["content"][-1]["text"]
                 good = json.dumps({"choices": [{"message": {"content": reply(text)}}]}).encode()
-                if fault == "slow":
+                if fault == "late":
                     time.sleep(0.9)
                 if isinstance(fault, int):
                     return self.send(b"no " * 500, fault)
@@ -537,7 +549,7 @@ def teacher(text):
 
 @pytest.fixture
 def hurry(monkeypatch):
-    monkeypatch.setattr(train_sft.time, "sleep", lambda s, sleep=time.sleep: sleep(s if s == 0.9 else 0))      # the slow server stays slow
+    monkeypatch.setattr(train_sft.time, "sleep", lambda s, sleep=time.sleep: sleep(s if s == 0.9 else 0))      # the late server stays late
 
 def endpoint(url, **more):
     return train_sft.Config(**{**dict(traces="teacher", teacher=url, chains=2, timeout=0.5, retries=3), **more})
@@ -568,7 +580,7 @@ def test_the_filters_count_what_they_drop(models):
     with Server(lambda text: "hm") as server, pytest.raises(data.DataError, match="no chain .* of 4, 4 unparsed"):
         train_sft.taught(models["qwen2.5"], "think", endpoint(server.url), ASKED)
 
-@pytest.mark.parametrize("fault", ["slow", 500, 503, 429, "cut", "not json", "no choices", "no text"])
+@pytest.mark.parametrize("fault", ["late", 500, 503, 429, "cut", "not json", "no choices", "no text"])
 def test_what_may_pass_is_tried_again(models, hurry, fault):
     """Claim: a server that fails at first and then answers costs time, no reply."""
     with Server(teacher, lambda n: fault if n == 1 else None) as server:
@@ -619,3 +631,52 @@ def test_search_finds_traces_from_the_base(tiny, task):
         e = zoom_rollout.replay(tiny, s, turns, style)
         parts = rewards.score(s, e.text, e.turns, data.RECIPES[task], e.frames, 3)
         assert parts["accuracy"] == parts["format"] == 1.0
+
+# -----------------------------------------------------------------------------
+# mutations
+
+MUTATIONS = [  # old line, new line, the test that must fail, its arguments
+    ("math.log(node.parent.visits + 1) / (node.visits + 1)", "math.log(node.parent.visits + 1) / (node.parent.visits + 1)", test_uct_by_hand, {}),
+    ("return node.value + exploration *", "return exploration *", test_uct_by_hand, {}),
+    ("alive = [child for child in node.children if not child.closed]", "alive = node.children", test_uct_by_hand, {}),
+    ("node.closed = not alive", "pass", test_uct_by_hand, {}),
+    ("node.value += (reward - node.value) / node.visits", "node.value += reward - node.value", test_backup_by_hand, {}),
+    ("        node = node.parent\n\n\ndef outcome", "        node = None\n\n\ndef outcome", test_backup_by_hand, {}),
+    ("math.dist(path.steps[-1][1], point) >= min_distance", "path.steps[-1][1] != point", test_duplicates_are_rejected_by_distance, {}),
+    (" + [child.path.steps[-1][1] for child in node.children if child.path.answer is None]", "", test_duplicates_are_rejected_by_distance, {}),
+    ("return not path.over and all(", "return all(", test_a_broken_step_is_no_child, {}),
+    ("closed=path.answer is not None", "closed=False", test_an_answer_is_a_leaf_for_good, {}),
+    ("leaf.closed, leaf.path.kept, leaf.path.logits = not leaf.children, None, None", "leaf.path.kept, leaf.path.logits = None, None",
+     test_search_ends_at_a_dead_end, {}),
+    ("for _ in range(cfg.rollouts)]", "]", test_one_simulation, {}),
+    ("cfg.children - len(leaf.children))", "cfg.children)", test_what_was_rejected_is_tried_again, {}),
+    ("len(child.path.steps) + cfg.rollout_steps)", "cfg.rollout_steps)", test_limits, {}),
+    ("p.tree for p in paths], device", "0 for p in paths], device", test_zoom_steps, {}),
+    ("out[b].kept, out[b].logits, out[b].start = cache.keep(i)", "out[b].kept, out[b].logits, out[b].start = cache.keep(0)", test_zoom_steps, {}),
+    ("self.naive + len(p.episode.ids) + len(ids[b])", "self.naive + len(e.ids)", test_zoom_steps, {}),
+    ("points_in(thought)[-1:] == [turn.point]", "True", test_a_broken_turn_is_over, dict(text=looks(20, 30).replace("[20, 30]", "[40, 30]"), end=True)),
+    ("limit - len(p.steps) == 1\n", "False\n", test_zoom_steps, {}),
+    ("itertools.permutations(ways, 2)", "itertools.product(ways, ways)", test_linearise_by_hand, {}),
+    ("(here if cfg.repeat_prefix else [])", "[]", test_linearise_by_hand, {}),
+    ("failed < 1 and said is not None and worked == 1", "worked == 1", test_linearise_by_hand, {}),
+    ("sorted(chains.values(), key=lambda chain: -chain[0])", "list(chains.values())", test_the_better_supported_chain_comes_first, {}),
+    ('if node["answer"] is None:', "if True:", test_the_better_supported_chain_comes_first, {}),
+    ("if point and len(calls) < max_zooms and", "if point and", test_to_turns, {}),
+    ("calls.insert(rng.randrange(1, len(calls)), calls.pop(0))", "calls.pop(0)", test_reorder, {}),
+    ("todo = [s for s in chunk if s.id not in kept]", "todo = chunk", test_a_killed_search_loses_no_finished_tree, {}),
+    ('f.truncate(f.read().rfind(b"\\n") + 1)\n    rows', "pass\n    rows", test_a_killed_search_loses_no_finished_tree, {}),
+    ('rows[0].get("search") != stamp', "False", test_a_killed_search_loses_no_finished_tree, {}),
+    ('row.get("question", s.question) != s.question', "False", test_toy_questions_come_back_by_id, {}),
+    ('(None, "leaked") if LEAK.search(thought) else', "", test_read_chain, {}),
+    ("if key not in self.said:", "if True:", test_taught, {}),
+    ("for attempt in range(self.cfg.retries + 1):", "for attempt in range(self.cfg.retries + 9):", test_what_will_not_pass_ends_in_one_line,
+     dict(fault=500, tries=4, said="HTTP 500")),
+    ("e.code not in (408, 409, 429) and e.code < 500", "False", test_what_will_not_pass_ends_in_one_line, dict(fault=401, tries=1, said="HTTP 401")),
+]
+
+@pytest.mark.parametrize("old, new, test, arguments", MUTATIONS, ids=names(MUTATIONS))
+def test_mutations(old, new, test, arguments, models, tmp_path, spoken, capsys, monkeypatch, request):
+    """Bug: a test that no bug can turn red."""
+    fixtures = lambda made: {"vlm": lambda: models["qwen2.5"], "models": lambda: models, "tmp_path": lambda: tmp_path, "spoken": lambda: spoken,
+                             "capsys": lambda: capsys, "monkeypatch": lambda: monkeypatch, "hurry": lambda: request.getfixturevalue("hurry")}
+    check_mutation("train_sft", old, new, test, arguments, fixtures, monkeypatch)
