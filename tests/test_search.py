@@ -459,7 +459,7 @@ def test_traces_are_shown(models, tmp_path, capsys):
     train_sft.draw_trees(str(page), str(log), {ASKED[0].id: (ASKED[0], vlm.view(ASKED[0].images[0]))})
     text = page.read_text()
     assert "<script" not in text and "&lt;script&gt;" in text and "&lt;b&gt;" in text and "default-src 'none'" in text
-    assert text.count("<circle") == 4 and text.count("<details") == 2 and "N 3 Q 0.67" in text and '<span class="wrong">bad</span>' in text
+    assert text.count("<circle") == 3 and text.count("<details") == 2 and "N 3 Q 0.67" in text and '<span class="wrong">bad</span>' in text
 
 # -----------------------------------------------------------------------------
 # a teacher
