@@ -70,6 +70,7 @@ class Config:
     teacher: str = ""               # writes the traces of --traces teacher: a name of model.MODELS, a checkpoint, or http://HOST:PORT/v1
     teacher_model: str = ""         # which model of an endpoint; empty: its first
     chains: int = 3                 # of a teacher per question; a judge keeps the best (UniVG-R1: 3)
+    teacher_tokens: int = 1024      # of a teacher's reply, at most
     timeout: float = 120.0          # seconds that an endpoint may take to answer
     retries: int = 4                # after a request that failed
     show: int = 0                   # print so many traces, and stop before fine-tuning
@@ -79,6 +80,7 @@ class Config:
     out: str = ""                   # of pretraining (default: checkpoints/tiny)
 
 
+REAL = dict(lr=5e-6, max_new_tokens=512)        # other defaults for models that are not tiny
 # The original's search (a 72B teacher, whole sentences). Its paper says 20 simulations, its code 8.
 VIGORL = dict(simulations=20, children=3, tries=1, rollouts=2, depth=10, rollout_steps=5, exploration=2.0, min_distance=1.0, max_new_tokens=512,
               crops=False, recovery="Wait, this seems off. Let's try something else.", reorder=0.2, direct=10, corrected=10)
@@ -586,7 +588,7 @@ class Local:
 
     @torch.no_grad()
     def ask(self, jobs, temperature, at_once=64):
-        vlm, out, limit = self.vlm, [], self.cfg.max_new_tokens
+        vlm, out, limit = self.vlm, [], self.cfg.teacher_tokens
         for i in range(0, len(jobs), at_once):
             part = jobs[i:i + at_once]
             views = [[vlm.view(v.source, v.index, fed=None if any(side % vlm.factor for side in v.fed) else v.fed) for v in vs] for _, vs, _ in part]
@@ -619,7 +621,7 @@ class Endpoint:
             if key not in self.said:
                 content = [{"type": "image_url", "image_url": {"url": png(v.pixels())}} for v in views] + [{"type": "text", "text": text}]
                 said = self.get("/chat/completions", lambda r: check_text(r["choices"][0]["message"]["content"]), {
-                    "model": self.model, "messages": [{"role": "user", "content": content}], "temperature": temperature, "max_tokens": self.cfg.max_new_tokens})
+                    "model": self.model, "messages": [{"role": "user", "content": content}], "temperature": temperature, "max_tokens": self.cfg.teacher_tokens})
                 with self.lock:
                     self.said[key] = said
                     if self.log:
@@ -796,7 +798,7 @@ def saw_it(episodes):
 def warm_start(vlm, style, traces="oracle", task="search", questions=None, n=1200, epochs=1, batch=8, lr=5e-4, difficulty="medium",
                max_zooms=3, side=data.SIDE, seed=0):
     """Find traces, fine-tune on them (in place). -> (the loss of each step, the traces [(sample, turns)])."""
-    cfg = Config(traces=traces, task=task, n=n, difficulty=difficulty, max_zooms=max_zooms, seed=seed)
+    cfg = Config(traces=traces, task=task, n=n, difficulty=difficulty, max_zooms=max_zooms, seed=seed, **({} if vlm.name == "tiny" else REAL))
     pairs = [(s, turns) for s, turns, *_ in find_traces(vlm, style, cfg, questions, side)[0]]
     return finetune(vlm, [zoom_rollout.replay(vlm, s, turns, style, max_zooms) for s, turns in pairs], lr, epochs, batch, seed), pairs
 
@@ -1039,9 +1041,9 @@ def answer(vlm, questions, max_new_tokens=24):
 
 
 def main():
-    cfg = model.cli(Config, description=__doc__, presets=lambda c: ({} if model.is_tiny(c.model) else {"lr": 5e-6}) | (VIGORL if c.preset else {}),
+    cfg = model.cli(Config, description=__doc__, presets=lambda c: ({} if model.is_tiny(c.model) else REAL) | (VIGORL if c.preset else {}),
                     positive=("n", "epochs", "batch", "steps", "simulations", "children", "tries", "rollouts", "rollout_steps", "max_new_tokens",
-                              "trees", "chains", "timeout"))
+                              "trees", "chains", "teacher_tokens", "timeout"))
     if cfg.pretrain:
         folder = cfg.out or model.MODELS["tiny"].path
         model.make_dir(os.path.dirname(os.path.abspath(folder)))

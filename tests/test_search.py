@@ -611,7 +611,7 @@ def test_nothing_paid_for_is_lost(models, tmp_path, hurry):
 def test_a_local_teacher(models):
     """Claim: without an address the policy itself is asked; a random one writes nothing that can be used, which is said, not trained on."""
     with pytest.raises(data.DataError, match="no chain .* of 2"):
-        train_sft.taught(models["qwen2.5"], "think", train_sft.Config(chains=1, max_new_tokens=4), ASKED)
+        train_sft.taught(models["qwen2.5"], "think", train_sft.Config(chains=1, teacher_tokens=4), ASKED)
 
 # -----------------------------------------------------------------------------
 # the whole, on the shipped model
