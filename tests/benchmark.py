@@ -14,8 +14,8 @@ share of the measured copy bandwidth, if each decode step reads the text model's
 
 search: for how many questions does tree search find a trace that is whole and ends right, and for how many do as many single
 paths do, as fit into the tokens that it computed (pass@k)? The paths are sampled step by step like those of the tree, so both need
-the same form; as_policy is one plain rollout in the policy's own prompt and form. saw: of the traces, the share that looked at
-the place that the answer depends on. tokens_naive: had every step sent its whole conversation.
+the same form; as_policy is one plain rollout in the policy's own prompt and form. In brackets: for how many a right trace also
+looked at the place that the answer depends on, the rest is luck. tokens_naive: had every step sent its whole conversation.
 """
 import argparse, json, os, random, statistics, sys, time
 
@@ -186,30 +186,33 @@ def paths_of(vlm, samples, style, cfg, k, seed):
 def search(args):
     vlm, rows, total = model.load(args.model, args.device), [], {"tokens_computed": 0, "tokens_naive": 0}
     traces, seconds, cfg = 0, 0.0, train_sft.Config()
-    print(f"{'':18s}{'as policy':>10s}{'top-1':>8s}{'pass@k':>8s}{'  k':5s}{'tree search':>12s}{'tokens':>8s}{'naive':>8s}{'traces':>8s}{'saw':>7s}")
+    print(f"{'':18s}{'as policy':>10s}{'top-1':>11s}{'pass@k':>11s}{'  k':5s}{'tree search':>12s}{'tokens':>9s}{'naive':>9s}")
     for task in ("search", "relation"):
         for difficulty in ("medium", "hard"):
             samples, style = data.toy(task, "train", args.prompts, f"benchmark{args.seed}", difficulty, vlm.toy_side), data.STYLES[data.RECIPES[task]]
             began = time.perf_counter()
             roots, sampler = train_sft.tree_search(vlm, samples, style, cfg, args.seed)
             seconds += time.perf_counter() - began
-            chains = [(s, chain) for s, root in zip(samples, roots) for chain in train_sft.linearise(train_sft.outline(root), cfg)]
-            solved = len({s.id for s, (kind, *_) in chains if kind == "direct"})
-            saw = train_sft.saw_it([zoom_rollout.replay(vlm, s, train_sft.to_turns(steps, answer, style), style) for s, (_, steps, answer) in chains])
+            traces += sum(len(train_sft.linearise(train_sft.outline(root), cfg)) for root in roots)
+            played = lambda node: node.rollouts + [path for child in node.children for path in played(child)]
+            found = [played(root) for root in roots]
 
             once, tokens = paths_of(vlm, samples, style, cfg, 1, args.seed + 1)
             prompts = sum(len(zoom_rollout.begin(vlm, s, style).ids) for s in samples)
             k = max(1, round((sampler.computed - prompts) / (tokens - prompts)))
             several, _ = paths_of(vlm, samples, style, cfg, k, args.seed + 2)
-            right = lambda paths: sum(any(train_sft.outcome(p) for p in of) for of in paths) / len(paths)
-            plain = [(e, rewards.score(e.sample, e.text, e.turns, data.RECIPES[task], e.frames, 3))
+            saw = lambda p: task != "search" or train_sft.saw_it([p.episode])
+            right = lambda paths, also=lambda p: True: sum(any(train_sft.outcome(p) and also(p) for p in of) for of in paths) / len(paths)
+            plain = [rewards.score(e.sample, e.text, e.turns, data.RECIPES[task], e.frames, 3)
                      for e in zoom_rollout.rollout(vlm, samples, max_new_tokens=cfg.max_new_tokens, seed=args.seed, style=style)]
-            policy = sum(parts["accuracy"] * parts["format"] for _, parts in plain) / len(plain)
-            rows.append({"task": task, "difficulty": difficulty, "as_policy": policy, "top1": right(once), "pass_k": right(several), "k": k,
-                         "mcts": solved / len(samples), "saw": saw})
-            traces, total["tokens_computed"], total["tokens_naive"] = traces + len(chains), total["tokens_computed"] + sampler.computed, total["tokens_naive"] + sampler.naive
-            print(f"{task + ', ' + difficulty:18s}{policy:10.0%}{rows[-1]['top1']:8.0%}{rows[-1]['pass_k']:8.0%}{f'  {k}':5s}{rows[-1]['mcts']:12.0%}"
-                  f"{sampler.computed:8,}{sampler.naive:8,}{len(chains):8,}{f'{saw:.0%}' if saw is not None else '':>7s}", flush=True)
+            row = {"task": task, "difficulty": difficulty, "as_policy": sum(parts["accuracy"] * parts["format"] for parts in plain) / len(plain), "k": k,
+                   "top1": right(once), "pass_k": right(several), "mcts": right(found), "top1_saw": right(once, saw), "pass_k_saw": right(several, saw),
+                   "mcts_saw": right(found, saw)}
+            rows.append(row)
+            total = {"tokens_computed": total["tokens_computed"] + sampler.computed, "tokens_naive": total["tokens_naive"] + sampler.naive}
+            cell = lambda key: f"{row[key]:.0%}" + (f" ({row[key + '_saw']:.0%})" if task == "search" else "")
+            print(f"{task + ', ' + difficulty:18s}{row['as_policy']:10.0%}{cell('top1'):>11s}{cell('pass_k'):>11s}{f'  {k}':5s}{cell('mcts'):>12s}"
+                  f"{sampler.computed:9,}{sampler.naive:9,}", flush=True)
     mean = lambda key: round(sum(row[key] for row in rows) / len(rows), 3)
     print(json.dumps({"traces_per_second": round(traces / seconds, 2), **total, "correct_share_mcts": mean("mcts"), "correct_share_sampling": mean("pass_k"),
                       "correct_share_top1": mean("top1"), "rows": rows}))

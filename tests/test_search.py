@@ -639,7 +639,6 @@ MUTATIONS = [  # old line, new line, the test that must fail, its arguments
     ("math.log(node.parent.visits + 1) / (node.visits + 1)", "math.log(node.parent.visits + 1) / (node.parent.visits + 1)", test_uct_by_hand, {}),
     ("return node.value + exploration *", "return exploration *", test_uct_by_hand, {}),
     ("alive = [child for child in node.children if not child.closed]", "alive = node.children", test_uct_by_hand, {}),
-    ("node.closed = not alive", "pass", test_uct_by_hand, {}),
     ("node.value += (reward - node.value) / node.visits", "node.value += reward - node.value", test_backup_by_hand, {}),
     ("        node = node.parent\n\n\ndef outcome", "        node = None\n\n\ndef outcome", test_backup_by_hand, {}),
     ("math.dist(path.steps[-1][1], point) >= min_distance", "path.steps[-1][1] != point", test_duplicates_are_rejected_by_distance, {}),
