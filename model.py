@@ -159,6 +159,23 @@ class KVCache:
         used, group = self.group[index].unique(return_inverse=True)
         return new.seated(self.prompts if len(used) == len(self.prompts.lengths) else self.prompts.rows(used), group)
 
+    def keep(self, row):
+        """What a row holds beyond its prompt, copied: [(keys, values)] per layer, (heads, n, head_dim) each."""
+        n = int(self.lengths[row])
+        return [(k[row, :, :n].clone(), v[row, :, :n].clone()) for k, v in zip(self.keys, self.values)]
+
+    def resume(self, kept, group):
+        """`share(group)` with rows that are not empty: each begins with what `keep` gave (None: with nothing)."""
+        new = self.share(group)
+        lengths = [k[0][0].shape[1] if k else 0 for k in kept]
+        new.lengths, new.size = torch.tensor(lengths, device=group.device), max(lengths)
+        for i in range(len(self.keys) if new.size else 0):
+            for store, own, j in ((new.keys, self.keys[i], 0), (new.values, self.values[i], 1)):
+                store[i] = own.new_zeros(len(kept), own.shape[1], new.size, own.shape[3])
+                for b, k in enumerate(kept):
+                    store[i][b, :, :lengths[b]] = k[i][j] if k else 0
+        return new
+
 
 def mrope(ids, grids, image_token, start=0, merge=2):
     """Multimodal rotary positions (Qwen2-VL, arXiv 2409.12191, section 2.1): a text token at p has (p, p, p); the patches

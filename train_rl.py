@@ -39,8 +39,8 @@ class Config:
     max_pixels: int = 0             # of a prompt image as fed; 0: the model's default (448 x 448 for a real model in the toy world)
     crop_from: Literal["source", "seen"] = "source"     # what a zoom cuts from: the stored image, or the shrunken copy (ViGoRL)
 
-    traces: str = "oracle"          # warm start: "oracle" (toy world), a JSONL file of traces for --data, or "" for none
-    sft_n: int = 1200               # traces from the oracle
+    traces: str = "oracle"          # warm start: "oracle" (toy world), "mcts" (tree search), a JSONL file of traces, or "" for none
+    sft_n: int = 1200               # traces of the toy world
     sft_epochs: int = 1             # passes over them
     sft_batch: int = 8              # traces per optimizer step
     sft_lr: float = 5e-4            # peak learning rate of the warm start (ViGoRL on a 3B: 1e-6)
@@ -295,9 +295,8 @@ def main():
     began, run = time.time(), model.make_dir(os.path.join("runs", cfg.name))
     checkpoint, path = os.path.join(run, "checkpoint"), lambda name: os.path.join(run, name)
     cfg.recipe = cfg.recipe or ("vigorl-zoom" if cfg.data else data.RECIPES[cfg.task])
-    if cfg.traces and bool(cfg.data) != (cfg.traces != "oracle"):
-        model.fail("the oracle knows the toy world only: --data needs --traces FILE.jsonl, or --traces '' for none" if cfg.data else
-                   f"--traces {cfg.traces} are about the rows of a file: name it with --data FILE.jsonl")
+    if cfg.data and cfg.traces == "oracle":
+        model.fail("the oracle knows the toy world only: --data needs --traces mcts, --traces FILE.jsonl, or --traces '' for none")
     rows = data.read_jsonl(cfg.data, cfg.images or None) if cfg.data else []
     data.check_images(rows)
     settings = asdict(cfg)

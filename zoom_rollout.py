@@ -111,7 +111,7 @@ def draw(logits, u, temperature):
     return tokens, logprobs.gather(1, tokens[:, None])[:, 0]
 
 
-def sample_turn(vlm, cache, logits, starts, u, temperature, max_new_tokens, graphs=False, left=None, patience=0):
+def sample_turn(vlm, cache, logits, starts, u, temperature, max_new_tokens, graphs=False, left=None, patience=0, stop=None):
     """One assistant turn for every row, token by token. logits (B, V) of the first token, u (B, max_new_tokens), left: how many
     tokens each row may still write (default: all of max_new_tokens).
 
@@ -119,7 +119,7 @@ def sample_turn(vlm, cache, logits, starts, u, temperature, max_new_tokens, grap
     and trained like any other) is not yet in the cache: it goes in with what follows it. Rows that have ended wait, until no
     more than `patience` rows still write; these are then left in the middle of their turn, to go on beside the others.
     Everything stays on the device; on a GPU the question whether all have ended, which waits for it, is put every 8 tokens.
-    graphs: model.VLM.graph"""
+    graphs: model.VLM.graph. stop (V,): tokens that end a row too, which tree search asks for."""
     B, positions = len(starts), torch.tensor(starts, device=vlm.device)
     left = torch.tensor(left or [max_new_tokens] * B, device=vlm.device)             # (B,)
     ids, logps = torch.zeros(B, max_new_tokens, dtype=torch.long, device=vlm.device), torch.zeros(B, max_new_tokens, device=vlm.device)
@@ -130,7 +130,7 @@ def sample_turn(vlm, cache, logits, starts, u, temperature, max_new_tokens, grap
         tokens, logps[:, t] = draw(logits, u[:, t], temperature)
         ids[:, t] = tokens
         n += live
-        live = live * (tokens != vlm.im_end) * (n < left)
+        live = live * (tokens != vlm.im_end) * (n < left) * (1 if stop is None else ~stop[tokens])
         if t + 1 == max_new_tokens or (t + 1) % ask == 0 and live.sum() <= patience:
             break
         logits = step(tokens, positions, live)

@@ -1,6 +1,7 @@
 """Speed against a peer, in the same run, on the same weights and prompts.
 
     python tests/benchmark.py rollout                                  # the tiny model in the default world
+    python tests/benchmark.py search                                   # tree search against single sampling, from the shipped base
     python tests/benchmark.py rollout --prompts 2 --image-tokens 1024 --new-tokens 64
     python tests/benchmark.py rollout --model qwen2.5-vl-3b --random --prompts 8 --image-tokens 1024 --new-tokens 512 --device cuda
 
@@ -10,6 +11,11 @@ code and TRL do. Rounds alternate; a ratio is the median over rounds. Then what 
 largest gap between the sampler's log-probabilities and the trainer's. The last line is one JSON object. --random: the model's
 shape with random weights, which speed does not look at (its tokenizer is the tiny model's). On CUDA also with graphs, and the
 share of the measured copy bandwidth, if each decode step reads the text model's weights and all of the cache once.
+
+search: for how many questions does tree search find a trace that is whole and ends right, and for how many do as many single
+paths do, as fit into the tokens that it computed (pass@k)? The paths are sampled step by step like those of the tree, so both need
+the same form; as_policy is one plain rollout in the policy's own prompt and form. In brackets: for how many a right trace also
+looked at the place that the answer depends on, the rest is luck. tokens_naive: had every step sent its whole conversation.
 """
 import argparse, json, os, random, statistics, sys, time
 
@@ -17,7 +23,7 @@ import torch
 from PIL import Image
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-import data, model, zoom_rollout
+import data, model, rewards, train_sft, zoom_rollout
 
 
 def questions(vlm, n, image_tokens):
@@ -166,14 +172,62 @@ def rollout(args):
     print(json.dumps({k: float(f"{v:.3g}") for k, v in result.items()}))
 
 
+def paths_of(vlm, samples, style, cfg, k, seed):
+    """k single paths for each sample, steps as in the search but no tree -> [k paths] per sample, tokens computed"""
+    sampler = train_sft.Sampler(vlm, samples, style, cfg, seed)
+    paths = [p for p in sampler.prompt_paths for _ in range(k)]
+    while not all(p.over for p in paths):
+        going = [i for i, p in enumerate(paths) if not p.over]
+        for i, p in zip(going, sampler.step([paths[i] for i in going], [cfg.depth] * len(going))):
+            paths[i] = p
+    return [paths[i:i + k] for i in range(0, len(paths), k)], sampler.computed
+
+
+def search(args):
+    vlm, rows, total = model.load(args.model, args.device), [], {"tokens_computed": 0, "tokens_naive": 0}
+    traces, seconds, cfg = 0, 0.0, train_sft.Config()
+    print(f"{'':18s}{'as policy':>10s}{'top-1':>11s}{'pass@k':>11s}{'  k':5s}{'tree search':>12s}{'tokens':>9s}{'naive':>9s}")
+    for task in ("search", "relation"):
+        for difficulty in ("medium", "hard"):
+            samples, style = data.toy(task, "train", args.prompts, f"benchmark{args.seed}", difficulty, vlm.toy_side), data.STYLES[data.RECIPES[task]]
+            began = time.perf_counter()
+            roots, sampler = train_sft.tree_search(vlm, samples, style, cfg, args.seed)
+            seconds += time.perf_counter() - began
+            traces += sum(len(train_sft.linearise(train_sft.outline(root), cfg)) for root in roots)
+            played = lambda node: node.rollouts + [path for child in node.children for path in played(child)]
+            found = [played(root) for root in roots]
+
+            once, tokens = paths_of(vlm, samples, style, cfg, 1, args.seed + 1)
+            prompts = sum(len(zoom_rollout.begin(vlm, s, style).ids) for s in samples)
+            k = max(1, round((sampler.computed - prompts) / (tokens - prompts)))
+            several, _ = paths_of(vlm, samples, style, cfg, k, args.seed + 2)
+            saw = lambda p: task != "search" or train_sft.saw_it([p.episode])
+            right = lambda paths, also=lambda p: True: sum(any(train_sft.outcome(p) and also(p) for p in of) for of in paths) / len(paths)
+            plain = [rewards.score(e.sample, e.text, e.turns, data.RECIPES[task], e.frames, 3)
+                     for e in zoom_rollout.rollout(vlm, samples, max_new_tokens=cfg.max_new_tokens, seed=args.seed, style=style)]
+            row = {"task": task, "difficulty": difficulty, "as_policy": sum(parts["accuracy"] * parts["format"] for parts in plain) / len(plain), "k": k,
+                   "top1": right(once), "pass_k": right(several), "mcts": right(found), "top1_saw": right(once, saw), "pass_k_saw": right(several, saw),
+                   "mcts_saw": right(found, saw)}
+            rows.append(row)
+            total = {"tokens_computed": total["tokens_computed"] + sampler.computed, "tokens_naive": total["tokens_naive"] + sampler.naive}
+            cell = lambda key: f"{row[key]:.0%}" + (f" ({row[key + '_saw']:.0%})" if task == "search" else "")
+            print(f"{task + ', ' + difficulty:18s}{row['as_policy']:10.0%}{cell('top1'):>11s}{cell('pass_k'):>11s}{f'  {k}':5s}{cell('mcts'):>12s}"
+                  f"{sampler.computed:9,}{sampler.naive:9,}", flush=True)
+    mean = lambda key: round(sum(row[key] for row in rows) / len(rows), 3)
+    print(json.dumps({"traces_per_second": round(traces / seconds, 2), **total, "correct_share_mcts": mean("mcts"), "correct_share_sampling": mean("pass_k"),
+                      "correct_share_top1": mean("top1"), "rows": rows}))
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["rollout"])
+    parser.add_argument("what", choices=["rollout", "search"])
     parser.add_argument("--model", default="tiny"), parser.add_argument("--random", action="store_true"), parser.add_argument("--device", default="auto")
     parser.add_argument("--prompts", type=int, default=16), parser.add_argument("--group", type=int, default=8)
     parser.add_argument("--image-tokens", type=int, default=0), parser.add_argument("--new-tokens", type=int, default=48)
     parser.add_argument("--rounds", type=int, default=3)
-    rollout(parser.parse_args())
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    search(args) if args.what == "search" else rollout(args)
 
 
 if __name__ == "__main__":

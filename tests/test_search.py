@@ -1,0 +1,681 @@
+"""
+Tree search for traces: UCT and backup by hand, what is rejected, that search ends, that what the cache kept is what a fresh pass
+computes, chains read off a worked tree, the way into the zoom protocol, a search that was killed, the teacher behind an endpoint
+that misbehaves. At the end MUTATIONS puts bugs into train_sft.py, one line each, and requires the named test to fail.
+
+Most trees here are scripted: a stand-in for the sampler says what each step is, so that every count is known.
+"""
+import contextlib, http.server, json, math, re, threading, time
+from types import SimpleNamespace
+from unittest import mock
+
+import pytest
+import torch
+
+import data, model, rewards, train_sft, zoom_rollout
+from conftest import check_mutation, close, names
+
+ASKED = data.toy("search", "train", 2, "search tests")
+RIGHT = ASKED[0].options[ASKED[0].answer]
+WRONG = next(o for o in ASKED[0].options if o != RIGHT)
+
+def config(**more):
+    return train_sft.Config(**{**dict(simulations=1, children=2, tries=1, rollouts=1, depth=4, rollout_steps=4, min_distance=10.0), **more})
+
+def path(*points, answer=None, over=None, sample=ASKED[0]):
+    """A path of these points, for what needs no model."""
+    e = zoom_rollout.Episode(sample, [], [], [], [])
+    return train_sft.Path(0, e, [(f"step {p}", p) for p in points], answer, bool(answer) if over is None else over)
+
+def node(parent=None, visits=0, value=0.0, **more):
+    made = train_sft.Node(path(**more), parent, visits=visits, value=value)
+    if parent:
+        parent.children.append(made)
+    return made
+
+class Scripted:
+    """In the sampler's place: `say(path, limit)` is the next step, a point, an answer, or None for a broken turn."""
+    def __init__(self, say, samples):
+        self.say, self.calls = say, []
+        self.prompt_paths = [path(sample=s) for s in samples]
+
+    def step(self, paths, limits):
+        self.calls += list(zip(paths, limits))
+        out = []
+        for p, limit in zip(paths, limits):
+            said = self.say(p, limit) if len(p.steps) < limit else WRONG       # its limit makes a path answer
+            new = train_sft.Path(p.tree, p.episode, list(p.steps), over=not isinstance(said, tuple))
+            if isinstance(said, tuple):
+                new.steps.append((f"step {said}", said))
+            elif said:
+                new.answer = said
+            out.append(new)
+        return out
+
+def search(say, samples=ASKED[:1], **flags):
+    """tree_search with a scripted sampler -> roots, the sampler"""
+    sampler = Scripted(say, samples)
+    with mock.patch.object(train_sft, "Sampler", lambda *_: sampler):
+        return train_sft.tree_search(None, samples, "zoom", config(**flags))
+
+def grid():
+    """say: points 20 apart, never the same one; a path of two points answers wrong, except below (20, 0)."""
+    made = iter(range(1, 1000))
+    return lambda p, limit: ((20 * next(made), 0) if len(p.steps) < 2 else RIGHT if p.steps[0][1] == (20, 0) else WRONG)
+
+# -----------------------------------------------------------------------------
+# the four moves
+
+def test_uct_by_hand():
+    """
+    Three levels, c = 2. At the root (9 visits): a has Q = .5, N = 5: .5 + 2 sqrt(ln 10 / 6) = 1.739; b has Q = .75, N = 4:
+    .75 + 2 sqrt(ln 10 / 5) = 2.107, so b. Below b (4 visits): c has Q = 1, N = 3: 1 + 2 sqrt(ln 5 / 4) = 2.269; d has Q = 0,
+    N = 1: 2 sqrt(ln 5 / 2) = 1.794, so c. With c = 4 exploration wins below b: d 3.588 against c 3.537.
+    """
+    root = node(visits=9)
+    a, b = node(root, 5, 0.5), node(root, 4, 0.75)
+    e = node(a, 5, 0.5)
+    c, d = node(b, 3, 1.0), node(b, 1, 0.0)
+    for child, want in ((a, 0.5 + 2 * math.sqrt(math.log(10) / 6)), (b, 2.1072), (c, 2.2686), (d, 1.7941), (e, 0.5 + 2 * math.sqrt(math.log(6) / 6))):
+        close(train_sft.uct(child, 2.0), want, 1e-4)
+    assert train_sft.select(root, 2.0) is c and train_sft.select(root, 4.0) is d
+    assert train_sft.select(root, 0.0) is c                                     # the best mean, greedily
+    c.closed = True
+    assert train_sft.select(root, 2.0) is d
+    d.closed = True
+    assert train_sft.select(root, 2.0) is e and b.closed                        # nothing is left below b: the other branch
+    e.closed = True
+    assert train_sft.select(root, 2.0) is None and root.closed
+
+def test_backup_by_hand():
+    """Claim: N counts and Q is the mean of the outcomes, on the node and on all above it, and on no other."""
+    root = node()
+    a, b = node(root), node(root)
+    c = node(a)
+    for leaf, reward in ((c, 1.0), (c, 0.0), (b, 0.0), (a, 1.0)):
+        train_sft.backup(leaf, reward)
+    assert [(n.visits, n.value) for n in (c, a, b, root)] == [(2, 0.5), (3, pytest.approx(2 / 3)), (1, 0.0), (4, 0.5)]
+
+def test_duplicates_are_rejected_by_distance():
+    """Bug (the original): points are compared as strings, so (50, 51) after (50, 50) is a new step. And: a broken step."""
+    leaf = node(**{"parent": None})
+    leaf.path = path((50, 50))
+    adds = lambda p: train_sft.adds(leaf, p, 10.0)
+    assert not adds(path((50, 50), (50, 50))) and not adds(path((50, 50), (56, 57))) and adds(path((50, 50), (56, 58)))
+    leaf.children.append(train_sft.Node(path((50, 50), (90, 50)), leaf))
+    assert not adds(path((50, 50), (90, 59))) and adds(path((50, 50), (90, 60)))                # a sibling's place
+    assert not adds(path((50, 50), over=True))
+    assert adds(path((50, 50), answer="lined"))                                 # an answer has no place
+    leaf.children.append(train_sft.Node(path((50, 50), answer="lined"), leaf))
+    assert not adds(path((50, 50), answer="lined")) and adds(path((50, 50), answer="barred"))
+
+def test_one_simulation():
+    """Claim: `children` steps from the root, `rollouts` played out from each, every outcome told to the child and the root."""
+    (root,), sampler = search(grid(), children=3, rollouts=2)
+    assert [c.path.steps[-1][1] for c in root.children] == [(20, 0), (40, 0), (60, 0)]
+    assert [(c.visits, c.value, len(c.rollouts)) for c in root.children] == [(2, 1.0, 2), (2, 0.0, 2), (2, 0.0, 2)]
+    assert (root.visits, root.value) == (6, pytest.approx(1 / 3))
+    assert len(sampler.calls) == 3 + 6 + 6                                      # 3 steps; 6 rollouts of a step and an answer
+    assert all(len(r.steps) == 2 and r.steps[0] == c.path.steps[0] for c in root.children for r in c.rollouts)
+    assert not any(c.children for c in root.children)                           # what was played out is no part of the tree
+
+def test_search_goes_where_it_was_right():
+    """Claim: the second simulation expands the child with the best mean."""
+    (root,), _ = search(grid(), children=3, simulations=2, exploration=0.1)
+    assert [len(c.children) for c in root.children] == [3, 0, 0]
+
+def test_an_answer_is_a_leaf_for_good():
+    """Claim: a child that answers is judged, counted `rollouts` times, and never expanded or selected. Bug (the original): once
+    its value is 1, simulation after simulation goes back to it."""
+    say = iter([RIGHT, (20, 0)])
+    (root,), sampler = search(lambda p, limit: next(say, None) if not p.steps else (20 + 20 * len(sampler_calls(p)), 0) if len(p.steps) < 3 else WRONG,
+                              rollouts=2, simulations=3)
+    answered, stepped = root.children
+    assert answered.closed and answered.path.answer == RIGHT and (answered.visits, answered.value) == (2, 1.0) and not answered.children
+    assert len(stepped.children) == 1                                           # the rest of the budget went to the open step
+
+def sampler_calls(p):
+    return p.steps
+
+def test_limits():
+    """Claim: an expansion may use the whole depth, a rollout its own number of steps from its child on, but never more than the depth."""
+    _, sampler = search(grid(), depth=4, rollout_steps=2)
+    assert sorted({(len(p.steps), limit) for p, limit in sampler.calls}) == [(0, 4), (1, 3), (2, 3)]
+    _, sampler = search(grid(), depth=2, rollout_steps=5)
+    assert {limit for _, limit in sampler.calls} == {2}
+
+def test_a_broken_step_is_no_child():
+    (root,), _ = search(lambda p, limit: None, simulations=2)
+    assert not root.children
+
+def test_search_ends_at_a_dead_end():
+    """Bug: the step from which every next one is broken stays open, and takes the simulations of its sibling."""
+    say = lambda p, limit: ((20, 0) if limit == 3 else (80, 0)) if not p.steps else None if p.steps[0][1] == (20, 0) else (80 + 20 * len(p.steps), 0)
+    firsts = iter([(20, 0), (80, 0)])
+    (root,), _ = search(lambda p, limit: next(firsts) if not p.steps else say(p, limit), simulations=4, depth=3, exploration=9.0)
+    dead, alive = root.children
+    assert dead.closed and not dead.children and alive.children and alive.children[0].children
+
+@pytest.mark.parametrize("say", [lambda p, limit: None, lambda p, limit: (50, 50), lambda p, limit: (50, 50) if len(p.steps) < 1 else None],
+                         ids=["broken", "always the same place", "one step, then broken"])
+def test_search_ends_when_all_children_are_rejected(say):
+    """Bug (the original): a node whose children were all rejected is selected for ever."""
+    (root,), sampler = search(say, simulations=50, tries=3, rollout_steps=1)
+    assert root.closed and len(sampler.calls) < 40
+
+def test_what_was_rejected_is_tried_again():
+    """Claim: `tries` rounds, each of which asks for what is still missing, and no more."""
+    said = iter([None, (20, 0), (20, 5), (60, 0)])
+    (root,), sampler = search(lambda p, limit: next(said) if not p.steps else WRONG, tries=5)
+    assert [c.path.steps[-1][1] for c in root.children] == [(20, 0), (60, 0)]
+    assert sum(not p.steps for p, _ in sampler.calls) == 4                      # 2, then 1, then 1
+
+def test_trees_share_their_batches_and_nothing_else():
+    """Claim: two trees in lockstep are the two trees that each would be alone."""
+    say = lambda p, limit: (30 * len(p.steps) + 20 * (p.episode.sample is ASKED[1]), 0) if len(p.steps) < 3 else RIGHT
+    both, sampler = search(say, ASKED, simulations=3)
+    for root, s in zip(both, ASKED):
+        assert train_sft.outline(root) == train_sft.outline(search(say, [s], simulations=3)[0][0])
+
+# -----------------------------------------------------------------------------
+# the sampler: what the cache kept
+
+@pytest.fixture
+def spoken(monkeypatch):
+    """spoken(text, ...): the next call of the sampler writes these, one per row, each ended by <|im_end|> unless cut."""
+    rows, at = [], []
+
+    def draw(logits, u, temperature):
+        tokens = torch.tensor([row[min(at[0], len(row) - 1)] for row in rows], device=logits.device)
+        at[0] += 1
+        return tokens, torch.zeros(len(rows))
+
+    def speak(vlm, *texts, end=True):
+        rows[:], at[:] = [vlm.ids(t) + [vlm.im_end] * end for t in texts], [0]
+    monkeypatch.setattr(zoom_rollout, "draw", draw)
+    return speak
+
+def afresh(vlm, p):
+    """The logits after a path's whole conversation, computed without any cache of its own."""
+    return vlm.extend(vlm.new_cache(1), [p.episode.ids], [0], p.episode.views)[0][0]
+
+def looks(x, y):
+    return f"<think> It may be at ({x}, {y}). </think>\n{data.tool_call(x, y)}"
+
+def test_zoom_steps(vlm, spoken):
+    """Claim: a step is a turn; what a path keeps is what a pass over the whole conversation computes; a path that shares its
+    beginning with another does not compute it again; the counts of tokens are those of the conversations."""
+    cfg = config(depth=2, max_new_tokens=120)
+    sampler = train_sft.Sampler(vlm, ASKED, "zoom", cfg)
+    a, b = sampler.prompt_paths
+    prompts = sum(len(p.episode.ids) for p in (a, b))
+    assert sampler.computed == prompts and sampler.naive == 0
+    spoken(vlm, looks(20, 30), looks(50, 60), looks(20, 30))
+    first = sampler.step([a, b, b], [2, 2, 2])
+    assert [p.steps for p in first] == [[("It may be at (20, 30).", (20, 30))], [("It may be at (50, 60).", (50, 60))], [("It may be at (20, 30).", (20, 30))]]
+    assert not any(p.over or p.must_answer for p in first) and a.steps == b.steps == [] and not b.episode.turns
+    said = [len(vlm.ids(t)) + 1 for t in (looks(20, 30), looks(50, 60), looks(20, 30))]
+    seen = [len(p.episode.ids) - len(q.episode.ids) for p, q in zip(first, (a, b, b))]                  # what was said and what was shown for it
+    assert sampler.computed == prompts + sum(seen) and sampler.naive == sum(len(q.episode.ids) + n for q, n in zip((a, b, b), said))
+    for p in first:
+        close(p.logits, afresh(vlm, p), 1e-4)
+
+    spoken(vlm, looks(70, 70), looks(70, 71), looks(80, 10), looks(5, 6))
+    second = sampler.step([first[0], first[2], first[0], b], [2, 3, 2, 2])       # one path twice, a root beside them
+    assert [p.must_answer for p in second] == [True, False, True, False]
+    for p in second:
+        close(p.logits, afresh(vlm, p), 1e-4)
+    assert vlm.text(second[0].episode.ids).endswith(data.FORCE) and not vlm.text(second[1].episode.ids).endswith(data.FORCE)
+
+    spoken(vlm, " lined </answer>", "<think> I see. </think>\n<answer> barred </answer>")
+    third = sampler.step([second[0], second[1]], [2, 3])
+    assert [p.answer for p in third] == ["lined", "barred"] and all(p.over for p in third)
+    assert third[0].steps == second[0].steps and third[1].steps[-1] == ("I see.", None)
+    assert [len(p.episode.turns) for p in third] == [3, 3] and third[0].episode.turns[-1].forced
+
+@pytest.mark.parametrize("text, end", [
+    (looks(20, 30)[:-8], True), (looks(20, 30), False), (looks(20, 3000), True), ("no tags", True), (looks(20, 30).replace("[20, 30]", "[40, 30]"), True),
+    ("<think> </think>\n<answer> </answer>", True), (looks(20, 30) + looks(40, 50), True), ("lined </answer>", True)],
+    ids=["cut call", "no end of turn", "outside", "no tags", "looks elsewhere than it says", "empty answer", "two calls", "no thought"])
+def test_a_broken_turn_is_over(vlm, spoken, text, end):
+    """Claim: such a turn becomes no step and no answer; its outcome is 0, and it can be in no trace."""
+    sampler = train_sft.Sampler(vlm, ASKED[:1], "zoom", config(max_new_tokens=len(vlm.ids(text)) + end))
+    spoken(vlm, text, end=end)
+    (p,) = sampler.step(sampler.prompt_paths, [2])
+    assert p.over and p.answer is None and not p.steps and train_sft.outcome(p) == 0.0 and not train_sft.adds(train_sft.Node(sampler.prompt_paths[0]), p, 10.0)
+
+RELATION = data.toy("relation", "train", 1, "search tests")
+CLAUSES = {  # what is said, step by step -> steps, answer; with the limit that forces the answer
+    "as a base model": ([" red square (88, 19)", ", blue square (37, 70)", ": right"], 5,
+                        [("red square (88, 19)", (88, 19)), (", blue square (37, 70)", (37, 70))], "right"),
+    "in tags": (["<think> The red square is at (88, 19)", ". The blue one is at (37, 70)", ". So it is right. </think>\n<answer> right </answer>"], 5,
+                [("The red square is at (88, 19)", (88, 19)), (". The blue one is at (37, 70)", (37, 70)), ("So it is right", None)], "right"),
+    "forced": ([" red square (88, 19)", " right"], 1, [("red square (88, 19)", (88, 19))], "right"),
+    "forced in tags": (["<think> The red square (88, 19)", " right </answer>"], 1, [("The red square (88, 19)", (88, 19))], "right"),
+    "a point as the answer": ([" red square (88, 19)", ""], 5, [("red square (88, 19)", (88, 19))], "(88, 19)"),
+    "a point in tags": (["<think> The sign (88, 19)", ". </think>\n<answer> (71, 30)"], 5, [("The sign (88, 19)", (88, 19))], "(71, 30)")}
+
+@pytest.mark.parametrize("case", CLAUSES)
+def test_single_turn_steps(models, spoken, case):
+    """Claim: in a single turn a step ends where the parenthesis of its point closes, whatever the language of the model."""
+    vlm = models["qwen2.5"]
+    texts, limit, steps, answer = CLAUSES[case]
+    sampler = train_sft.Sampler(vlm, RELATION, "think", config(max_new_tokens=80))
+    (p,) = sampler.prompt_paths
+    for text in texts:
+        assert not p.over
+        spoken(vlm, text)
+        (p,) = sampler.step([p], [limit])
+        if not p.over:
+            close(p.logits, afresh(vlm, p), 1e-4)
+    assert p.over and p.answer == answer
+    assert [(t.strip(), q) for t, q in p.steps] == steps
+
+# -----------------------------------------------------------------------------
+# chains
+
+def rollout(*steps, answer, reward):
+    return {"steps": [[f"look {p}.", list(p)] for p in steps], "answer": answer, "reward": reward}
+
+def tree_node(*steps, visits=1, value=0.0, answer=None, rollouts=(), children=()):
+    return {"steps": [[f"look {p}.", list(p)] for p in steps], "answer": answer, "visits": visits, "value": value, "rollouts": list(rollouts),
+            "children": list(children)}
+
+A, B, C, D = (10, 10), (40, 10), (70, 10), (70, 70)
+WORKED = {"id": "q", "question": "?", "options": [], "tree": tree_node(visits=4, value=0.5, children=[
+    tree_node(A, visits=3, value=2 / 3, rollouts=[rollout(C, answer="bad", reward=0.0)], children=[
+        tree_node(B, visits=2, value=1.0, rollouts=[rollout(answer="good", reward=1.0), rollout(answer="good", reward=1.0)])]),
+    tree_node(D, visits=1, value=0.0, rollouts=[rollout(answer="poor", reward=0.0)])])}
+
+def points(steps):
+    return [tuple(p) if p else t for t, p in steps]
+
+def test_linearise_by_hand():
+    """
+    A's own rollout goes on to C and is wrong; its child B is right, twice (the same chain). D is wrong.
+    direct:     A B good
+    corrected:  at A: C is wrong, B is right -> A C (recovery) B;  at the root: D -> D (recovery) A B, and A C (recovery) A B, whose
+                two ways both begin with A: at the root they are no two ways at all.
+    """
+    chains = train_sft.linearise(WORKED, config(direct=9, corrected=9, recovery="Hm."))
+    assert [(kind, points(steps), answer) for kind, steps, answer in chains] == [
+        ("direct", [A, B], "good"), ("corrected", [D, "Hm.", A, B], "good"), ("corrected", [A, C, "Hm.", B], "good")]
+    again = train_sft.linearise(WORKED, config(direct=9, corrected=9, recovery="Hm.", repeat_prefix=True))
+    assert ("corrected", [A, C, "Hm.", A, B], "good") in [(kind, points(steps), answer) for kind, steps, answer in again]
+    assert [kind for kind, *_ in train_sft.linearise(WORKED, config(direct=0, corrected=1))] == ["corrected"]
+
+def test_the_better_supported_chain_comes_first():
+    """Claim: a step from which two of two were right comes before one of two, whichever was found first; an answer given at
+    once counts as the step that led to it, however often it was judged."""
+    tree = {"tree": tree_node(visits=9, value=0.4, children=[
+        tree_node(answer="good", visits=3, value=1.0, rollouts=[rollout(answer="good", reward=1.0)]),
+        tree_node(A, visits=2, value=0.5, rollouts=[rollout(answer="good", reward=1.0)]),
+        tree_node(B, visits=2, value=1.0, rollouts=[rollout(answer="good", reward=1.0)])])}
+    tree["tree"]["children"][0]["rollouts"][0]["steps"] = [["At once.", None]]
+    assert [points(steps) for _, steps, _ in train_sft.linearise(tree, config(direct=3, corrected=0))] == [[B], [A], ["At once."]]
+
+def test_no_right_answer_no_chain():
+    assert train_sft.linearise({"tree": tree_node(children=[tree_node(A, rollouts=[rollout(answer="bad", reward=0.0)])])}, config()) == []
+
+def test_to_turns():
+    """Claim: each new point is a call, a near one and one beyond max_zooms is not; thoughts of what is no call stand before
+    the next; the words of a recovery begin a sentence of their own."""
+    steps = [["The red one may be at (10, 10).", A], ["It is red at (11, 10).", None], ["Not this.", None], ["Look again (12, 12)", (12, 12)], ["The blue one is at (40, 10)", B],
+             ["It is blue", None]]
+    think = lambda text: f"<think> {text} </think>\n"
+    assert train_sft.to_turns(steps, "lined", "zoom") == [
+        think("The red one may be at (10, 10).") + data.tool_call(*A),
+        think("It is red at (11, 10). Not this. Look again (12, 12). The blue one is at (40, 10).") + data.tool_call(*B),
+        think("It is blue.") + "<answer> lined </answer>"]
+    assert train_sft.to_turns(steps, "lined", "zoom", max_zooms=1) == [think("The red one may be at (10, 10).") + data.tool_call(*A), f"{data.FORCE} lined </answer>"]
+    assert train_sft.to_turns([["red square (88, 19)", (88, 19)], [", blue square (37, 70),", (37, 70)]], "right", "think") == [
+        think("red square (88, 19), blue square (37, 70).") + "<answer> right </answer>"]
+    assert train_sft.to_turns([["A sign (10, 10)", A]], "x", "zoom")[-1] == f"{data.FORCE} x </answer>"         # nothing left to think
+
+def test_a_coordinate_answer_is_no_call():
+    """Bug (the original): the conversion crashes on an answer that is a point, or calls the tool on it."""
+    turns = train_sft.to_turns([["The button is at (10, 10).", A]], "(70, 70)", "zoom")
+    assert turns == [f"<think> The button is at (10, 10). </think>\n{data.tool_call(*A)}", f"{data.FORCE} (70, 70) </answer>"]
+    assert rewards.parse_answer("\n".join(turns), "point") == (70.0, 70.0)
+
+def test_reorder():
+    """Claim: with chance 1 the first call moves to a later place, and nothing is lost; with chance 0 nothing moves."""
+    import random
+    steps, rng = [[f"step {p}.", p] for p in (A, B, C)], random.Random(0)
+    straight = train_sft.to_turns(steps, "x", "zoom", 5)
+    for _ in range(20):
+        moved = train_sft.to_turns(steps, "x", "zoom", 5, reorder=1.0, rng=rng)
+        assert sorted(moved) == sorted(straight) and moved[0] == straight[1] and moved[-1] == straight[-1]
+    assert train_sft.to_turns(steps, "x", "zoom", 5, reorder=0.0, rng=rng) == straight
+    assert train_sft.to_turns(steps[:1], "x", "zoom", 5, reorder=1.0, rng=rng) == straight[:1] + straight[-1:]
+
+def test_chains_replay_as_episodes(models):
+    """Claim: `replay` makes of a chain the episode that a rollout would have been: crops, masks, an answer at the end."""
+    vlm = models["qwen2.5"]
+    for _, steps, answer in train_sft.linearise(WORKED, config(recovery="Not this.")):
+        e = zoom_rollout.replay(vlm, ASKED[0], train_sft.to_turns(steps, answer, "zoom"), "zoom")
+        assert e.stop == "answer" and sum(t.crop is not None for t in e.turns) == sum(p is not None for _, p in steps) and not any(t.error for t in e.turns)
+
+def test_retarget():
+    """Claim: SFT-direct has the answer alone, the ungrounded chain no coordinate and no call."""
+    turns = train_sft.to_turns([["The red circle may be at (10, 10).", A], ["This is the red circle, lined, at (11, 10)", None]], "lined", "zoom")
+    assert train_sft.retarget(ASKED[0], turns, "full") == turns
+    assert train_sft.retarget(ASKED[0], turns, "answer") == ["<answer> lined </answer>"]
+    assert train_sft.retarget(ASKED[0], turns, "ungrounded") == ["<think> The red circle. This is the red circle, lined. </think>\n<answer> lined </answer>"]
+    forced = [turns[0], f"{data.FORCE} lined </answer>"]
+    assert train_sft.retarget(ASKED[0], forced, "answer") == ["<answer> lined </answer>"]
+
+# -----------------------------------------------------------------------------
+# files
+
+def fake_search(asked, stop_at=None):
+    """In the place of tree_search: one right child for each question; counts what was asked, and dies before chunk `stop_at`."""
+    def run(vlm, samples, style, cfg, seed):
+        if len(asked) == stop_at:
+            raise KeyboardInterrupt
+        asked.append([s.id for s in samples])
+        roots = []
+        for s in samples:
+            root = train_sft.Node(path(sample=s))
+            child = train_sft.Node(path(A, sample=s), root, visits=1, value=1.0)
+            child.rollouts = [path(A, answer=s.options[s.answer], sample=s)]
+            root.children = [child]
+            roots.append(root)
+        return roots, SimpleNamespace(computed=10, naive=30)
+    return run
+
+def test_a_killed_search_loses_no_finished_tree(models, tmp_path, monkeypatch):
+    """Claim: killed in its third batch, the search goes on with that one, asks nothing twice, and ends with the same traces as one
+    that was never killed; a last line torn by the kill is done again; other settings are refused."""
+    vlm, log = models["qwen2.5"], str(tmp_path / "trees.jsonl")
+    cfg, asked = train_sft.Config(n=6, trees=2, seed=1, difficulty="easy"), []
+    run = lambda log, cfg=cfg: train_sft.searched(vlm, "zoom", cfg, log=log)
+    monkeypatch.setattr(train_sft, "tree_search", fake_search(asked))
+    whole, counts = run("")
+    assert len(whole) == 6 and counts["trees"] == counts["solved"] == 6 and (counts["tokens_computed"], counts["tokens_naive"]) == (30, 90)
+    every = sum(asked, [])
+
+    asked.clear()
+    monkeypatch.setattr(train_sft, "tree_search", fake_search(asked, stop_at=2))
+    with pytest.raises(KeyboardInterrupt):
+        run(log)
+    assert asked == [every[:2], every[2:4]]
+    with open(log) as f:
+        lines = f.read().splitlines(True)
+    assert len(lines) == 5
+    with open(log, "a") as f:
+        f.write('{"id": "' + every[4] + '", "tree": {"st')
+    asked.clear()
+    monkeypatch.setattr(train_sft, "tree_search", fake_search(asked))
+    resumed, counts = run(log)
+    assert asked == [every[4:]] and counts["trees"] == 6
+    assert [(s.id, turns) for s, turns, _ in resumed] == [(s.id, turns) for s, turns, _ in whole]
+    with open(log) as f:
+        assert f.read().startswith("".join(lines)) and len(train_sft.kept_trees(log, json.loads(lines[0])["search"])) == 6
+    with pytest.raises(data.DataError, match="other settings"):
+        run(log, train_sft.Config(n=6, trees=2, seed=1, difficulty="easy", exploration=9.0))
+
+def test_search_of_a_file(models, monkeypatch):
+    """Claim: with questions of its own, every one of them is searched once, whatever n is."""
+    asked = []
+    monkeypatch.setattr(train_sft, "tree_search", fake_search(asked))
+    samples = data.toy("search", "train", 5, "file", "easy")
+    out, counts = train_sft.searched(models["qwen2.5"], "zoom", train_sft.Config(n=1, trees=2), samples)
+    assert [len(a) for a in asked] == [2, 2, 1] and [s.id for s, *_ in out] == [s.id for s in samples] and counts["trees"] == 5
+
+def test_search_that_finds_nothing_says_so(models, monkeypatch):
+    monkeypatch.setattr(train_sft, "tree_search", lambda vlm, samples, *_: ([train_sft.Node(path(sample=s)) for s in samples], SimpleNamespace(computed=0, naive=0)))
+    with pytest.raises(data.DataError, match="no right answer to any of 2 questions"):
+        train_sft.searched(models["qwen2.5"], "zoom", train_sft.Config(), ASKED)
+    for style, more in (("boxes", {}), ("zoom", {"max_zooms": 0}), ("think", {"depth": 0})):
+        with pytest.raises(data.DataError, match="needs steps"):
+            train_sft.searched(models["qwen2.5"], style, train_sft.Config(**more), ASKED)
+
+def test_toy_questions_come_back_by_id(tmp_path):
+    """Claim: a file of traces is enough: the toy questions that it is about are drawn again, pixel for pixel."""
+    samples = data.toy("search", "train", 3, "sft0/7", "easy")
+    f = tmp_path / "t.jsonl"
+    write = lambda *rows: f.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    write(*({"id": s.id, "question": s.question, "turns": ["x"]} for s in (samples[2], samples[0])))
+    got = train_sft.read_traces(str(f), None, "easy")
+    assert [s.id for s, _ in got] == [samples[2].id, samples[0].id] and got[0][0].images[0].tobytes() == samples[2].images[0].tobytes()
+    write({"id": samples[2].id, "question": "What is the pattern of the pink egg?", "turns": ["x"]})
+    with pytest.raises(data.DataError, match="line 1: asks .*difficulty"):
+        train_sft.read_traces(str(f), None, "easy")
+    for name in ("q1", "search/train/x", "dance/train/0/1", None):
+        write({"id": name, "turns": ["x"]})
+        with pytest.raises(data.DataError, match="line 1: id .*--data"):
+            train_sft.read_traces(str(f), None, "easy")
+
+def test_traces_are_shown(models, tmp_path, capsys):
+    """Claim: points are numbered, the same point by the same number; the drawing escapes what it is given and runs nothing."""
+    vlm = models["qwen2.5"]
+    train_sft.show_traces([(ASKED[0], train_sft.to_turns([["At (10, 10).", A], ["At (40, 10).", B]], "lined", "zoom"), "direct")])
+    out = capsys.readouterr().out
+    assert "At (10, 10)[1]." in out and "[10, 10][1]" in out and "At (40, 10)[2]." in out and ASKED[0].question in out and "(right: " in out
+    log, page = tmp_path / "trees.jsonl", tmp_path / "trees.html"
+    evil = {**WORKED, "id": ASKED[0].id, "question": "<script>alert(1)</script>", "options": ["<b>"]}
+    log.write_text(json.dumps({"search": {}}) + "\n" + json.dumps(evil) + "\n")
+    train_sft.draw_trees(str(page), str(log), {ASKED[0].id: (ASKED[0], vlm.view(ASKED[0].images[0]))})
+    text = page.read_text()
+    assert "<script" not in text and "&lt;script&gt;" in text and "&lt;b&gt;" in text and "default-src 'none'" in text
+    assert text.count("<circle") == 3 and text.count("<details") == 2 and "N 3 Q 0.67" in text and '<span class="wrong">bad</span>' in text
+
+# -----------------------------------------------------------------------------
+# a teacher
+
+def think(thought, answer):
+    return f"<think> {thought} </think>\n<answer> {answer} </answer>"
+
+def test_read_chain():
+    """Claim: a chain is kept if it can be parsed, ends in the gold and does not say that it was told; words may be as they like."""
+    s = ASKED[0]
+    read = lambda text: train_sft.read_chain(text, s, None)
+    assert read("Sure!\n" + think("The square at (10, 20)\nis lined.", RIGHT.upper())) == (("The square at (10, 20) is lined.", RIGHT.upper()), None)
+    for text in ("", RIGHT, "<think> x </think>", think("", RIGHT), think("x", ""), f"<answer> {RIGHT} </answer>"):
+        assert read(text) == (None, "unparsed"), text
+    assert read(think("At (10, 20).", WRONG)) == (None, "wrong")
+    for leak in ("It fits the given bounding box (1, 2).", "The ground truth says so.", "The provided answer is at (1, 2).", "I was told.", "The ground-truth box."):
+        assert read(think(leak, RIGHT)) == (None, "leaked"), leak
+    assert read(think("Given the light, the square at (10, 20) stands on the target board.", RIGHT))[1] is None
+
+def test_steps_of():
+    """Claim: a sentence that names a point ends a step; sentences without one belong to the next; what is left has no point."""
+    assert train_sft.steps_of("I look. The sign is at (10, 20), left. It is 3.5 m tall. Then (40, 50)! So it is.") == [
+        ("I look. The sign is at (10, 20), left.", (10, 20)), ("It is 3.5 m tall. Then (40, 50)!", (40, 50)), ("So it is.", None)]
+    assert train_sft.steps_of("Nothing.") == [("Nothing.", None)]
+
+def test_gold_is_in_the_policys_own_coordinates(models):
+    s = data.toy("boxes", "train", 1, "gold")[0]
+    views = [models["qwen2.5"].view(data.image(s, i), i) for i in range(len(s.images))]
+    numbers = [int(v) for v in re.findall(r"\d+", train_sft.gold(s, views))]
+    close(numbers, [v / 4 for v in s.targets[0]["box"]], 0.02)                  # 448 pixels fed as 112
+    assert train_sft.gold(ASKED[0], None) == RIGHT
+    with pytest.raises(data.DataError, match="no answer"):
+        train_sft.gold(data.Sample("h", [], "?", "text"), None)
+
+class Server:
+    """An OpenAI-compatible endpoint on loopback. `misbehave(n)`, for the n-th request for a completion, may name what goes wrong."""
+    def __init__(self, reply, misbehave=lambda n: None):
+        self.asked, lock = [], threading.Lock()
+        server = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def log_message(self, *_):
+                pass
+
+            def send(self, body, status=200, length=None):
+                self.send_response(status)
+                self.send_header("Content-Length", str(len(body) if length is None else length))
+                self.end_headers()
+                self.wfile.write(body)
+
+            def do_GET(self):
+                self.send(json.dumps({"data": [{"id": "big-model"}]}).encode())
+
+            def do_POST(self):
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                with lock:
+                    server.asked.append(body)
+                    fault = misbehave(len(server.asked))
+                text = body["messages"][0]["content"][-1]["text"]
+                good = json.dumps({"choices": [{"message": {"content": reply(text)}}]}).encode()
+                if fault == "late":
+                    time.sleep(0.9)
+                if isinstance(fault, int):
+                    return self.send(b"no " * 500, fault)
+                if fault == "cut":
+                    return self.send(good[:20], length=len(good))
+                with contextlib.suppress(OSError):                              # whom it was for has gone
+                    self.send({"not json": b"<html>", "no choices": b'{"choices": []}', "no text": b'{"choices": [{"message": {"content": null}}]}'}.get(fault, good))
+
+        self.http = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.http.server_port}/v1"
+        threading.Thread(target=self.http.serve_forever, daemon=True).start()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.http.shutdown()
+        self.http.server_close()
+
+def teacher(text):
+    """Chain 0 of every question is right, and so is one more; the judge likes the second."""
+    if "chains of reasoning" in text:
+        return "2."
+    right = re.search(r"The answer is (\w+)\.", text)[1]
+    return think(f"The thing is at (30, {len(text) % 50}). It is {right}.", right)
+
+@pytest.fixture
+def hurry(monkeypatch):
+    monkeypatch.setattr(train_sft.time, "sleep", lambda s, sleep=time.sleep: sleep(s if s == 0.9 else 0))      # the late server stays late
+
+def endpoint(url, **more):
+    return train_sft.Config(**{**dict(traces="teacher", teacher=url, chains=2, timeout=0.5, retries=3), **more})
+
+def test_taught(models, tmp_path):
+    """Claim: k chains for each question, sent with its image and gold; the judge's choice becomes the trace; every reply is kept, and a
+    second run asks nothing."""
+    vlm, log = models["qwen2.5"], str(tmp_path / "replies.jsonl")
+    with Server(teacher) as server:
+        found, counts = train_sft.taught(vlm, "zoom", endpoint(server.url), ASKED, log=log)
+        assert counts == {"questions": 2, "chains": 4, "unparsed": 0, "wrong": 0, "leaked": 0} and len(server.asked) == 6
+        assert [s.id for s, *_ in found] == [s.id for s in ASKED]
+        turns = found[0][1]
+        assert len(turns) == 2 and "[30, " in turns[0] and turns[1] == think(f"It is {RIGHT}.", RIGHT)
+        body = server.asked[0]
+        assert body["model"] == "big-model" and body["messages"][0]["content"][0]["image_url"]["url"].startswith("data:image/png;base64,")
+        assert "x from 0 to 112" in body["messages"][0]["content"][1]["text"]
+        assert [b["temperature"] for b in server.asked] == [1.0] * 4 + [0.0] * 2
+        with open(log, "a") as f:
+            f.write('{"key": "torn')
+        assert [t for _, t, _ in train_sft.taught(vlm, "zoom", endpoint(server.url), ASKED, log=log)[0]] == [t for _, t, _ in found] and len(server.asked) == 6
+
+def test_the_filters_count_what_they_drop(models):
+    replies = iter([think("At (3, 4).", WRONG), "hm", think("As in the given answer, (3, 4).", RIGHT), think("At (3, 4).", RIGHT)])
+    with Server(lambda text: next(replies)) as server:
+        found, counts = train_sft.taught(models["qwen2.5"], "think", endpoint(server.url, chains=4), ASKED[:1])
+    assert counts == {"questions": 1, "chains": 4, "unparsed": 1, "wrong": 1, "leaked": 1} and found[0][1] == [think("At (3, 4).", RIGHT)]
+    with Server(lambda text: "hm") as server, pytest.raises(data.DataError, match="no chain .* of 4, 4 unparsed"):
+        train_sft.taught(models["qwen2.5"], "think", endpoint(server.url), ASKED)
+
+@pytest.mark.parametrize("fault", ["late", 500, 503, 429, "cut", "not json", "no choices", "no text"])
+def test_what_may_pass_is_tried_again(models, hurry, fault):
+    """Claim: a server that fails at first and then answers costs time, no reply."""
+    with Server(teacher, lambda n: fault if n == 1 else None) as server:
+        found, _ = train_sft.taught(models["qwen2.5"], "think", endpoint(server.url, chains=1), ASKED[:1])
+        assert len(server.asked) == 2 and len(found) == 1
+
+@pytest.mark.parametrize("fault, tries, said", [(500, 4, "HTTP 500"), (401, 1, "HTTP 401"), (404, 1, "HTTP 404"), ("not json", 4, "not what was asked for"),
+                                                ("cut", 4, "tried 4 times")])
+def test_what_will_not_pass_ends_in_one_line(models, hurry, fault, tries, said):
+    """Claim: retries are bounded, and a refusal (a wrong key) is not tried again; one line says which address and what it said."""
+    with Server(teacher, lambda n: fault) as server, pytest.raises(data.DataError) as error:
+        train_sft.taught(models["qwen2.5"], "think", endpoint(server.url, chains=1), ASKED[:1])
+    assert len(server.asked) == tries and said in str(error.value) and server.url in str(error.value) and "\n" not in str(error.value)
+    with pytest.raises(data.DataError, match="127.0.0.1:9/v1/models"):          # nobody listens there
+        train_sft.taught(models["qwen2.5"], "think", endpoint("http://127.0.0.1:9/v1"), ASKED[:1])
+
+def test_nothing_paid_for_is_lost(models, tmp_path, hurry):
+    """Claim: when the server dies half way, the replies it gave are not asked for again."""
+    vlm, log = models["qwen2.5"], str(tmp_path / "replies.jsonl")
+    with Server(teacher, lambda n: 401 if n > 2 else None) as server, pytest.raises(data.DataError):
+        train_sft.taught(vlm, "think", endpoint(server.url), ASKED, log=log)
+    with open(log) as f:
+        assert len(f.readlines()) == 2
+    with Server(teacher) as server:
+        found, _ = train_sft.taught(vlm, "think", endpoint(server.url), ASKED, log=log)
+        assert len(found) == 2 and len(server.asked) == 2 + 2                   # the other two chains, and the judge twice
+
+def test_a_local_teacher(models):
+    """Claim: without an address the policy itself is asked; a random one writes nothing that can be used, which is said, not trained on."""
+    with pytest.raises(data.DataError, match="no chain .* of 2"):
+        train_sft.taught(models["qwen2.5"], "think", train_sft.Config(chains=1, teacher_tokens=4), ASKED)
+
+# -----------------------------------------------------------------------------
+# the whole, on the shipped model
+
+@pytest.fixture(scope="module")
+def tiny():
+    return model.load("tiny", quiet=True)
+
+@pytest.mark.parametrize("task", ["search", "relation"])
+def test_search_finds_traces_from_the_base(tiny, task):
+    """Claim: without a teacher, from a base that was never warm-started; every trace is a whole episode and ends right."""
+    style = data.STYLES[data.RECIPES[task]]
+    samples = data.toy(task, "train", 6, "search tests", "easy")
+    found, counts = train_sft.searched(tiny, style, train_sft.Config(task=task), samples)
+    assert counts["solved"] >= 4 and counts["tokens_computed"] < 0.6 * counts["tokens_naive"]
+    for s, turns, _ in found:
+        e = zoom_rollout.replay(tiny, s, turns, style)
+        parts = rewards.score(s, e.text, e.turns, data.RECIPES[task], e.frames, 3)
+        assert parts["accuracy"] == parts["format"] == 1.0
+
+# -----------------------------------------------------------------------------
+# mutations
+
+MUTATIONS = [  # old line, new line, the test that must fail, its arguments
+    ("math.log(node.parent.visits + 1) / (node.visits + 1)", "math.log(node.parent.visits + 1) / (node.parent.visits + 1)", test_uct_by_hand, {}),
+    ("return node.value + exploration *", "return exploration *", test_uct_by_hand, {}),
+    ("alive = [child for child in node.children if not child.closed]", "alive = node.children", test_uct_by_hand, {}),
+    ("node.value += (reward - node.value) / node.visits", "node.value += reward - node.value", test_backup_by_hand, {}),
+    ("        node = node.parent\n\n\ndef outcome", "        node = None\n\n\ndef outcome", test_backup_by_hand, {}),
+    ("math.dist(path.steps[-1][1], point) >= min_distance", "path.steps[-1][1] != point", test_duplicates_are_rejected_by_distance, {}),
+    (" + [child.path.steps[-1][1] for child in node.children if child.path.answer is None]", "", test_duplicates_are_rejected_by_distance, {}),
+    ("return not path.over and all(", "return all(", test_a_broken_step_is_no_child, {}),
+    ("closed=path.answer is not None", "closed=False", test_an_answer_is_a_leaf_for_good, {}),
+    ("leaf.closed, leaf.path.kept, leaf.path.logits = not leaf.children, None, None", "leaf.path.kept, leaf.path.logits = None, None",
+     test_search_ends_at_a_dead_end, {}),
+    ("for _ in range(cfg.rollouts)]", "]", test_one_simulation, {}),
+    ("cfg.children - len(leaf.children))", "cfg.children)", test_what_was_rejected_is_tried_again, {}),
+    ("len(child.path.steps) + cfg.rollout_steps)", "cfg.rollout_steps)", test_limits, {}),
+    ("p.tree for p in paths], device", "0 for p in paths], device", test_zoom_steps, {}),
+    ("out[b].kept, out[b].logits, out[b].start = cache.keep(i)", "out[b].kept, out[b].logits, out[b].start = cache.keep(0)", test_zoom_steps, {}),
+    ("self.naive + len(p.episode.ids) + len(ids[b])", "self.naive + len(e.ids)", test_zoom_steps, {}),
+    ("points_in(thought)[-1:] == [turn.point]", "True", test_a_broken_turn_is_over, dict(text=looks(20, 30).replace("[20, 30]", "[40, 30]"), end=True)),
+    ("limit - len(p.steps) == 1\n", "False\n", test_zoom_steps, {}),
+    ("itertools.permutations(ways, 2)", "itertools.product(ways, ways)", test_linearise_by_hand, {}),
+    ("(here if cfg.repeat_prefix else [])", "[]", test_linearise_by_hand, {}),
+    ("failed < 1 and said is not None and worked == 1", "worked == 1", test_linearise_by_hand, {}),
+    ("sorted(chains.values(), key=lambda chain: -chain[0])", "list(chains.values())", test_the_better_supported_chain_comes_first, {}),
+    ('if node["answer"] is None:', "if True:", test_the_better_supported_chain_comes_first, {}),
+    ("if point and len(calls) < max_zooms and", "if point and", test_to_turns, {}),
+    ("calls.insert(rng.randrange(1, len(calls)), calls.pop(0))", "calls.pop(0)", test_reorder, {}),
+    ("todo = [s for s in chunk if s.id not in kept]", "todo = chunk", test_a_killed_search_loses_no_finished_tree, {}),
+    ('f.truncate(f.read().rfind(b"\\n") + 1)\n    rows', "pass\n    rows", test_a_killed_search_loses_no_finished_tree, {}),
+    ('rows[0].get("search") != stamp', "False", test_a_killed_search_loses_no_finished_tree, {}),
+    ('row.get("question", s.question) != s.question', "False", test_toy_questions_come_back_by_id, {}),
+    ('(None, "leaked") if LEAK.search(thought) else', "", test_read_chain, {}),
+    ("if key not in self.said:", "if True:", test_taught, {}),
+    ("for attempt in range(self.cfg.retries + 1):", "for attempt in range(self.cfg.retries + 9):", test_what_will_not_pass_ends_in_one_line,
+     dict(fault=500, tries=4, said="HTTP 500")),
+    ("e.code not in (408, 409, 429) and e.code < 500", "False", test_what_will_not_pass_ends_in_one_line, dict(fault=401, tries=1, said="HTTP 401")),
+]
+
+@pytest.mark.parametrize("old, new, test, arguments", MUTATIONS, ids=names(MUTATIONS))
+def test_mutations(old, new, test, arguments, models, tmp_path, spoken, capsys, monkeypatch, request):
+    """Bug: a test that no bug can turn red."""
+    fixtures = lambda made: {"vlm": lambda: models["qwen2.5"], "models": lambda: models, "tmp_path": lambda: tmp_path, "spoken": lambda: spoken,
+                             "capsys": lambda: capsys, "monkeypatch": lambda: monkeypatch, "hurry": lambda: request.getfixturevalue("hurry")}
+    check_mutation("train_sft", old, new, test, arguments, fixtures, monkeypatch)
