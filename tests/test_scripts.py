@@ -107,7 +107,7 @@ def files(tmp_path_factory):
 
     good = read(folder / "questions.jsonl")[0]
     (folder / "text.png").write_text("not an image")
-    (folder / "half.png").write_bytes((folder / "q0_0.png").read_bytes()[:600])
+    (folder / "half.png").write_bytes((folder / "questions_0_0.png").read_bytes()[:600])
     for name, row in BAD_ROWS.items():
         row = row[0]
         write(folder / f"{name}.jsonl", {**good, "id": "first"}, row if isinstance(row, str) else {**good, **row})
@@ -225,7 +225,7 @@ def test_data_commands(files, script):
     assert len([f for f in os.listdir("scenes") if f.endswith(".png")]) >= 4
     out = works(script("data.py show scenes/search.jsonl"))
     assert data.SYSTEM["zoom"] in out and "What is the pattern of the" in out and "4 rows" in out
-    rows = [{"img_filename": "q0_0.png", "bbox": [10, 20, 30, 40], "instruction": "open it", "data_type": "icon"}]
+    rows = [{"img_filename": "questions_0_0.png", "bbox": [10, 20, 30, 40], "instruction": "open it", "data_type": "icon"}]
     with open("web.json", "w") as f:
         json.dump(rows, f)
     works(script(f"data.py convert screenspot web.json out/web.jsonl --images {files}"))
@@ -424,9 +424,9 @@ def test_no_such_device(script):
                                      "data.py draw search 1 --out runs/x", "data.py convert screenspot web.json runs/x.jsonl"])
 def test_a_place_that_cannot_be_written(files, script, command):
     """A file stands where a folder should be (permissions would not stop root)."""
-    shutil.copy(files / "q0_0.png", "q0_0.png")
+    shutil.copy(files / "questions_0_0.png", "questions_0_0.png")
     with open("runs", "w"), open("web.json", "w") as f:
-        json.dump([{"img_filename": "q0_0.png", "bbox": [1, 2, 3, 4], "instruction": "i"}], f)
+        json.dump([{"img_filename": "questions_0_0.png", "bbox": [1, 2, 3, 4], "instruction": "i"}], f)
     began = time.process_time()
     refused(script(command), "cannot write", "runs")
     assert time.process_time() - began < 10                                    # before the work, not after it
