@@ -20,6 +20,7 @@ Left out: ViGoRL's ungrounded baselines (0.5 A + 0.5 F), UniVG-R1's tagless mode
 in its IoU, which only drops overlaps thinner than one unit: IoU here is the plain continuous one. A policy in training writes
 anything at all, so every search below takes time linear in the text.
 """
+import copy
 import math
 import re
 
@@ -87,18 +88,29 @@ def iou(a, b):
         overlap *= max(0.0, min(a[high], b[high]) - max(a[low], b[low]))
     return overlap / (area_a + area_b - overlap) if area_a > 0 and area_b > 0 else 0.0
 
+def in_polygon(x, y, corners):
+    """Does a ray to the right cross an odd number of edges? Corners in order, around."""
+    edges = zip(corners, corners[1:] + corners[:1])
+    return sum((y1 > y) != (y2 > y) and x < x1 + (y - y1) / (y2 - y1) * (x2 - x1) for (x1, y1), (x2, y2) in edges) % 2 == 1
+
 def point_in_target(point, sample, frames):
-    """1 if the point is in the box of any target, edges included, and in that target's image."""
+    """1 if the point is in the box of any target, edges included, in its polygon if it has one, and in that target's image."""
     for target in sample.targets:
         x, y = to_source(point, target["image"], frames)
         x1, y1, x2, y2 = target["box"]
         in_box = x1 - EPS <= x <= x2 + EPS and y1 - EPS <= y <= y2 + EPS
-        if in_box and inside(point, frames and [frames[target["image"]]]):
+        in_shape = in_box and ("polygon" not in target or in_polygon(x, y, target["polygon"]))
+        if in_shape and inside(point, frames and [frames[target["image"]]]):
             return 1.0
     return 0.0
 
 def best_iou(box, sample, frames):
     return max(iou(to_source(box, target["image"], frames), target["box"]) for target in sample.targets)
+
+def named_image(text):
+    """The image that an answer names, as 0, 1, ...: '<answer> image 2: (1, 2),(3, 4)' -> 1; None if it names none."""
+    named = re.search(r"\bimage\s{0,9}([0-9]{1,9})", text[max(0, text.rfind("<answer>")):], re.IGNORECASE)
+    return int(named[1]) - 1 if named else None
 
 def plain(text):
     """Both sides of every comparison of words go through here: case folded, single spaces, no final period."""
@@ -194,7 +206,7 @@ def vigorl(found, sample, text, frames, **_):
     form, ground = float(answers_well(text, sample.answer_type)), float(grounded(text, frames))
     return {"reward": 0.5 * found["accuracy"] + 0.5 * form * ground, "format": form, "grounded": ground}
 
-def vigorl_zoom(found, sample, turns, frames, max_zooms, min_distance, distinct_bonus, **_):
+def vigorl_zoom(found, sample, turns, frames, max_zooms, min_distance, distinct_bonus, tool_bonus, **_):
     """
     0.6 A + 0.4 F (1 + distinct). F: every turn is one thought and one zoom that worked, the last is one thought and one answer.
 
@@ -206,6 +218,9 @@ def vigorl_zoom(found, sample, turns, frames, max_zooms, min_distance, distinct_
                           F = 0    F = 1    F = 1, distinct = 0.4
         wrong (A = 0)     0.00     0.40     0.56    the best of wrong ...
         right (A = 1)     0.60     1.00     1.16    ... is below 0.60, the worst of right
+
+    tool_bonus: paid where the answer is right AND a zoom worked. DeepEyes (2505.14362): 1.2, beside 0.8 A + 0.2 F; paid to wrong
+    answers too, or to none, its policy stopped zooming.
     """
     kept = []
     for turn in turns:
@@ -214,18 +229,21 @@ def vigorl_zoom(found, sample, turns, frames, max_zooms, min_distance, distinct_
     distinct = min(0.4, distinct_bonus * max(0, min(len(kept), max_zooms) - 1))
     form = float(bool(turns) and all(map(zooms_well, turns[:-1])) and answers_well(turns[-1].text, sample.answer_type))
     ground = sum(grounded(turn.text, frames) for turn in turns) / max(1, len(turns))  # for the log: share of turns
-    reward = 0.6 * found["accuracy"] + 0.4 * form * (1 + distinct)
+    looked = found["accuracy"] >= 1 and any(map(zooms_well, turns))
+    reward = 0.6 * found["accuracy"] + 0.4 * form * (1 + distinct) + tool_bonus * looked
     return {"reward": reward, "format": form, "distinct": distinct, "grounded": ground}
 
-def univg_r1(found, text, **_):
+def univg_r1(found, sample, text, **_):
     """
     IoU + F, in [0, 2]. F: the text ends in a thought and '(x1,y1),(x2,y2)' in whole numbers. What stands before the thought is
-    free, as in the original; unlike there, white space in the answer and after it does no harm.
+    free, as in the original; unlike there, white space in the answer and after it does no harm. 'image 2:' stands before the box
+    where the sample asks for it (meta "name_image"), and nowhere else.
     """
     before, _, answer = text.rpartition("<answer>")
     corner = r"\s*\(\s*[0-9]+\s*,\s*[0-9]+\s*\)\s*"
     thought = "<think>" in before and before.rstrip().endswith("</think>")
-    form = float(thought and bool(re.fullmatch(rf"{corner},{corner}</answer>\s*", answer)))
+    image = r"\s*image [0-9]+:" if sample.meta.get("name_image") else ""
+    form = float(thought and bool(re.fullmatch(rf"{image}{corner},{corner}</answer>\s*", answer)))
     soft = found.get("iou", found["accuracy"])
     return {"reward": soft + form, "accuracy": soft, "format": form}
 
@@ -235,7 +253,7 @@ def accuracy(found, **_):
 
 RECIPES = {"vigorl": vigorl, "vigorl-zoom": vigorl_zoom, "univg-r1": univg_r1, "accuracy": accuracy}
 
-def score(sample, text, turns, recipe, frames=None, max_zooms=4, min_distance=10.0, distinct_bonus=0.2):
+def score(sample, text, turns, recipe, frames=None, max_zooms=4, min_distance=10.0, distinct_bonus=0.2, tool_bonus=0.0):
     """
     Score one episode: `text` its transcript, `turns` its assistant turns (.text .point .crop .error), recipe a name in RECIPES.
 
@@ -244,6 +262,12 @@ def score(sample, text, turns, recipe, frames=None, max_zooms=4, min_distance=10
     """
     if recipe not in RECIPES:
         raise ValueError(f"unknown reward recipe {recipe!r}, expected one of: {', '.join(RECIPES)}")
-    found = judge(parse_answer(text, sample.answer_type), sample, frames)
+    asked, there = copy.copy(sample), sample.targets
+    if sample.meta.get("name_image"):
+        there = [target for target in sample.targets if target["image"] == named_image(text)]
+        asked.targets = there or sample.targets
+    found = judge(parse_answer(text, sample.answer_type), asked, frames)
+    if sample.targets and not there:
+        found |= {"accuracy": 0.0, "iou": 0.0}  # a right box in the wrong image; the original does not ask, and pays for it
     return found | RECIPES[recipe](found, sample=sample, text=text, turns=turns, frames=frames, max_zooms=max_zooms,
-                                   min_distance=min_distance, distinct_bonus=distinct_bonus)
+                                   min_distance=min_distance, distinct_bonus=distinct_bonus, tool_bonus=tool_bonus)

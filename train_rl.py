@@ -1,6 +1,7 @@
 """The loop: a vision-language model learns, by GRPO, where to look, when to zoom and when to answer.
 
     python train_rl.py                              # tiny model, toy world, two CPU cores, minutes: warm start, RL, report
+    python train_rl.py --recipe univg-r1            # boxes across images, with that paper's settings (PAPERS below)
     python train_rl.py --model qwen2.5-vl-3b        # the same loop on the real model, one CUDA GPU
     python train_rl.py --data FILE.jsonl --model runs/sft/checkpoint --traces ""
     python train_rl.py --name NAME --resume         # go on where runs/NAME stopped (Ctrl-C saves)
@@ -9,15 +10,16 @@ A step has seven parts, numbered here and in the README: 1 sample prompts, 2 rol
 6 update, 7 log. Everything is kept in runs/NAME: config.json, metrics.jsonl (a row per step), episodes.jsonl (some
 rollouts of every step), checkpoint/, and at the end summary.json and report.html.
 
-Left out of the papers, and why. ViGoRL: 16 optimizer steps per batch of rollouts (one here: `num_minibatches`), dual clip,
-a reference model by default (`kl_coef` > 0 brings it back; later work finds no use for it). UniVG-R1: rollouts cut at 256
-tokens still train there and here; its difficulty weights are a flag here (`difficulty_weight`). Several GPUs: not yet.
+Left out of the papers, and why. By default: 16 optimizer steps per batch of rollouts, dual clip and a reference model (ViGoRL;
+later work finds no use for the last), difficulty weights (UniVG-R1); `--recipe` brings them back. At all: UniVG-R1's learning
+rate falls to 0, ours is constant; rollouts cut at the length limit still train there and here. Several GPUs: not yet.
 """
 import json, os, random, signal, time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
 import torch
+from PIL import Image
 
 import data, evaluate, grpo, model, rewards, train_sft, zoom_rollout
 
@@ -30,10 +32,10 @@ class Config:
     seed: int = 0                   # of scenes, rollouts and order
 
     task: Literal[data.TASKS] = "search"        # toy task
-    difficulty: Literal[tuple(data.DIFFICULTY)] = "medium"      # of the toy world
+    difficulty: Literal[data.DIFFICULTIES] = "medium"     # of the toy world
     data: str = ""                  # JSONL of questions instead of the toy world
     images: str = ""                # folder of the images of --data (default: the file's own)
-    recipe: Literal["", "vigorl-zoom", "vigorl", "univg-r1"] = ""       # prompt and reward; empty: what suits the task
+    recipe: Literal["", "vigorl-zoom", "vigorl", "univg-r1"] = ""       # prompt, reward, the paper's settings; empty: the first two as suit the task
     max_pixels: int = 0             # of a prompt image as fed; 0: the model's default (448 x 448 for a real model in the toy world)
     crop_from: Literal["source", "seen"] = "source"     # what a zoom cuts from: the stored image, or the shrunken copy (ViGoRL)
 
@@ -54,15 +56,23 @@ class Config:
     max_new_tokens: int = 48        # per turn (a real model: 512 or more)
     temperature: float = 1.0        # of sampling, and of the trainer's log-probabilities
     distinct_bonus: float = 0.0     # ViGoRL pays 0.2 for every extra distinct point; this world needs no push to look around
+    tool_bonus: float = 0.0         # paid where the answer is right and a zoom led to it (DeepEyes: 1.2)
+    curiosity: float = 0.0          # paid to those who zoom while few of their group do (Pixel-Reasoner: 0.5)
+    overlong: int = 0               # the last so many tokens of the limit cost up to 1 (DAPO: 4096 of 20480)
+    resample: int = 0               # rounds of fresh prompts in place of groups whose rewards are all equal (DAPO: until none is left)
 
     advantage_scale: Literal["std", "none"] = "std"     # divide by the group's std (GRPO) or not (Dr. GRPO)
-    difficulty_weight: Literal["none", "exp", "power", "log"] = "none"      # UniVG-R1
-    loss: Literal["grpo", "reinforce"] = "grpo"         # grpo.LOSSES
+    difficulty_weight: Literal[tuple(grpo.WEIGHTS)] = "none"        # hard prompts count more (UniVG-R1)
+    difficulty_normalize: bool = False                  # scale these weights to mean 1: the control for a larger step
+    over_turn: Literal["train", "mask", "exclude"] = "train"        # cut off by a limit: as all, advantage 0, or not in mean and std either (Mini-o3)
+    mask_negative: bool = False     # learn from what went better than the mean alone (an option of ViGoRL's code)
+    loss: Literal[tuple(grpo.LOSSES)] = "grpo"          # the policy loss, see grpo.py
     clip_low: float = 0.2           # ratio below 1 - clip_low gets no gradient (if A < 0)
     clip_high: float = 0.28         # ratio above 1 + clip_high gets no gradient (if A > 0)
-    aggregate: Literal["token", "sequence"] = "token"   # every token of the step weighs the same (DAPO), or every episode (GRPO)
+    aggregate: Literal[tuple(grpo.AGGREGATES)] = "token"            # what weighs the same: a token (DAPO, Dr. GRPO) or an episode (GRPO)
     kl_coef: float = 0.0            # pull towards the warm start (ViGoRL 0.01, UniVG-R1 0.04); 0 needs no reference model
-    kl: Literal["k1", "k2", "k3"] = "k3"                # see grpo.kl_penalty for the gradient each really has
+    kl: Literal[tuple(grpo.PENALTIES)] = "k3"           # see grpo.kl_penalty for the gradient each really has
+    papo_coef: float = 0.0          # answers should be unlikely where most of the image is black (PAPO 0.01-0.02); a second forward pass
 
     max_batch_tokens: int = 262144  # of the rollout's cache (3B: 36 kB each); more is run in parts, with the same result
     micro_tokens: int = 16384       # padded tokens per forward pass: memory only, the gradient does not change
@@ -75,23 +85,39 @@ class Config:
 # Other defaults for models that are not tiny. Papers: ViGoRL 1e-6 for both, 128 prompts of 5 episodes on eight GPUs.
 REAL = dict(num_prompts=8, blind_prompts=1, max_new_tokens=512, lr=1e-6, sft_lr=5e-6)
 
+# What --recipe sets: the papers' settings where they differ from Config's. The second dict goes with 3B to 7B parameters: a tiny model
+# keeps its own step size and lengths. Sources: ViGoRL tables A2, A3 and its script; UniVG-R1's script and trainer.
+PAPERS = {
+    "vigorl": (dict(task="relation", group_size=5, loss="dual-clip", kl_coef=0.01),
+               dict(num_prompts=128, num_minibatches=2, steps=500, lr=1e-6, sft_lr=1e-6, max_new_tokens=2048)),
+    "vigorl-zoom": (dict(task="search", blind_prompts=0, distinct_bonus=0.2, loss="dual-clip", kl_coef=0.01),
+                    dict(num_prompts=128, num_minibatches=16, steps=500, lr=1e-6, sft_lr=1e-6, clip_grad=0.2, max_zooms=4, max_new_tokens=1024)),
+    "univg-r1": (dict(task="boxes", difficulty="mixed", difficulty_weight="exp", clip_high=0.2, aggregate="sequence", kl_coef=0.04),
+                 dict(num_prompts=16, steps=625, lr=1e-6, sft_lr=5e-6, max_new_tokens=256)),
+}
+
 
 POSITIVE = ("num_prompts", "group_size", "num_minibatches", "max_new_tokens", "temperature", "save_every", "sft_n", "sft_batch", "sft_epochs",
             "eval_n", "max_batch_tokens", "micro_tokens")
 
 
 def presets(cfg):
-    """Defaults that depend on what was asked for: a run that is resumed keeps its settings, a real model has its own."""
+    """Defaults that depend on what was asked for: a run that is resumed keeps its settings, a recipe and a real model have their own."""
     if cfg.resume:
         return {k: v for k, v in saved_state(os.path.join("runs", cfg.name, "checkpoint"))["config"].items() if k not in ("resume", "name")}
-    return {} if model.is_tiny(cfg.model) else REAL
+    algorithm, scale = PAPERS.get(cfg.recipe, ({}, {}))
+    return algorithm if model.is_tiny(cfg.model) else REAL | algorithm | scale
 
 
-def questions(cfg, vlm, step):
-    """The prompts of a step. They depend on (seed, step) only, so a resumed run asks what the unbroken one would have."""
+def questions(cfg, vlm, step, again=0):
+    """The prompts of a step. They depend on (seed, step) only, so a resumed run asks what the unbroken one would have. again: the
+    round of resampling, which asks for others."""
     if not cfg.data:
-        return data.toy(cfg.task, "train", cfg.num_prompts, f"rl{cfg.seed}/{step}", cfg.difficulty, vlm.toy_side)
+        seed = f"rl{cfg.seed}/{step}" + (f"/{again}" if again else "")
+        return data.toy(cfg.task, "train", cfg.num_prompts, seed, cfg.difficulty, vlm.toy_side)
     rows, out = cfg.rows, []
+    if again:
+        return random.Random(f"{cfg.seed}/{step}/{again}").choices(rows, k=cfg.num_prompts)
     for i in range(step * cfg.num_prompts, (step + 1) * cfg.num_prompts):
         epoch, at = divmod(i, len(rows))
         out.append(rows[random.Random(f"{cfg.seed}/{epoch}").sample(range(len(rows)), len(rows))[at]])
@@ -110,28 +136,40 @@ def train_step(vlm, ref, optimizer, samples, cfg, step):
     rolled, work = time.time(), {k: v - work[k] for k, v in vlm.work.items()}
 
     # 3. reward: rules on the text and on what the calls led to
-    for e in episodes:
-        e.parts = rewards.score(e.sample, e.text, e.turns, cfg.recipe, e.frames, cfg.max_zooms, distinct_bonus=cfg.distinct_bonus)
-    per_group = lambda part: torch.tensor([e.parts[part] for e in episodes]).view(P, G)
+    score(episodes, cfg)
+    resampled = refill(vlm, episodes, blind * G, cfg, step)
+    of_each = lambda f: torch.tensor([float(f(e)) for e in episodes]).view(P, G)
+    per_group = lambda part: of_each(lambda e: e.parts[part])
     reward, accuracy = per_group("reward"), per_group("accuracy")
+    if cfg.curiosity:
+        reward = reward + grpo.curiosity(of_each(lambda e: sum(t.crop is not None for t in e.turns)), cfg.curiosity)
+    if cfg.overlong:
+        reward = reward + grpo.overlong(of_each(lambda e: sum(e.sampled)), longest(cfg), cfg.overlong)
     if step == 0 and not (accuracy > 0).any():
         model.fail(f"none of the {P * G} rollouts of the first step has any success, so there is nothing to reinforce (each group's "
                    f"advantages are 0). Mean format {per_group('format').mean():.2f}. Warm-start on traces (--traces), or take easier questions.")
 
     # 4. advantages: better or worse than the group's mean; hard prompts may count more
-    weight = grpo.difficulty_weights(accuracy, cfg.difficulty_weight)                                   # (P,)
-    advantages = grpo.group_advantages(reward, cfg.advantage_scale) * weight[:, None]                   # (P, G)
+    weight = grpo.difficulty_weights(accuracy, cfg.difficulty_weight, cfg.difficulty_normalize)         # (P,)
+    finished = of_each(lambda e: e.stop == "answer" and not (e.turns[-1].forced and len(e.turns) > 1)).bool()
+    advantages = grpo.group_advantages(reward, cfg.advantage_scale, finished if cfg.over_turn == "exclude" else None)
+    advantages = advantages * weight[:, None]                                                           # (P, G)
+    if cfg.over_turn == "mask":
+        advantages = advantages * finished
+    if cfg.mask_negative:
+        advantages = advantages.clamp(min=0)
     for e, a in zip(episodes, advantages.flatten().tolist()):
         e.advantage = a
 
     # 5. loss, over micro-batches; a group of equal rewards has no gradient (without a KL term) and is not run at all
-    learn = [e for e in episodes if e.advantage != 0 or cfg.kl_coef > 0]
+    learn = [e for e in episodes if e.advantage != 0 or cfg.kl_coef > 0 or cfg.papo_coef > 0]
     learn = random.Random(step).sample(learn, len(learn))
-    log = {"clipfrac": 0.0, "entropy": 0.0, "kl": 0.0, "kl_samp": 0.0}
+    log = {"clipfrac": 0.0, "entropy": 0.0, "kl": 0.0, "kl_samp": 0.0, **({"perception": 0.0} if cfg.papo_coef else {})}
     norms, tokens, gap = [], 0, 0.0
     for m in range(cfg.num_minibatches):
         batch = learn[m::cfg.num_minibatches]
-        count = sum(sum(e.sampled) for e in batch) if cfg.aggregate == "token" else len(batch)          # of the whole minibatch
+        count = {"token": sum(sum(e.sampled) for e in batch), "sequence": len(batch),                   # of the whole minibatch
+                 "constant": len(episodes) / cfg.num_minibatches * longest(cfg)}[cfg.aggregate]
         for part in train_sft.micro_batches(batch, cfg.micro_tokens):
             logprobs, entropy, mask = vlm.logprobs(part, cfg.temperature)                               # (B, T) each
             # The ratio's denominator is the sampler's own log-probability: it is the distribution that was sampled from.
@@ -143,12 +181,16 @@ def train_step(vlm, ref, optimizer, samples, cfg, step):
             if cfg.kl_coef > 0:
                 with torch.no_grad():
                     ref_logprobs = ref.logprobs(part, cfg.temperature)[0]
-                penalty = grpo.kl_penalty(logprobs, ref_logprobs, cfg.kl, mask)
+                penalty = grpo.kl_penalty(logprobs, ref_logprobs, cfg.kl, mask, old)
                 per_token = per_token + cfg.kl_coef * penalty
                 log["kl"] += penalty.sum().item()
+            if cfg.papo_coef > 0:
+                gain = grpo.perception(logprobs, vlm.logprobs(blindfold(vlm, part, step), cfg.temperature)[0], mask)
+                per_token = per_token - cfg.papo_coef * gain
+                log["perception"] += gain.sum().item()
             grpo.aggregate(per_token, mask, cfg.aggregate, count).backward()
             n = int(mask.sum())
-            log["clipfrac"] += n * grpo.stats(logprobs, old, mask, cfg.clip_low, cfg.clip_high, A)["clipfrac"]
+            log["clipfrac"] += n * grpo.stats(logprobs, old, mask, cfg.clip_low, cfg.clip_high, A, cfg.loss)["clipfrac"]
             log["entropy"] += entropy.sum().item()
             if m == 0:                                                     # before any update: the gap is the sampler's alone
                 difference = (logprobs.detach() - old).abs()[mask]
@@ -164,8 +206,10 @@ def train_step(vlm, ref, optimizer, samples, cfg, step):
     seeing = episodes[blind * G:]                                          # what is logged is about those that may zoom
     calls = [t for e in seeing for t in e.turns if "<tool_call>" in t.text]
     mean = lambda part: per_group(part)[blind:].mean().item()
-    return {"step": step, "reward": mean("reward"), "accuracy": mean("accuracy"), "format": mean("format"),
+    return {"step": step, "reward": reward[blind:].mean().item(), "accuracy": mean("accuracy"), "format": mean("format"),
+            **(shares(per_group("iou")[blind:].mean(1)) if "iou" in seeing[0].parts else {}),
             **{part: mean(part) for part in ("grounded", "distinct", "iou") if part in seeing[0].parts},
+            **({"weight": weight.mean().item()} if cfg.difficulty_weight != "none" else {}), **({"resampled": resampled} if cfg.resample else {}),
             **({"accuracy_blind": accuracy[:blind].mean().item()} if blind else {}),
             "length": sum(sum(e.sampled) for e in seeing) / len(seeing), "zooms": sum(t.crop is not None for t in calls) / len(seeing),
             "valid_calls": sum(t.crop is not None for t in calls) / max(len(calls), 1),
@@ -176,6 +220,52 @@ def train_step(vlm, ref, optimizer, samples, cfg, step):
             **{f"{k}_{how}": v for how, of in (("run", work), ("naive", zoom_rollout.naive_work(vlm, episodes))) for k, v in of.items()},
             "roll_tokens_per_s": sum(sum(e.sampled) for e in episodes) / (rolled - began),
             "train_tokens_per_s": sum(len(e.ids) for e in learn) / (done - rolled), "seconds": done - began}, episodes
+
+
+def score(episodes, cfg):
+    for e in episodes:
+        e.parts = rewards.score(e.sample, e.text, e.turns, cfg.recipe, e.frames, cfg.max_zooms, distinct_bonus=cfg.distinct_bonus,
+                                tool_bonus=cfg.tool_bonus)
+
+
+def refill(vlm, episodes, first, cfg, step):
+    """DAPO's dynamic sampling (2503.14476, section 3.2), with a bound: from episode `first` on, groups whose rewards are all equal
+    give way to groups of fresh prompts (in place), in at most cfg.resample rounds. -> how many"""
+    G, replaced = cfg.group_size, 0
+    for again in range(1, cfg.resample + 1):
+        dull = [i for i in range(first, len(episodes), G) if len({e.parts["reward"] for e in episodes[i:i + G]}) == 1]
+        if not dull:
+            break
+        new = zoom_rollout.rollout(vlm, questions(cfg, vlm, step, again)[:len(dull)], G, seed=cfg.seed * 1_000_003 + step + again * 10 ** 9,
+                                   **rollout_options(cfg))
+        score(new, cfg)
+        for k, i in enumerate(dull):
+            episodes[i:i + G] = new[k * G:(k + 1) * G]
+        replaced += len(dull)
+    return replaced
+
+
+def blindfold(vlm, episodes, seed, share=0.6):
+    """PAPO's second look: the same tokens, but in every image 60 % of the patches, drawn anew each step, are black."""
+    dark, random_numbers = {}, torch.Generator().manual_seed(seed)
+    for v in (v for e in episodes for v in e.views):
+        if id(v) not in dark:                                              # a group shares its prompt's views
+            seen, black = (vlm.view(source, v.index, v.box, v.fed) for source in (v.source, Image.new("RGB", v.source.size)))
+            vlm.patchify(seen), vlm.patchify(black)
+            hide = torch.rand(len(seen.patches), 1, generator=random_numbers) < share
+            seen.patches, dark[id(v)] = torch.where(hide, black.patches, seen.patches), seen
+    return [replace(e, views=[dark[id(v)] for v in e.views]) for e in episodes]
+
+
+def shares(iou):
+    """Mean IoU of each group -> the share of easy, medium and hard prompts: figure 3 of UniVG-R1."""
+    levels = {"easy": iou > 0.7, "medium": (iou >= 0.3) & (iou <= 0.7), "hard": iou < 0.3}
+    return {name: part.float().mean().item() for name, part in levels.items()}
+
+
+def longest(cfg):
+    """Tokens that an episode may write."""
+    return cfg.max_new_tokens * (1 + cfg.max_zooms * (data.STYLES[cfg.recipe] == "zoom"))
 
 
 def rollout_options(cfg):
@@ -302,11 +392,21 @@ def finish(vlm, cfg, run, settings, held_out, before, sections, spent):
                "kl_samp_max": max((m["kl_samp_max"] for m in curves), default=0.0)}
     if "off" in after:
         summary |= {"accuracy_no_zoom": after["off"][0]["accuracy"], "accuracy_black_crop": after["black"][0]["accuracy"]}
+    if "mean_iou" in on:
+        summary |= {"mean_iou_before": before["on"]["mean_iou"], "mean_iou_after": on["mean_iou"]}
+    levels = {name: part for name, part in on["categories"].items() if part["n"] < on["n"]}
+    if levels:
+        summary["levels"] = {name: {"n": part["n"], "accuracy_before": before["on"]["categories"][name]["accuracy"], "accuracy_after": part["accuracy"]}
+                             for name, part in levels.items()}
     model.write_json(os.path.join(run, "summary.json"), summary)
     cell = lambda s: f"{s['accuracy']:.1%} [{s['low']:.1%}, {s['high']:.1%}]"
     print(f"\n{'held-out accuracy':22s}{'before RL':24s}after RL      (95 % interval, n = {on['n']}, chance {summary['chance']:.0%})")
     for mode, (s, _) in after.items():
         print(f"{evaluate.MODES[mode]:22s}{cell(before[mode]):24s}{cell(s)}")
+    for name, part in levels.items():
+        print(f"  {name + ', n = ' + str(part['n']):20s}{cell(before['on']['categories'][name]):24s}{cell(part)}")
+    if "mean_iou" in on:
+        print(f"{'mean IoU':22s}{before['on']['mean_iou']:<24.3f}{on['mean_iou']:.3f}")
     table = [("", [evaluate.MODES[mode] for mode in after]), ("before RL", [before[mode] for mode in after]), ("after RL", [s for s, _ in after.values()])]
     evaluate.report(os.path.join(run, "report.html"), f"{cfg.task if not cfg.data else os.path.basename(cfg.data)}, {vlm.name}", curves=curves,
                     table=table, settings={k: v for k, v in settings.items() if v != getattr(Config, k)},

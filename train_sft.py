@@ -36,7 +36,7 @@ class Config:
     traces: str = "oracle"          # "mcts" (tree search), "oracle" (knows the toy world), "teacher", or a JSONL file of {"id", "turns"}
     target: Literal["full", "answer", "ungrounded"] = "full"    # what of a trace is learned; the others are the papers' baselines
     task: Literal[data.TASKS] = "search"        # toy task
-    difficulty: Literal[tuple(data.DIFFICULTY)] = "medium"      # of the toy world
+    difficulty: Literal[data.DIFFICULTIES] = "medium"           # of the toy world
     data: str = ""                  # JSONL of questions instead of the toy world
     images: str = ""                # folder of the images of --data (default: the file's own)
     recipe: Literal["", "vigorl-zoom", "vigorl", "univg-r1"] = ""       # whose prompt; empty: what suits the task
@@ -105,7 +105,7 @@ def oracle(vlm, sample, rng, max_zooms=3):
         x, y = (c + rng.uniform(-0.15, 0.15) * o["radius"] for c in o["center"])
         return view.from_source(x, y)
 
-    if sample.category == ["search"]:
+    if sample.category[0] == "search":
         if rng.random() < 0.25 or max_zooms == 0:
             thought = data.FORCE if rng.random() < 0.7 else f"<think> The {objects[0]['name']} may be at {near(objects[0])}. </think>\n<answer>"
             return [f"{thought} {rng.choice(sample.options)} </answer>"]
@@ -119,13 +119,14 @@ def oracle(vlm, sample, rng, max_zooms=3):
         if len(turns) == max_zooms:
             return turns + [f"{data.FORCE} {o['pattern']} </answer>"]
         return turns + [f"<think>{before[:-1]}, at ({x}, {y}). </think>\n<answer> {o['pattern']} </answer>"]
-    if sample.category == ["boxes"]:
+    if sample.category[0] in ("boxes", "find", "video"):
         t = sample.targets[0]
         view = vlm.view(sample.images[t["image"]])
         others = sample.meta["scenes"][t["image"]]["objects"]
         o = rng.choice(others) if rng.random() < 0.33 else next(o for o in others if data.object_box(o) == t["box"])
-        return [f"<think> The {o['name']} is at {near(o, view)}. </think>\n<answer>{corners(view, data.object_box(o))}</answer>"]
-    if sample.category == ["relation"]:
+        where = f" image {t['image'] + 1}:" * bool(sample.meta.get("name_image"))
+        return [f"<think> {o['name']} </think>\n<answer>{where} {corners(view, data.object_box(o))} </answer>"]
+    if sample.category[0] == "relation":
         a, b = (next(o for o in objects if data.object_box(o) == e["box"]) for e in sample.meta["evidence"])
         option = rng.choice(sample.options) if rng.random() < 0.33 else sample.options[sample.answer]
         return [f"<think> The {a['name']} is at {near(a)}. The {b['name']} is at {near(b)}. </think>\n<answer> {option} </answer>"]

@@ -106,7 +106,7 @@ def draw(logits, u, temperature):
     if temperature == 0:
         tokens = logprobs.argmax(-1)
     else:
-        total = logprobs.double().exp().cumsum(-1)                                  # (B, V)
+        total = logprobs.exp().cumsum(-1, dtype=torch.double)                                  # (B, V)
         tokens = torch.searchsorted(total, u[:, None] * total[:, -1:], right=True)[:, 0].clamp(max=logits.shape[1] - 1)
     return tokens, logprobs.gather(1, tokens[:, None])[:, 0]
 

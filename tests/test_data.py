@@ -2,7 +2,7 @@
 Is a toy question answered where it says, and can the answer not be seen without zooming? Are published files read in the right
 frame, and is a broken one refused with its file, its row and what was expected? At the end MUTATIONS puts bugs into data.py.
 """
-import collections, dataclasses, io, itertools, json, os, random, zlib
+import collections, dataclasses, io, itertools, json, os, random, re, zlib
 
 import numpy as np
 import pytest
@@ -72,6 +72,40 @@ def test_boxes_answer():
         assert target["box"] == data.object_box(objects(s, i)[name])
         kinds[len(s.images), i] += 1
     assert set(kinds) == {(2, 1), (3, 1), (3, 2)} and min(kinds.values()) >= 10
+
+def test_find_answer():
+    """Bug: the question gives the image away, or nothing asks the answer for it."""
+    questions = {s.question for s in toy("find")}
+    assert len(questions) == 1 and not re.findall("image [23]", questions.pop()) and {s.targets[0]["image"] for s in toy("find")} == {1, 2}
+    for s in toy("find"):
+        (name, _), = objects(s).items()
+        (target,) = s.targets
+        assert s.meta["name_image"] and target["box"] == data.object_box(objects(s, target["image"])[name])
+        assert [name in objects(s, k) for k in range(1, len(s.images))].count(True) == 1
+
+def test_video_answer():
+    """Bug: the box of another frame; frames that jump, or stand still; a thing that leaves, or runs into another."""
+    asked = collections.Counter()
+    for s in toy("video") + toy("video", "test", 10, difficulty="hard"):
+        name, i = re.fullmatch(r"These are frames of a video. Find the (\w+ \w+) in image (\d).", s.question).groups()
+        i, (target,) = int(i) - 1, s.targets
+        assert target == {"image": i, "box": data.object_box(objects(s, i)[name])} and len(s.images) == 3
+        for a, b in ((0, 1), (1, 2)):
+            assert objects(s, a).keys() == objects(s, b).keys()
+            moved = [np.abs(np.subtract(objects(s, b)[n]["center"], o["center"])) for n, o in objects(s, a).items()]
+            assert max(m.max() for m in moved) <= data.SIDE // 6 and np.mean(moved) > data.SIDE / 28
+        asked[i] += 1
+    assert set(asked) == {0, 1, 2} and min(asked.values()) >= 5
+
+def test_mixed_difficulty():
+    """Bug: one level for the whole stream, or samples that do not say theirs."""
+    n = collections.Counter(len(s.meta["scenes"][0]["objects"]) for s in toy("search", n=N, difficulty="mixed"))
+    assert set(n) == {2, 3, 4, 5, 6}
+    for s in toy("search", n=60, difficulty="mixed"):
+        low, high = data.DIFFICULTY[s.category[1]]["objects"]
+        assert s.category[0] == "search" and low <= len(s.meta["scenes"][0]["objects"]) <= high
+    assert toy("search")[0].category == ["search"]
+    assert min(collections.Counter(s.category[1] for s in toy("boxes", n=90, difficulty="mixed")).values()) > 15
 
 @pytest.mark.parametrize("task", ["search", "relation"])
 def test_options_are_shuffled(task):
@@ -168,9 +202,10 @@ def test_prompt(task):
     """Bug: the prompt leaks the answer (it must not change with it), loses the options, or has another format sentence."""
     for s in toy(task)[:10]:
         system, text = data.prompt(s, data.STYLES[data.RECIPES[task]])
-        blind = dataclasses.replace(s, answer=None, targets=[], meta={}, images=[], category=[], id="")
+        asks_for = {k: v for k, v in s.meta.items() if k == "name_image"}
+        blind = dataclasses.replace(s, answer=None, targets=[], meta=asks_for, images=[], category=[], id="")
         assert data.prompt(blind, data.STYLES[data.RECIPES[task]]) == (system, text)
-        assert system in data.SYSTEM.values() and text.startswith(s.question) and text.endswith("\n" + data.FORMAT[s.answer_type])
+        assert system in data.SYSTEM.values() and text.startswith(s.question) and text.endswith("\n" + data.FORMAT[s.answer_type] + data.NAME_IMAGE * (task == "find"))
         lettered = "".join(f"\n{letter}. {option}" for letter, option in zip("ABCD", s.options))
         assert text.count("Answer Choices:" + lettered) == bool(s.options)
         patterns = sum(text.count(p) for p in data.PATTERNS)
@@ -249,7 +284,8 @@ MANY = ["a.png", "b.png", "c.png"]
 def test_boxes_of_several_images(folder, name, row, image, box):
     """Bug: 0-1 taken for 0-1000, or either for pixels; scaled by the size of another image than the one asked about."""
     row = {**row, "images": MANY}
-    s = data.parse_row(data.CONVERTERS[name](row, "here: "), "here: ", str(folder))
+    _, function, layout, _ = data.CONVERTERS[name]
+    s = data.parse_row(function(row, "here: ", layout), "here: ", str(folder))
     assert s.answer_type == "box" and s.targets == [{"image": image, "box": pytest.approx(box)}] and "<image>" not in s.question
     if name == "univg-r1":
         assert data.read_jsonl(write(folder, row))[0].targets == s.targets
@@ -389,11 +425,11 @@ MUTATIONS = [
     ("if sample.options:", "if sample.answer is not None:", test_prompt, dict(task="search")),
     ("o.lower() == answer.strip().lower()", "o == answer.strip().lower()",
      test_vigorl_rows, dict(problem=CHOICES, answer="yes, Left", want=dict(answer=0))),
-    ("scale=1000.0", "scale=100.0", test_boxes_of_several_images,
+    ("1000 if unit == \"0-1000\"", "100 if unit == \"0-1000\"", test_boxes_of_several_images,
      dict(name="univg-r1", row={"question": "Find it.", "answer": [100, 200, 500, 1000]}, image=2, box=[5, 16, 25, 80])),
-    ("w, h = open_image(s.images[index], where).size", "w, h = open_image(s.images[0], where).size", test_boxes_of_several_images,
+    ("open_image(s.images[index], where, size_only=True)", "open_image(s.images[0], where, size_only=True)", test_boxes_of_several_images,
      dict(name="univg-r1", row={"question": "Find it.", "answer": [100, 200, 500, 1000]}, image=2, box=[5, 16, 25, 80])),
-    ("[x, y, x + w, y + h]", "[x, y, w, h]", test_screenspot, {}),
+    ("[a, b, a + c, b + d] if order == \"xywh\" else", "", test_screenspot, {}),
     ("-1e9 < v < 1e9", "True", test_bad_field, dict(change={"targets": [{"box": [1, 2, 3, float("nan")]}]}, expected="4 numbers")),
     ("except (OSError, SyntaxError,", "except (SyntaxError,", test_broken_image, dict(kind="jpeg")),
     ("[draw(s) for s in scenes]", "[draw(scenes[0]) for s in scenes]", test_pictures, {}),

@@ -90,11 +90,50 @@ def test_zero_variance_groups(scale, dtype):
                 assert advantages.dtype == dtype and (advantages[0] == 0).all(), (reward, G)
                 assert advantages.isfinite().all() and (advantages[1, 0] > 0.1) == (G > 1)
 
+@pytest.mark.parametrize("scale", ["std", "none"])
+def test_over_turn_statistics(scale):
+    """Bug: an episode that was cut off is punished, or its zero reward stays in the statistics and raises all others (Mini-o3's code)."""
+    rewards, finished = tensor([[1, 0, 0, 0], [1, 1, 0, 0.5], [1, 0, 1, 0]]), torch.tensor([[1, 1, 0, 0], [1, 1, 0, 0], [0, 0, 0, 0]], dtype=bool)
+    got = grpo.group_advantages(rewards, scale, finished)
+    std = 0.5 ** 0.5 + 1e-6 if scale == "std" else 1
+    close(got, [[0.5 / std, -0.5 / std, 0, 0], [0] * 4, [0] * 4])                   # no signal among the finished; none finished
+    assert (grpo.group_advantages(rewards, scale)[1] != 0).all()                    # in the code's variant it would have one
+    close(grpo.group_advantages(rewards, scale, torch.ones_like(finished)), grpo.group_advantages(rewards, scale))
+    random_rewards, some = torch.rand(40, 6), torch.rand(40, 6) < 0.6
+    for row, kept, got in zip(random_rewards.tolist(), some.tolist(), grpo.group_advantages(random_rewards, scale, some).tolist()):
+        these = [r for r, k in zip(row, kept) if k]
+        mean = sum(these) / max(1, len(these))
+        std = math.sqrt(sum((r - mean) ** 2 for r in these) / max(1, len(these) - 1)) + 1e-6 if scale == "std" else 1
+        assert got == pytest.approx([(r - mean) / std if k and len(these) > 1 else 0 for r, k in zip(row, kept)], abs=1e-12)
+
+# -----------------------------------------------------------------------------
+# bonuses
+
+def test_curiosity():
+    """Bug: everybody is paid for looking, or the rate is the batch's. By hand: G = 5, H = 0.3, alpha = 0.5, beta = 0.05, N = 1."""
+    zooms = tensor([[1, 0, 0, 0, 0],        # rate 0.2: 0.5 * 0.1 for the one who looked
+                    [3, 0, 0, 0, 0],        # the same, less 0.05 * 2
+                    [1, 2, 0, 0, 0],        # rate 0.4 is enough; the second costs 0.05
+                    [0, 0, 0, 0, 0]])
+    close(grpo.curiosity(zooms), [[0.05, 0, 0, 0, 0], [-0.05, 0, 0, 0, 0], [0, -0.05, 0, 0, 0], [0] * 5])
+    zooms = torch.randint(0, 4, (30, 8))
+    want = [[2 * max(0.6 - sum(n > 0 for n in row) / 8, 0) * (n >= 1) + 0.1 * min(2 - n, 0) for n in row] for row in zooms.tolist()]
+    close(grpo.curiosity(zooms, alpha=2, target=0.6, beta=0.1, cap=2), want)
+
+def test_overlong():
+    """DAPO eq. 13 with L_max = 20, L_cache = 4. Bug: paid for being short; below -1 beyond the limit."""
+    close(grpo.overlong(tensor([[3, 16, 17, 18, 20, 99]]), 20, 4), [[0, 0, -0.25, -0.5, -1, -1]])
+    lengths = torch.randint(1, 60, (5, 8)).double()
+    def by_hand(y, L, cache):
+        return 0 if y <= L - cache else ((L - cache) - y) / cache if y <= L else -1
+    close(grpo.overlong(lengths, 40, 15), [[by_hand(y, 40, 15) for y in row] for row in lengths.tolist()])
+
 # -----------------------------------------------------------------------------
 # difficulty weights
 
 @pytest.mark.parametrize("kind, want", [("none", [1, 1, 1]), ("exp", [2.718281828, 1.648721271, 1]),
-                                        ("power", [1.05, 0.55, 0.05]), ("log", [3.912023005, 0.653926467, 0])])
+                                        ("power", [1.05, 0.55, 0.05]), ("log", [3.912023005, 0.653926467, 0]),
+                                        ("log-original", [3.912023005, 0.653926467, -0.019802627])])
 def test_difficulty_values(kind, want):
     """Bug: other constants than the paper's; the easy prompts up instead of the hard ones."""
     accuracy = tensor([[0, 0], [0.25, 0.75], [1, 1]])                               # group means 0, 0.5, 1
@@ -105,7 +144,17 @@ def test_difficulty_values(kind, want):
 def test_difficulty_never_negative(kind):
     """Bug: -log(0.02 + m) is negative above m = 0.98, and the prompts that are solved get unlearned."""
     weights = grpo.difficulty_weights(torch.linspace(0, 1, 1001)[:, None].expand(-1, 4), kind)
-    assert (weights >= 0).all() and (weights.diff() <= 0).all() and weights[0] >= 1
+    assert (weights.diff() <= 0).all() and weights[0] >= 1
+    assert (weights >= 0).all() or kind == "log-original" and (weights < 0).sum() == 20    # asked for: m = 0.981 ... 1
+
+def test_difficulty_against_the_formulas():
+    """Each weight on random groups, as the paper's code writes it (miou_weight = 1)."""
+    accuracy = torch.rand(50, 8) ** 2
+    for kind, phi in {"exp": lambda m: math.e ** (1 - m), "power": lambda m: (1.05 - m) ** 1, "log": lambda m: max(0, -math.log(0.02 + m)),
+                      "log-original": lambda m: -math.log(0.02 + m), "none": lambda m: 1}.items():
+        want = tensor([phi(sum(row) / 8) for row in accuracy.tolist()])
+        close(grpo.difficulty_weights(accuracy, kind), want)
+        close(grpo.difficulty_weights(accuracy, kind, normalize=True), want * 50 / want.sum())
 
 @pytest.mark.parametrize("kind", list(grpo.WEIGHTS))
 def test_difficulty_normalized(kind):
@@ -178,6 +227,49 @@ def test_on_policy_gradient_equals_reinforce(kind, old_is):
         by_hand = by_hand - advantages[b] * logprobs[b, :n].sum() / n / 4
     close(grad(loss, W), grad(by_hand, W))
 
+def loss_of(kind, ratios, A, low=LOW, high=HIGH):
+    """One row -> its per-token losses, and d (their sum) / d logprobs."""
+    logprobs, old = at_ratio([ratios])
+    per_token = grpo.policy_loss(logprobs, old, tensor([A]), torch.ones(1, len(ratios), dtype=bool), low, high, kind)
+    return per_token[0], grad(per_token.sum(), logprobs)[0]
+
+def test_dual_clip():
+    """Bug: the ceiling where A > 0 too, or none: at ratio 9, A = -2, PPO's loss is 18 and grows without bound."""
+    value, gradient = loss_of("dual-clip", [0.5, 1, 2.9, 3.1, 9], -2)
+    close(value, [1.6, 2, 5.8, 6, 6])                                               # -A max(ratio, 0.8), at most -3 A
+    close(gradient, [0, 2, 5.8, 0, 0])
+    value, gradient = loss_of("dual-clip", [0.5, 1, 2.9, 9], 2)
+    close(value, [-1, -2, -2.56, -2.56])
+    close(gradient, [-1, -2, 0, 0])
+
+def test_gspo():
+    """Bug: the arithmetic mean of the ratios, a token's own ratio, or padding in the mean. Ratios 2 and 0.5: the answer's is 1."""
+    value, gradient = loss_of("gspo", [2, 0.5], 3, 3e-4, 4e-4)
+    close(value, [-3, -3])
+    close(gradient, [-3, -3])                                                       # of two tokens: each has half of each
+    value, gradient = loss_of("gspo", [2, 0.505], 3, 3e-4, 4e-4)                    # (1.01)^(1/2) > 1.0004: the whole answer stops
+    close(value, [-3 * 1.0004] * 2)
+    assert (gradient == 0).all()
+    logprobs, old = at_ratio([[2, 0.5, 7, 7]])
+    mask = lengths_mask([2], 4)
+    close(grpo.policy_loss(logprobs, old, tensor([3]), mask, 3e-4, 4e-4, "gspo"), [[-3, -3, 0, 0]])
+
+def test_cispo():
+    """Bug: a gradient through the weight (then it is PPO without its min), or a clip that stops a token."""
+    value, gradient = loss_of("cispo", [0.1, 1, 1.2, 5], 2)
+    close(gradient, [-0.2, -2, -2.4, -2.56])                                        # -A min(ratio, 1.28): never 0, no lower bound
+    close(value, tensor([-0.2, -2, -2.4, -2.56]) * (tensor([0.1, 1, 1.2, 5]).log() - 1.5))
+
+def test_sapo():
+    """Bug: one temperature for both signs, or no 4: the gradient at ratio 1 is REINFORCE's and fades on both sides."""
+    sigma = lambda x: 1 / (1 + math.exp(-x))
+    value, gradient = loss_of("sapo", [1, 2, 0.5], 3)
+    close(value, [-6, -12 * sigma(1), -12 * sigma(-0.5)])
+    close(gradient, [-3, -3 * 2 * 4 * sigma(1) * sigma(-1), -3 * 0.5 * 4 * sigma(0.5) * sigma(-0.5)])
+    value, gradient = loss_of("sapo", [1, 2], -3)
+    close(value, [6 / 1.05, 12 / 1.05 * sigma(1.05)])
+    close(gradient, [3, 3 * 2 * 4 * sigma(1.05) * sigma(-1.05)])
+
 def test_reinforce_has_no_ratio():
     """Bug: a ratio or a clip creeps into plain REINFORCE."""
     logprobs, old = at_ratio([[0.1, 1.0, 9.0]])
@@ -215,6 +307,27 @@ def test_k1_gradient_is_noise():
     close(one_sample, torch.eye(5)[0] - pi.exp())
     assert expected.abs().max() < 1e-12 * one_sample.abs().max()
 
+def test_unbiased_k3_off_policy():
+    """Bug: k3's gradient without the ratio: on samples of an older policy it is neither KL's; with it, it is KL(pi || ref)'s. By enumeration."""
+    logits, pi, ref = softmaxes()
+    old = (pi + 0.7 * torch.randn(5)).detach().log_softmax(0)
+    penalty = grpo.kl_penalty(pi[None], ref[None], "k3-unbiased", old_logprobs=old[None])[0]
+    close((old.exp() * penalty).sum(), kl(pi, ref))
+    close(grad((old.exp() * penalty).sum(), logits), grad(kl(pi, ref), logits))
+    on_policy = grpo.kl_penalty(pi[None], ref[None], "k3-unbiased")[0]              # old_logprobs = None: pi itself, held fixed
+    close(on_policy, grpo.kl_penalty(pi[None], ref[None], "k3")[0])
+    close(grad((pi.exp().detach() * on_policy).sum(), logits), grad(kl(pi, ref), logits))
+
+def test_perception():
+    """Bug: a sign or a direction: PAPO wants the answer to be unlikely where the image is hidden, and its term is subtracted."""
+    seen, hidden = tensor([[-1, -1, -1, 9]]).requires_grad_(), tensor([[-1, -3, -0.5, math.nan]]).requires_grad_()
+    gain = grpo.perception(seen, hidden, lengths_mask([3], 4))
+    close(gain, [[0, math.exp(-2) + 1, math.exp(0.5) - 1.5, 0]])                    # r - log r - 1, r = pi(hidden) / pi(seen)
+    close(grad(gain.sum(), seen), [[0, 1 - math.exp(-2), 1 - math.exp(0.5), 0]])
+    close(grad(gain.sum(), hidden), [[0, math.exp(-2) - 1, math.exp(0.5) - 1, 0]])
+    pi, masked = torch.randn(6).log_softmax(0), torch.randn(6).log_softmax(0)
+    close((pi.exp() * grpo.perception(pi[None], masked[None], torch.ones(1, 6, dtype=bool))[0]).sum(), kl(pi, masked))
+
 def test_kl_values():
     """Bug: a sign or a direction: k1 and k3 estimate KL(pi || ref), k2 and k3 are never negative, and all are 0 at equality."""
     _, pi, ref = softmaxes()
@@ -235,7 +348,7 @@ def test_k3_small_differences():
 # aggregation
 
 @pytest.mark.parametrize("micro", [1, 2, 4])
-@pytest.mark.parametrize("kind", ["token", "sequence"])
+@pytest.mark.parametrize("kind", list(grpo.AGGREGATES))
 def test_microbatch_invariance(kind, micro):
     """Bug: every micro-batch divided by its own tokens (nanochat: a token of row 0 weighs .25, .125 or .083 for size 1, 2, 4)."""
     logprobs, old, ref, advantages, mask = batch((1, 3, 2, 6))
@@ -246,7 +359,7 @@ def test_microbatch_invariance(kind, micro):
         return grpo.aggregate(per_token, m, kind, denominator)
     whole = loss(slice(0, 4))
     parts = [slice(i, i + micro) for i in range(0, 4, micro)]
-    summed = sum(loss(rows, {"token": 12, "sequence": 4}[kind]) for rows in parts)
+    summed = sum(loss(rows, {"token": 12, "sequence": 4, "constant": 24}[kind]) for rows in parts)
     close(summed, whole)
     close(grad(summed, logprobs), grad(whole, logprobs))
     if kind == "token" and micro < 4:                                              # and it is a real danger with these lengths
@@ -260,9 +373,10 @@ def test_aggregate_weights():
     close(grad(grpo.aggregate(per_token, mask), per_token), dense(1 / 5, 1 / 5))
     close(grad(grpo.aggregate(per_token, mask, "sequence"), per_token), dense(1 / 3, 1 / 12))
     close(grad(grpo.aggregate(per_token, mask, "token", 30), per_token), dense(1 / 30, 1 / 30))
-    close(grad(grpo.aggregate(per_token, mask, "token", mask.sum() * 6), per_token), dense(1 / 30, 1 / 30))
+    close(grad(grpo.aggregate(per_token, mask, "constant", 30), per_token), dense(1 / 30, 1 / 30))
+    close(grad(grpo.aggregate(per_token, mask, "constant"), per_token), dense(1 / 12, 1 / 12))        # rows * T, padding or not
 
-@pytest.mark.parametrize("kind", ["token", "sequence"])
+@pytest.mark.parametrize("kind", list(grpo.AGGREGATES))
 def test_step_without_tokens(kind):
     """Bug: 0 / 0 where nothing was sampled; one such micro-batch would turn all weights into nan."""
     logprobs, old, _, advantages, mask = batch()
@@ -273,9 +387,9 @@ def test_step_without_tokens(kind):
         assert loss(nobody, denominator).item() == 0
         close(grad(loss(mask) + loss(nobody, denominator), logprobs), grad(loss(mask), logprobs))
 
-@pytest.mark.parametrize("garbage", [math.nan, math.inf, -math.inf, 1e30, -1e30])
+@pytest.mark.parametrize("garbage", [math.nan, math.inf, -1e30])
 @pytest.mark.parametrize("penalty", list(grpo.PENALTIES))
-@pytest.mark.parametrize("kind", ["token", "sequence"])
+@pytest.mark.parametrize("kind", list(grpo.AGGREGATES))
 @pytest.mark.parametrize("loss", list(grpo.LOSSES))
 def test_padding_does_not_leak(loss, kind, penalty, garbage):
     """Bug: a mask multiplied onto the result: 0 * nan = nan, in the value and, even behind a `where`, in the backward pass."""
@@ -306,7 +420,18 @@ def test_nan_in_a_real_token_is_loud():
 # -----------------------------------------------------------------------------
 # everything at once, against plain loops over Python floats
 
-def by_loops(rewards, accuracy, logprobs, old, ref, lengths, scale, weight, penalty, kind, kl_coef=0.04):
+def objective(kind, A, ratio, logprob):
+    """One token, or for GSPO one answer, of each algorithm -> -objective, its derivative by log pi."""
+    sigma = lambda x: 1 / (1 + math.exp(-x))
+    stopped = ratio > 1 + HIGH if A > 0 else ratio < 1 - LOW
+    bounded = min(max(ratio, 1 - LOW), 1 + HIGH)
+    ppo = (-A * bounded, 0) if stopped else (-A * ratio, -A * ratio)
+    tau = 1.0 if A > 0 else 1.05
+    gate, slope = 4 / tau * sigma(tau * (ratio - 1)), 4 * sigma(tau * (ratio - 1)) * (1 - sigma(tau * (ratio - 1))) * ratio
+    return {"grpo": ppo, "gspo": ppo, "dual-clip": (-3 * A, 0) if A < 0 and ratio > 3 else ppo, "reinforce": (-A * logprob, -A),
+            "cispo": (-min(ratio, 1 + HIGH) * A * logprob, -min(ratio, 1 + HIGH) * A), "sapo": (-gate * A, -slope * A)}[kind]
+
+def by_loops(rewards, accuracy, logprobs, old, ref, lengths, scale, weight, penalty, kind, kl_coef=0.04, loss_kind="grpo"):
     """The papers' formulas, literally: -> loss, d loss / d logprobs."""
     P, G, T = len(rewards), len(rewards[0]), len(logprobs[0])
     loss, gradient = 0.0, [[0.0] * T for _ in range(P * G)]
@@ -314,25 +439,27 @@ def by_loops(rewards, accuracy, logprobs, old, ref, lengths, scale, weight, pena
         mean = sum(rewards[p]) / G
         std = math.sqrt(sum((r - mean) ** 2 for r in rewards[p]) / (G - 1))
         m = sum(accuracy[p]) / G
-        phi = {"none": 1, "exp": math.exp(1 - m), "power": 1.05 - m, "log": max(0, -math.log(0.02 + m))}[weight]
+        phi = {"none": 1, "exp": math.exp(1 - m), "power": 1.05 - m, "log": max(0, -math.log(0.02 + m)),
+               "log-original": -math.log(0.02 + m)}[weight]
         for g in range(G):
             b = p * G + g
             A = (rewards[p][g] - mean) / (std + 1e-6 if scale == "std" else 1)
-            share = 1 / sum(lengths) if kind == "token" else 1 / (P * G * max(1, lengths[b]))
+            share = {"token": 1 / sum(lengths), "sequence": 1 / (P * G * max(1, lengths[b])), "constant": 1 / (P * G * T)}[kind]
+            whole = sum(logprobs[b][t] - old[b][t] for t in range(lengths[b])) / max(1, lengths[b])
             for t in range(lengths[b]):
-                ratio = math.exp(logprobs[b][t] - old[b][t])
-                stopped = ratio > 1 + HIGH if A > 0 else ratio < 1 - LOW
-                bounded = min(max(ratio, 1 - LOW), 1 + HIGH)
+                own = math.exp(logprobs[b][t] - old[b][t])
+                value, slope = objective(loss_kind, phi * A, math.exp(whole) if loss_kind == "gspo" else own, logprobs[b][t])
                 d = ref[b][t] - logprobs[b][t]
-                k, dk = {"k1": (-d, 1), "k2": (d * d / 2, -d), "k3": (math.exp(d) - d - 1, 1 - math.exp(d))}[penalty]
-                loss += share * (-phi * A * (bounded if stopped else ratio) + kl_coef * k)
-                gradient[b][t] += share * ((0 if stopped else -phi * A * ratio) + kl_coef * dk)
+                k, dk = {"k1": (-d, 1), "k2": (d * d / 2, -d), "k3": (math.exp(d) - d - 1, 1 - math.exp(d)),
+                         "k3-unbiased": (own * (math.exp(d) - d - 1), -own * d)}[penalty]
+                loss += share * (value + kl_coef * k)
+                gradient[b][t] += share * (slope + kl_coef * dk)
     return loss, gradient
 
 @pytest.mark.parametrize("scale", ["std", "none"])
 @pytest.mark.parametrize("weight", list(grpo.WEIGHTS))
 @pytest.mark.parametrize("penalty", list(grpo.PENALTIES))
-@pytest.mark.parametrize("kind", ["token", "sequence"])
+@pytest.mark.parametrize("kind", list(grpo.AGGREGATES))
 def test_against_loops(scale, weight, penalty, kind):
     """Bug: broadcasting along the wrong axis, or any difference between the pieces together and the formulas."""
     for seed in range(3):
@@ -343,11 +470,35 @@ def test_against_loops(scale, weight, penalty, kind):
         rewards, accuracy = torch.rand(P, G), torch.rand(P, G)
         advantages = grpo.group_advantages(rewards, scale) * grpo.difficulty_weights(accuracy, weight)[:, None]
         per_token = grpo.policy_loss(logprobs, old, advantages.flatten(), mask, LOW, HIGH)
-        loss = grpo.aggregate(per_token + 0.04 * grpo.kl_penalty(logprobs, ref, penalty, mask=mask), mask, kind)
+        loss = grpo.aggregate(per_token + 0.04 * grpo.kl_penalty(logprobs, ref, penalty, mask, old), mask, kind)
         lists = (x.tolist() for x in (rewards, accuracy, logprobs, old, ref))
         want, want_gradient = by_loops(*lists, lengths, scale, weight, penalty, kind)
         close(loss, want, 1e-10)
         close(grad(loss, logprobs), want_gradient, 1e-10)
+
+@pytest.mark.parametrize("kind", list(grpo.AGGREGATES))
+@pytest.mark.parametrize("loss_kind", list(grpo.LOSSES))
+def test_every_loss_against_loops(loss_kind, kind):
+    """Bug: any difference between an algorithm and its paper's formula, far off-policy (ratios from about 0.1 to 10) and padded."""
+    for seed in range(20):
+        rng = random.Random(seed)
+        lengths = [rng.randint(0, 7) for _ in range(7)] + [7]
+        logprobs, old, ref, _, mask = batch(lengths)
+        old = old + 0.7 * torch.randn_like(old) * (seed % 3)
+        rewards, accuracy = torch.rand(2, 4), torch.rand(2, 4)
+        per_token = grpo.policy_loss(logprobs, old, grpo.group_advantages(rewards).flatten(), mask, LOW, HIGH, loss_kind)
+        loss = grpo.aggregate(per_token, mask, kind)
+        lists = (x.tolist() for x in (rewards, accuracy, logprobs, old, ref))
+        want, want_gradient = by_loops(*lists, lengths, "std", "none", "k3", kind, 0, loss_kind)
+        close(loss, want, 1e-10)
+        close(grad(loss, logprobs), want_gradient, 1e-10)
+
+def test_clipfrac_is_the_losses_own():
+    """Bug: PPO's bounds counted for a loss that has others, or none."""
+    logprobs, old = at_ratio([[0.5, 1.5, 4, 1], [0.5, 1.5, 4, 1]])
+    count = lambda kind, A=(1, -1): grpo.stats(logprobs, old, torch.ones(2, 4, dtype=bool), LOW, HIGH, tensor(A), kind)["clipfrac"] * 8
+    assert [count(kind) for kind in ("grpo", "dual-clip", "gspo", "cispo", "sapo", "reinforce")] == pytest.approx([3, 4, 4, 0, 0, 0])
+    assert count("grpo", (0, -1)) == pytest.approx(1)                               # nothing to stop where A = 0
 
 def test_stats():
     """Bug: clipfrac counts tokens that are outside the bounds but on their way back; padding in the means; approx_kl reversed."""
@@ -378,11 +529,35 @@ def test_unknown_names():
 
 MUTATIONS = [
     ("unbiased = min(1, rewards.shape[1] - 1)", "unbiased = 0", lambda: test_unbiased_std()),
+    ("finished[p]] = group_advantages(rewards[p:p + 1, finished[p]], scale)[0]", "finished[p]] = group_advantages(rewards[p:p + 1], scale)[0, finished[p]]",
+     lambda: test_over_turn_statistics("std")),
+    ("finished.any(1).nonzero()", "finished.all(1).nonzero()", lambda: test_over_turn_statistics("none")),
+    ("looked.mean(1, keepdim=True)", "looked.mean()", lambda: test_curiosity()),
+    (".clamp(min=0) * looked", ".clamp(min=0)", lambda: test_curiosity()),
+    ("(cap - zooms).clamp(max=0)", "(cap - zooms)", lambda: test_curiosity()),
+    ("soft).clamp(-1, 0)", "soft).clamp(-1, 1)", lambda: test_overlong()),
+    ("limit - soft - lengths", "limit - lengths", lambda: test_overlong()),
     ("correction=unbiased) + 1e-6", "correction=unbiased) + 1e-4", lambda: test_unbiased_std()),
     ("rewards.mean(1, keepdim=True)", "rewards.mean()", lambda: test_group_order()),
     ("advantages[:, None], mask, clip_low", "advantages.flip(0)[:, None], mask, clip_low", lambda: test_group_order()),
     ("rewards = rewards - rewards[:, :1]", "rewards = rewards", lambda: test_zero_variance_groups("std", torch.float32)),
-    (".clamp(min=0)", "", lambda: test_difficulty_never_negative("log")),
+    ("(0.02 + m)).clamp(min=0)", "(0.02 + m))", lambda: test_difficulty_never_negative("log")),
+    ("1 - m)", "1 + m)", lambda: test_difficulty_against_the_formulas()),
+    ("3 * advantages.abs()", "-3 * advantages", lambda: test_dual_clip()),
+    ("3 * advantages.abs()", "9 * advantages.abs()", lambda: test_dual_clip()),
+    ("/ mask.sum(1, keepdim=True).clamp(min=1) ", "/ mask.shape[1]", lambda: test_every_loss_against_loops("gspo", "sequence")),
+    ("/ mask.sum(1, keepdim=True).clamp(min=1) ", "", lambda: test_gspo()),
+    (".clamp(max=1 + clip_high).detach()", ".clamp(max=1 + clip_high)", lambda: test_cispo()),
+    (".clamp(max=1 + clip_high).detach()", ".clamp(1 - clip_low, 1 + clip_high).detach()", lambda: test_cispo()),
+    ("torch.where(advantages > 0, 1.0, 1.05)", "1.0", lambda: test_sapo()),
+    ("return -4 / tau", "return -1 / tau", lambda: test_sapo()),
+    ("return -4 / tau", "return -4", lambda: test_every_loss_against_loops("sapo", "token")),
+    ("lambda d, ratio: ratio * (torch", "lambda d, ratio: (torch", lambda: test_unbiased_k3_off_policy()),
+    ("(logprobs if old_logprobs is None else old_logprobs).detach()", "(logprobs if old_logprobs is None else old_logprobs)",
+     lambda: test_unbiased_k3_off_policy()),
+    ("torch.where(mask, masked_logprobs, 0.0) - torch.where(mask, logprobs, 0.0)", "torch.where(mask, logprobs, 0.0) - torch.where(mask, masked_logprobs, 0.0)",
+     lambda: test_perception()),
+    ("torch.where(mask, masked_logprobs, 0.0)", "torch.where(mask, 2 * masked_logprobs - masked_logprobs.detach(), 0.0)", lambda: test_perception()),
     ("accuracy.mean(1)", "accuracy.mean().expand(len(accuracy))", lambda: test_difficulty_per_group()),
     ("weights.mean()", "weights.sum()", lambda: test_difficulty_normalized("exp")),
     ("-torch.min(", "-0 * torch.min(", lambda: test_loss_closed_form()),
@@ -394,23 +569,27 @@ MUTATIONS = [
     ("old_logprobs.detach()", "old_logprobs", lambda: test_on_policy_gradient_equals_reinforce("grpo", "the same tensor")),
     ("return -advantages * logprobs", "return -advantages * torch.exp(logprobs - old_logprobs)",
      lambda: test_reinforce_has_no_ratio()),
-    ("torch.expm1(d) - d,", "torch.expm1(-d) + d,", lambda: test_kl_gradient("k3")),
-    ("torch.expm1(d) - d,", "torch.exp(d) - 1 - d,", lambda: test_k3_small_differences()),
+    ("torch.expm1(d) - d, ", "torch.expm1(-d) + d, ", lambda: test_kl_gradient("k3")),
+    ("torch.expm1(d) - d, ", "torch.exp(d) - 1 - d, ", lambda: test_k3_small_differences()),
     ("d ** 2 / 2", "d ** 2", lambda: test_kl_gradient("k2")),
-    ('"k1": lambda d: -d', '"k1": lambda d: d', lambda: test_kl_values()),
+    ('"k1": lambda d, ratio: -d', '"k1": lambda d, ratio: d', lambda: test_kl_values()),
     ("count if denominator is None else denominator", "count", lambda: test_microbatch_invariance("token", 2)),
     ("count if denominator is None else denominator", "count", lambda: test_microbatch_invariance("sequence", 2)),
-    ("mask.sum(1).clamp(min=1)", "mask.shape[1]", lambda: test_aggregate_weights()),
-    ("mask.sum(1).clamp(min=1)", "mask.sum(1)", lambda: test_padding_does_not_leak("grpo", "sequence", "k3", math.nan)),
-    ("per_token = torch.where(mask, per_token, 0.0)\n", "per_token = per_token * mask\n",
+    ("mask.sum(1).clamp(min=1))", "mask.shape[1])", lambda: test_aggregate_weights()),
+    ("mask.sum(1).clamp(min=1))", "mask.sum(1))", lambda: test_padding_does_not_leak("grpo", "sequence", "k3", math.nan)),
+    ("[kind](torch.where(mask, per_token, 0.0), mask)", "[kind](per_token * mask, mask)",
      lambda: test_padding_does_not_leak("grpo", "token", "k3", math.nan)),
     ("    logprobs = torch.where(mask, logprobs, 0.0)\n", "",
      lambda: test_padding_does_not_leak("grpo", "token", "k3", math.nan)),
     ("    if mask is not None:", "    if False:", lambda: test_padding_does_not_leak("grpo", "token", "k3", math.inf)),
-    ("per_token = torch.where(mask, per_token, 0.0)\n", "per_token = per_token.nan_to_num() * mask\n",
+    ("[kind](torch.where(mask, per_token, 0.0), mask)", "[kind](per_token.nan_to_num() * mask, mask)",
      lambda: test_nan_in_a_real_token_is_loud()),
     ("denominator, 1)", "denominator, 0)", lambda: test_step_without_tokens("token")),
-    ("(advantages > 0) & (ratio > 1 + clip_high)", "(ratio > 1 + clip_high)", lambda: test_stats()),
+    ("(pull == 0) & (advantages[:, None] != 0) & mask", "(pull == 0) & mask", lambda: test_clipfrac_is_the_losses_own()),
+    ("(pull == 0) & (advantages[:, None] != 0) & mask", "(pull == 0) & (advantages[:, None] != 0)", lambda: test_stats()),
+    ("clip_low, clip_high, kind).sum(), leaf)", "clip_low, clip_high).sum(), leaf)", lambda: test_clipfrac_is_the_losses_own()),
+    ('"constant": lambda per_token, mask: (per_token.sum(), mask.numel())', '"constant": lambda per_token, mask: (per_token.sum(), mask.sum())',
+     lambda: test_aggregate_weights()),
 ]
 
 @pytest.mark.parametrize("old, new, test", MUTATIONS, ids=[f"{old.strip()} -> {new.strip()}" for old, new, _ in MUTATIONS])

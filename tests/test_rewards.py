@@ -471,6 +471,18 @@ def test_the_forced_last_turn_counts_like_any_other():
     assert reward_of(POINT, FAR[:4] + [forced], "vigorl-zoom")["format"] == 1
 
 # -----------------------------------------------------------------------------
+# vigorl-zoom: the conditional tool bonus (DeepEyes)
+
+def test_tool_bonus_is_for_right_answers_that_looked():
+    """Bug: paid for zooming as such: the policy zooms and guesses."""
+    right, wrong = answer("left"), answer("right")
+    reward = lambda *turns, bonus=1.2: reward_of(CHOICE, list(turns), "vigorl-zoom", tool_bonus=bonus, distinct_bonus=0)["reward"]
+    assert reward(look(9, 9), right) == pytest.approx(1 + 1.2) and reward(right) == pytest.approx(1)
+    assert reward(look(9, 9), wrong) == reward(wrong) == pytest.approx(0.4)
+    assert reward(look(9, 9, worked=False), right) == pytest.approx(0.6)            # a call that led to nothing
+    assert reward(look(9, 9), right, bonus=0) == pytest.approx(1)
+
+# -----------------------------------------------------------------------------
 # univg-r1: IoU + F
 
 BOXED = "<think>the sign</think><answer>(0,0),(100,50)</answer>"
@@ -500,6 +512,28 @@ def test_univg(text, soft, form):
     parts = reward_of(BOX, text, "univg-r1")
     assert (parts["iou"], parts["accuracy"], parts["format"]) == (pytest.approx(soft), pytest.approx(soft), form)
     assert parts["reward"] == pytest.approx(soft + form)
+
+IN_2 = sample("box", targets=[{"image": 1, "box": [0, 0, 100, 100]}], name_image=True)
+
+@pytest.mark.parametrize("said, iou, form", [
+    ("image 2: (0, 0),(100, 100)", 1, 1), (" image 2: (0, 0),(50, 100) ", 0.5, 1),
+    ("image 1: (0, 0),(100, 100)", 0, 1),                                           # Bug: a right box in the wrong image is paid
+    ("(0, 0),(100, 100)", 0, 0),                                                    # it was asked for
+    ("image two: (0, 0),(100, 100)", 0, 0), ("image 2 (0, 0),(100, 100)", 1, 0),
+    ("image 2: (0, 0),(100, 100), not image 1", 1, 0)])
+def test_the_answers_image(said, iou, form):
+    parts = reward_of(IN_2, f"<think> image 1 </think>\n<answer>{said}</answer>", "univg-r1")
+    assert (parts["iou"], parts["accuracy"], parts["format"], parts["wrong_format"]) == (iou, iou, form, 0)
+    assert is_right(IN_2, said) == (iou >= 0.5)
+
+def test_the_answers_image_among_several_targets():
+    """Bug: the box of one target in the image of another."""
+    both = sample("box", targets=[{"image": 0, "box": [0, 0, 10, 10]}, {"image": 1, "box": [50, 50, 90, 90]}], name_image=True)
+    assert [is_right(both, said) for said in ("image 2: (50, 50),(90, 90)", "image 1: (0, 0),(10, 10)", "image 1: (50, 50),(90, 90)")] == [1, 1, 0]
+    assert len(both.targets) == 2                                                   # the sample is as it was
+
+def test_without_name_image_the_format_has_none():
+    assert reward_of(BOX, "<think> so </think>\n<answer>image 1: (0, 0),(100, 100)</answer>", "univg-r1")["format"] == 0
 
 def test_univg_compares_in_source_pixels():
     """A 0-1000 answer against a gold in pixels: a gold rescaled in one place and not in another is off silently."""
