@@ -133,6 +133,7 @@ def test_an_answer_is_a_leaf_for_good():
     answered, stepped = root.children
     assert answered.closed and answered.path.answer == RIGHT and (answered.visits, answered.value) == (2, 1.0) and not answered.children
     assert len(stepped.children) == 1                                           # the rest of the budget went to the open step
+    assert all(p.answer is None for p, _ in sampler.calls)
 
 def sampler_calls(p):
     return p.steps
@@ -166,7 +167,7 @@ def test_search_ends_when_all_children_are_rejected(say):
 def test_what_was_rejected_is_tried_again():
     """Claim: `tries` rounds, each of which asks for what is still missing, and no more."""
     said = iter([None, (20, 0), (20, 5), (60, 0)])
-    (root,), sampler = search(lambda p, limit: next(said) if not p.steps else WRONG, tries=5)
+    (root,), sampler = search(lambda p, limit: next(said, (99, 0)) if not p.steps else WRONG, tries=5)
     assert [c.path.steps[-1][1] for c in root.children] == [(20, 0), (60, 0)]
     assert sum(not p.steps for p, _ in sampler.calls) == 4                      # 2, then 1, then 1
 
@@ -195,9 +196,11 @@ def spoken(monkeypatch):
     monkeypatch.setattr(zoom_rollout, "draw", draw)
     return speak
 
-def afresh(vlm, p):
-    """The logits after a path's whole conversation, computed without any cache of its own."""
-    return vlm.extend(vlm.new_cache(1), [p.episode.ids], [0], p.episode.views)[0][0]
+def kept_well(vlm, p):
+    """Are the logits those of a pass over the path's whole conversation, without any cache?"""
+    want = vlm.extend(vlm.new_cache(1), [p.episode.ids], [0], p.episode.views)[0][0]
+    sayable = want > -1e8
+    close(p.logits[sayable], want[sayable], 1e-4)
 
 def looks(x, y):
     return f"<think> It may be at ({x}, {y}). </think>\n{data.tool_call(x, y)}"
@@ -218,13 +221,13 @@ def test_zoom_steps(vlm, spoken):
     seen = [len(p.episode.ids) - len(q.episode.ids) for p, q in zip(first, (a, b, b))]                  # what was said and what was shown for it
     assert sampler.computed == prompts + sum(seen) and sampler.naive == sum(len(q.episode.ids) + n for q, n in zip((a, b, b), said))
     for p in first:
-        close(p.logits, afresh(vlm, p), 1e-4)
+        kept_well(vlm, p)
 
     spoken(vlm, looks(70, 70), looks(70, 71), looks(80, 10), looks(5, 6))
     second = sampler.step([first[0], first[2], first[0], b], [2, 3, 2, 2])       # one path twice, a root beside them
     assert [p.must_answer for p in second] == [True, False, True, False]
     for p in second:
-        close(p.logits, afresh(vlm, p), 1e-4)
+        kept_well(vlm, p)
     assert vlm.text(second[0].episode.ids).endswith(data.FORCE) and not vlm.text(second[1].episode.ids).endswith(data.FORCE)
 
     spoken(vlm, " lined </answer>", "<think> I see. </think>\n<answer> barred </answer>")
@@ -267,7 +270,7 @@ def test_single_turn_steps(models, spoken, case):
         spoken(vlm, text)
         (p,) = sampler.step([p], [limit])
         if not p.over:
-            close(p.logits, afresh(vlm, p), 1e-4)
+            kept_well(vlm, p)
     assert p.over and p.answer == answer
     assert [(t.strip(), q) for t, q in p.steps] == steps
 
@@ -303,6 +306,8 @@ def test_linearise_by_hand():
     again = train_sft.linearise(WORKED, config(direct=9, corrected=9, recovery="Hm.", repeat_prefix=True))
     assert ("corrected", [A, C, "Hm.", A, B], "good") in [(kind, points(steps), answer) for kind, steps, answer in again]
     assert [kind for kind, *_ in train_sft.linearise(WORKED, config(direct=0, corrected=1))] == ["corrected"]
+    ends = [rollout(C, answer="good", reward=1.0), rollout(D, answer="good", reward=1.0), rollout(B, answer=None, reward=0.0)]     # none is wrong: one broke off
+    assert {kind for kind, *_ in train_sft.linearise({"tree": tree_node(children=[tree_node(A, rollouts=ends)])}, config())} == {"direct"}
 
 def test_the_better_supported_chain_comes_first():
     """Claim: a step from which two of two were right comes before one of two, whichever was found first; an answer given at
