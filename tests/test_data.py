@@ -80,7 +80,7 @@ def test_find_answer():
     for s in toy("find"):
         (name, _), = objects(s).items()
         (target,) = s.targets
-        assert s.meta["name_image"] and target["box"] == data.object_box(objects(s, target["image"])[name])
+        assert s.meta.get("name_image") and target["box"] == data.object_box(objects(s, target["image"])[name])
         assert [name in objects(s, k) for k in range(1, len(s.images))].count(True) == 1
 
 def test_video_answer():
