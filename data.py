@@ -170,7 +170,8 @@ def ask_video(rng, new_scene):
     drift = {}
     def move(o, side):
         step = drift.setdefault(o["name"], [rng.choice((-1, 1)) * rng.randint(side // 14, side // 6) for _ in "xy"])
-        return {**o, "center": [min(max(c + d, o["radius"] + 4), side - o["radius"] - 4) for c, d in zip(o["center"], step)]}
+        step[:] = [d if o["radius"] + 4 <= c + d <= side - o["radius"] - 4 else -d for c, d in zip(o["center"], step)]     # off the wall
+        return {**o, "center": [c + d for c, d in zip(o["center"], step)]}
     frames = [new_scene()]
     while len(frames) < 3:
         frames.append(new_scene(made={"side": frames[-1]["side"], "objects": [move(o, frames[-1]["side"]) for o in frames[-1]["objects"]]}))

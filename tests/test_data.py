@@ -80,7 +80,7 @@ def test_find_answer():
     for s in toy("find"):
         (name, _), = objects(s).items()
         (target,) = s.targets
-        assert s.meta["name_image"] and target["box"] == data.object_box(objects(s, target["image"])[name])
+        assert s.meta.get("name_image") and target["box"] == data.object_box(objects(s, target["image"])[name])
         assert [name in objects(s, k) for k in range(1, len(s.images))].count(True) == 1
 
 def test_video_answer():
@@ -410,12 +410,16 @@ MUTATIONS = [
     ("(x, y), r = o[\"center\"], o[\"radius\"]", "(y, x), r = o[\"center\"], o[\"radius\"]", test_point_answer, {}),
     ("words[gap > 0]", "words[gap < 0]", test_relation_answer, {}),
     ("(i == target) == (name in names)", "i != target or name in names", test_boxes_answer, {}),
-    ('"image": target, "box"', '"image": 1, "box"', test_boxes_answer, {}),
+    ('targets=[{"image": target, "box": object_box(o)}])\n\n\ndef ask_find', 'targets=[{"image": 1, "box": object_box(o)}])\n\n\ndef ask_find', test_boxes_answer, {}),
     ("rng.sample(NAMES, n) if alike", "[rng.choice(NAMES) for _ in range(n)] if alike", test_scenes, {}),
     ("for c in rng.sample(list(COLORS), n)]", "for c in rng.choices(list(COLORS), k=n)]", test_scenes, {}),
     ("(1.1 * (r + o[\"radius\"])) ** 2", "r * o[\"radius\"]", test_scenes, {}),
     ('"triangle": (1, 0.9,', '"triangle": (1, 1,', test_object_boxes_fit, {}),
-    ("**DIFFICULTY[difficulty]", "**DIFFICULTY['medium']", test_difficulty, {}),
+    ('object_box(o)}])\n\n\n# how', 'object_box(frames[0]["objects"][0])}])\n\n\n# how', test_video_answer, {}),
+    ("-d for c, d in zip", "0 for c, d in zip", test_video_answer, {}),
+    ('"meta": {"name_image": True}}', '"meta": {}}', test_find_answer, {}),
+    ("rng.choice(list(DIFFICULTY))", "list(DIFFICULTY)[0]", test_mixed_difficulty, {}),
+    ("**DIFFICULTY[level]", "**DIFFICULTY['medium']", test_difficulty, {}),
     ('== (split == "test")', "or True", test_splits_share_no_scene, dict(task="point")),
     ("            if (i == target) == (name in names):", "            if i == target:\n                scene['objects'][0]['name'] = name\n"
      "            if i == target or name not in names:", test_splits_share_no_scene, dict(task="boxes")),

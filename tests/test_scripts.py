@@ -179,7 +179,7 @@ def test_every_toy_task(script, task):
     summary, rows = read("runs/a/summary.json"), read("runs/a/metrics.jsonl")
     assert len(rows) == 2 and all(r["accuracy"] > 0 and r["grad_norm"] > 0 and r["kl_samp_max"] < 1e-3 for r in rows)
     assert summary["chance"] == {"search": 0.25, "relation": 0.5}.get(task, 0.0)
-    assert ("accuracy_no_zoom" in summary) == (task == "search") and ("iou" in rows[0]) == (task == "boxes")
+    assert ("accuracy_no_zoom" in summary) == (task == "search") and ("iou" in rows[0]) == (data.RECIPES[task] == "univg-r1")
     assert read("runs/a/config.json")["recipe"] == data.RECIPES[task] and "held-out accuracy" in out
 
 def test_own_data(files, script):
