@@ -10,12 +10,15 @@ Shapes:  B rows (episodes)   T tokens   D width   V vocabulary   S cache slots  
 """
 import argparse, dataclasses, inspect, json, math, os, re, shutil, sys, typing
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch.nn.attention.bias import causal_lower_right
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -159,6 +162,30 @@ class KVCache:
         return new.seated(self.prompts if len(used) == len(self.prompts.lengths) else self.prompts.rows(used), group)
 
 
+class Packed:
+    """Episodes to train on, as one row without padding: a group's prompt once, its continuations behind it, then the next group.
+    All of a layer works token by token and does not mind; attention alone must know which tokens see which.
+
+    groups: [(tokens of the prompt, [tokens of each continuation])]. An episode by itself is all prompt: (its tokens, [])."""
+
+    def __init__(self, groups):
+        self.groups, self.sizes = groups, [n for prompt, tails in groups for n in (prompt, sum(tails))]
+
+    def attend(self, layer, q, k, v):
+        """q (1, N, H, D), k, v (1, N, heads, D) -> (1, N, H, D). A prompt sees itself, a continuation sees the prompt and itself."""
+        out, parts = [], zip(*(x[0].split(self.sizes) for x in (q, k, v)))
+        for prompt, tails in self.groups:
+            q, k, v = (x[None].transpose(1, 2) for x in next(parts))       # (1, heads, S, D)
+            out.append(F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)[0].transpose(0, 1))
+            behind = next(parts)
+            if tails:
+                q, own_k, own_v = (pad_sequence(x.split(tails), batch_first=True).transpose(1, 2) for x in behind)     # (G, heads, T, D)
+                k, v = (torch.cat([x.expand(len(tails), -1, -1, -1), own], 2) for x, own in ((k, own_k), (v, own_v)))  # (G, heads, S + T, D)
+                x = F.scaled_dot_product_attention(q, k, v, causal_lower_right(q.shape[2], k.shape[2]), enable_gqa=True).transpose(1, 2)
+                out += [row[:n] for row, n in zip(x, tails)]               # the padding goes
+        return torch.cat(out)[None]
+
+
 def mrope(ids, grids, image_token, start=0, merge=2):
     """Multimodal rotary positions (Qwen2-VL, arXiv 2409.12191, section 2.1): a text token at p has (p, p, p); the patches
     of an image that begins at p have (p, p + row, p + column); text goes on after the largest position used.
@@ -205,6 +232,7 @@ class VLM:
         self.axis = axis.to(self.device)
         self.factor = processor.patch_size * processor.merge_size          # fed sides are multiples of this
         self.max_pixels, self._text_ids = spec.max_pixels, {}
+        self.recompute = False                                             # layers in the backward pass: gradient checkpointing
         self.model.requires_grad_(True)
         self.model.model.visual.requires_grad_(False)                      # tower and merger, as in both papers
 
@@ -298,8 +326,9 @@ class VLM:
         # Each of the D / 2 frequencies turns with one of a token's three positions.
         angle = positions.float()[self.axis].permute(1, 2, 0)[:, :, None] * lm.rotary_emb.inv_freq        # (B, T, 1, D / 2)
         rope = angle.cos().to(h.dtype), angle.sin().to(h.dtype)
+        run = partial(checkpoint, self.layer, use_reentrant=False) if self.recompute and torch.is_grad_enabled() else self.layer
         for i, layer in enumerate(lm.layers):
-            h = self.layer(i, layer, h, rope, cache)
+            h = run(i, layer, h, rope, cache)
             if views and i < len(views[0].deep):                           # Qwen3-VL: deeper vision features join early layers
                 h = h + torch.zeros_like(h).masked_scatter(at[..., None], torch.cat([v.deep[i] for v in views]).to(h.dtype))
         return F.rms_norm(h, h.shape[-1:], lm.norm.weight, lm.norm.variance_epsilon)
@@ -370,24 +399,55 @@ class VLM:
     def new_cache(self, rows):
         return KVCache(len(self.model.model.language_model.layers), rows, self.device)
 
-    def logprobs(self, episodes, temperature=1.0, chunk=4096):
+    def shared(self, episodes):
+        """Which episodes continue the same prompt (the ids before anything was sampled, with the very same views)?
+        -> [(tokens of the prompt, the indices of its episodes)]; an episode that shares with no other is all prompt."""
+        groups = {}
+        for b, e in enumerate(episodes):
+            n = e.sampled.index(True) if True in e.sampled else len(e.ids)
+            views = e.views[:e.ids[:n].count(self.vision_start)]
+            groups.setdefault((tuple(e.ids[:n]), *map(id, views)), []).append(b)
+        return [(len(key[0]) if len(members) > 1 else len(episodes[members[0]].ids), members) for key, members in groups.items()]
+
+    def micro_batches(self, episodes, tokens=16384):
+        """Split into parts of at most `tokens` tokens as logprobs packs them, groups together; an episode that is longer is a part
+        by itself. A memory knob: gradients do not change."""
+        parts, room = [], 0
+        for n, members in self.shared(episodes):
+            prompt = n                                                     # to be paid by its first episode in a part
+            for b in members:
+                tail = len(episodes[b].ids) - n
+                if not parts or prompt + tail > room:
+                    parts, room, prompt = parts + [[]], tokens, n
+                parts[-1].append(episodes[b])
+                room, prompt = room - prompt - tail, 0
+        return parts
+
+    def logprobs(self, episodes, temperature=1.0, chunk=1024, share=True):
         """The trainer's log-probabilities of what was sampled, in one pass over whole episodes.
 
         -> logprobs (B, T), entropy (B, T), mask (B, T): at [b, t] for token t of episode b, zero and False where the
-        policy did not choose the token. Only sampled positions meet the vocabulary, `chunk` at a time and recomputed in
-        the backward pass: the full logits of one ViGoRL step would be hundreds of gigabytes."""
-        B, T = len(episodes), max(len(e.ids) for e in episodes)
-        views = [v for e in episodes for v in e.views]
-        self.encode(views)
-        ids, mask = torch.zeros(B, T, dtype=torch.long), torch.zeros(B, T, dtype=torch.bool)
-        positions = torch.zeros(3, B, T, dtype=torch.long)
-        for b, e in enumerate(episodes):
-            n = len(e.ids)
-            ids[b, :n], mask[b, :n] = torch.tensor(e.ids), torch.tensor(e.sampled)
-            positions[:, b, :n] = mrope(e.ids, [v.grid for v in e.views], self.image_token)[0]
-        ids, mask, positions = ids.to(self.device), mask.to(self.device), positions.to(self.device)
-        h = self.forward(ids, positions, views)                            # (B, T, D)
-        h, target = h[:, :-1][mask[:, 1:]], ids[:, 1:][mask[:, 1:]]        # (M, D), (M,): token t is predicted at t - 1
+        policy did not choose the token. A prompt that several episodes continue is computed once (`Packed`); share=False computes
+        every episode by itself, to the same result. Only sampled positions meet the vocabulary, `chunk` at a time and recomputed
+        in the backward pass: the full logits of one ViGoRL step would be hundreds of gigabytes."""
+        self.encode([v for e in episodes for v in e.views])
+        ids, positions, views, groups, before = [], [], [], [], {}         # before[b]: where the tokens stand that predict b's sampled ones
+        for n, members in self.shared(episodes) if share else [(len(e.ids), [b]) for b, e in enumerate(episodes)]:
+            first, start = episodes[members[0]], len(ids)
+            seen = first.ids[:n].count(self.vision_start)                  # views of the prompt
+            groups.append((n, [len(episodes[b].ids) - n for b in members] if len(members) > 1 else []))
+            for b in members:
+                e = episodes[b]
+                p = mrope(e.ids, [v.grid for v in e.views], self.image_token)[0]
+                if b == members[0]:
+                    ids, views, positions = ids + e.ids[:n], views + e.views[:seen], positions + [p[:, :n]]
+                shift = len(ids) - n                                       # of what lies behind the prompt
+                before[b] = [t - 1 + (start if t <= n else shift) for t, on in enumerate(e.sampled) if on]
+                ids, views, positions = ids + e.ids[n:], views + e.views[seen:], positions + [p[:, n:]]
+        h = self.forward(torch.tensor([ids], device=self.device), torch.cat(positions, 1)[:, None].to(self.device), views, Packed(groups))
+        mask = pad_sequence([torch.tensor(e.sampled) for e in episodes], batch_first=True).to(self.device)              # (B, T)
+        h = h[0, torch.tensor([t for b in range(len(episodes)) for t in before[b]], dtype=torch.long, device=self.device)]      # (M, D)
+        target = torch.tensor([t for e in episodes for t, on in zip(e.ids, e.sampled) if on], dtype=torch.long, device=self.device)   # (M,)
 
         def head(h, target):
             logp = F.log_softmax(self.logits(h) / temperature, -1)                                        # (m, V)
@@ -395,9 +455,7 @@ class VLM:
 
         out = [checkpoint(head, a, b, use_reentrant=False) if torch.is_grad_enabled() else head(a, b)
                for a, b in zip(h.split(chunk), target.split(chunk))]
-        dense = lambda values: torch.zeros(B, T, device=self.device).masked_scatter(mask, torch.cat(values))
-        if not out:
-            return torch.zeros(B, T, device=self.device) + 0 * h.sum(), torch.zeros(B, T, device=self.device), mask
+        dense = lambda values: torch.zeros(mask.shape, device=self.device).masked_scatter(mask, torch.cat(values))
         return dense([o[0] for o in out]), dense([o[1].detach() for o in out]), mask
 
     def parameters(self):

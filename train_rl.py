@@ -120,7 +120,7 @@ def train_step(vlm, ref, optimizer, samples, cfg, step):
     for m in range(cfg.num_minibatches):
         batch = learn[m::cfg.num_minibatches]
         count = sum(sum(e.sampled) for e in batch) if cfg.aggregate == "token" else len(batch)          # of the whole minibatch
-        for part in train_sft.micro_batches(batch, cfg.micro_tokens):
+        for part in vlm.micro_batches(batch, cfg.micro_tokens):
             logprobs, entropy, mask = vlm.logprobs(part, cfg.temperature)                               # (B, T) each
             # The ratio's denominator is the sampler's own log-probability: it is the distribution that was sampled from.
             old = torch.zeros_like(logprobs)

@@ -118,7 +118,7 @@ def finetune(vlm, episodes, lr, epochs=1, batch=8, seed=0, progress=True):
             chosen = [episodes[j] for j in order[i:i + batch]]
             tokens = sum(sum(e.sampled) for e in chosen)
             loss = 0.0
-            for part in micro_batches(chosen):
+            for part in vlm.micro_batches(chosen):
                 logprobs, _, _ = vlm.logprobs(part)
                 (-logprobs.sum() / tokens).backward()                      # tokens of the whole batch: micro-batches add up
                 loss -= logprobs.sum().item() / tokens
@@ -130,19 +130,9 @@ def finetune(vlm, episodes, lr, epochs=1, batch=8, seed=0, progress=True):
     return losses
 
 
-def micro_batches(episodes, tokens=16384):
-    """Split into parts of at most `tokens` padded tokens, similar lengths together. A memory knob: gradients do not change."""
-    parts = []
-    for e in sorted(episodes, key=lambda e: len(e.ids)):
-        if not parts or (len(parts[-1]) + 1) * len(e.ids) > tokens:
-            parts.append([])
-        parts[-1].append(e)
-    return parts
-
-
 @torch.no_grad()
 def held_out_loss(vlm, episodes):
-    parts = [vlm.logprobs(part) for part in micro_batches(episodes)]
+    parts = [vlm.logprobs(part) for part in vlm.micro_batches(episodes)]
     return -sum(p[0].sum().item() for p in parts) / sum(p[2].sum().item() for p in parts)
 
 
