@@ -423,6 +423,24 @@ class VLM:
                 room, prompt = room - prompt - tail, 0
         return parts
 
+    def pack(self, episodes, groups):
+        """groups: see `shared` -> ids (1, N), positions (3, 1, N), views, all in the order of a `Packed` row; its groups; and for the
+        M sampled tokens, episode by episode, where each stands in the row and where the token stands that predicts it (M,)."""
+        ids, positions, views, sizes, at = [], [], [], [], {}
+        for n, members in groups:
+            prompt, seen = len(ids), episodes[members[0]].ids[:n].count(self.vision_start)                # where it begins, its views
+            sizes.append((n, [len(episodes[b].ids) - n for b in members] if len(members) > 1 else []))
+            for b in members:
+                e = episodes[b]
+                p = mrope(e.ids, [v.grid for v in e.views], self.image_token)[0]
+                if b == members[0]:
+                    ids, views, positions = ids + e.ids[:n], views + e.views[:seen], positions + [p[:, :n]]
+                where = [*range(prompt, prompt + n), *range(len(ids), len(ids) + len(e.ids) - n)]         # of this episode's tokens
+                at[b] = [(where[t], where[t - 1]) for t, on in enumerate(e.sampled) if on]
+                ids, views, positions = ids + e.ids[n:], views + e.views[seen:], positions + [p[:, n:]]
+        target, before = torch.tensor([pair for b in range(len(episodes)) for pair in at[b]], dtype=torch.long).view(-1, 2).T
+        return torch.tensor([ids]), torch.cat(positions, 1)[:, None], views, sizes, target, before
+
     def logprobs(self, episodes, temperature=1.0, chunk=1024, share=True):
         """The trainer's log-probabilities of what was sampled, in one pass over whole episodes.
 
@@ -431,23 +449,11 @@ class VLM:
         every episode by itself, to the same result. Only sampled positions meet the vocabulary, `chunk` at a time and recomputed
         in the backward pass: the full logits of one ViGoRL step would be hundreds of gigabytes."""
         self.encode([v for e in episodes for v in e.views])
-        ids, positions, views, groups, before = [], [], [], [], {}         # before[b]: where the tokens stand that predict b's sampled ones
-        for n, members in self.shared(episodes) if share else [(len(e.ids), [b]) for b, e in enumerate(episodes)]:
-            first, start = episodes[members[0]], len(ids)
-            seen = first.ids[:n].count(self.vision_start)                  # views of the prompt
-            groups.append((n, [len(episodes[b].ids) - n for b in members] if len(members) > 1 else []))
-            for b in members:
-                e = episodes[b]
-                p = mrope(e.ids, [v.grid for v in e.views], self.image_token)[0]
-                if b == members[0]:
-                    ids, views, positions = ids + e.ids[:n], views + e.views[:seen], positions + [p[:, :n]]
-                shift = len(ids) - n                                       # of what lies behind the prompt
-                before[b] = [t - 1 + (start if t <= n else shift) for t, on in enumerate(e.sampled) if on]
-                ids, views, positions = ids + e.ids[n:], views + e.views[seen:], positions + [p[:, n:]]
-        h = self.forward(torch.tensor([ids], device=self.device), torch.cat(positions, 1)[:, None].to(self.device), views, Packed(groups))
+        alone = [(len(e.ids), [b]) for b, e in enumerate(episodes)]
+        ids, positions, views, groups, target, before = self.pack(episodes, self.shared(episodes) if share else alone)
+        h = self.forward(ids.to(self.device), positions.to(self.device), views, Packed(groups))[0]        # (N, D)
         mask = pad_sequence([torch.tensor(e.sampled) for e in episodes], batch_first=True).to(self.device)              # (B, T)
-        h = h[0, torch.tensor([t for b in range(len(episodes)) for t in before[b]], dtype=torch.long, device=self.device)]      # (M, D)
-        target = torch.tensor([t for e in episodes for t, on in zip(e.ids, e.sampled) if on], dtype=torch.long, device=self.device)   # (M,)
+        h, target = h[before.to(self.device)], ids[0, target].to(self.device)                            # (M, D), (M,)
 
         def head(h, target):
             logp = F.log_softmax(self.logits(h) / temperature, -1)                                        # (m, V)

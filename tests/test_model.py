@@ -461,7 +461,7 @@ MUTATIONS = [
     ("self.image_token, starts[b])", "self.image_token, int(cache.lengths[b]))", test_cached_equals_one_shot, {}),
     ("(n - 1).clamp(min=0)", "-1", test_cached_equals_one_shot, {}),
     ("[:, :, :old.shape[2]] = old", "[:, :, 1:old.shape[2]] = old[:, :, 1:]", test_cached_equals_one_shot, {}),
-    ("[mask[:, 1:]], ids[:, 1:]", "[mask[:, :-1]], ids[:, 1:]", test_padded_batch_equals_singletons, {}),
+    ("where[t - 1])", "where[t])", test_padded_batch_equals_singletons, {}),
     ("self.logits(h) / temperature", "self.logits(h)", test_logprobs_gradient, dict(chunk=3)),
     ("torch.cat(values))", "torch.cat([values[0].detach(), *values[1:]]))", test_logprobs_gradient, dict(chunk=3)),
     ("-(logp.exp() * logp).sum(-1)", "-logp.sum(-1)", test_entropy, {}),
