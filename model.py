@@ -494,22 +494,31 @@ def load(name, device="auto", dtype="auto", max_pixels=0, quiet=False):
     if name in MODELS:
         folder, spec = None, MODELS[name]
     elif folder and os.path.exists(os.path.join(folder, "vlm.json")):
-        card = json.load(open(os.path.join(folder, "vlm.json")))
+        card = card_of(folder)
         name, spec = card["name"], Spec(**{k.name: card[k.name] for k in dataclasses.fields(Spec)} | {"path": folder})
     elif folder:
         fail(f"{folder} is no checkpoint of this project: it has no vlm.json")
     else:
         fail(f"unknown model {name!r}; expected one of {', '.join(MODELS)} or a checkpoint folder")
     device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+        fail(f"unknown device {device!r}; expected cpu, cuda or cuda:N")
+    if device != "cpu" and not torch.cuda.is_available():
+        fail(f"device {device}: torch sees no CUDA GPU here")
     asked = dtype != "auto"
     dtype = (torch.bfloat16 if device.startswith("cuda") and name != "tiny" else torch.float32) if dtype == "auto" else getattr(torch, dtype)
     try:
-        model = transformers.AutoModelForImageTextToText.from_pretrained(spec.path, dtype=dtype, attn_implementation="sdpa").to(device)
+        model, info = transformers.AutoModelForImageTextToText.from_pretrained(spec.path, dtype=dtype, attn_implementation="sdpa", output_loading_info=True)
+        if info["missing_keys"]:                                           # they would be drawn at random, in silence
+            raise ValueError(f"the file has no weights {', '.join(sorted(info['missing_keys']))}")
+        model = model.to(device)
         tokenizer = transformers.AutoTokenizer.from_pretrained(spec.path)
         processor = Qwen2VLImageProcessorPil.from_pretrained(spec.path)
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as e:
         fail(f"cannot load {name} from {spec.path}: {' '.join(str(e).split())[:300]}"
              + ("" if os.path.isdir(spec.path) else "; its weights come from the Hugging Face hub, which needs a network or a filled cache (HF_HOME)"))
+    for p in model.parameters():                                           # out of the file's mapped pages, where a matrix may begin at
+        p.data = p.data.clone()                                            # any byte, which shows in the last bit of CPU products
     vlm = VLM(model, tokenizer, processor, name, dataclasses.replace(spec, max_pixels=max_pixels or spec.max_pixels))
     if not quiet:
         why = ("asked for" if asked else "the GPU's tensor cores want it" if dtype == torch.bfloat16 else "bf16 is slower on most CPUs"
@@ -520,10 +529,14 @@ def load(name, device="auto", dtype="auto", max_pixels=0, quiet=False):
     return vlm
 
 
+def card_of(folder):
+    """vlm.json of a checkpoint folder: which model this is and how it writes coordinates."""
+    return read_json(os.path.join(folder, "vlm.json"), "name", *(f.name for f in dataclasses.fields(Spec)))
+
+
 def is_tiny(name):
     """Is this name, or this checkpoint folder, the tiny model?"""
-    card = os.path.join(name, "vlm.json")
-    return name == "tiny" or os.path.exists(card) and json.load(open(card))["name"] == "tiny"
+    return name == "tiny" or os.path.exists(os.path.join(name, "vlm.json")) and card_of(name)["name"] == "tiny"
 
 
 TINY_THETA = 30.0
@@ -635,6 +648,19 @@ def fail(message):
     sys.exit(2)
 
 
+def read_json(path, *needed):
+    """A JSON object that has the needed keys; anything else ends the program with a line that says so."""
+    try:
+        with open(path, encoding="utf-8") as f:
+            obj = json.load(f)
+        missing = [k for k in needed if k not in obj]
+    except (OSError, ValueError, TypeError) as e:
+        fail(f"{path} cannot be read: {e}")
+    if missing:
+        fail(f"{path} has no {', '.join(map(repr, missing))}")
+    return obj
+
+
 def write_json(path, obj):
     """Atomic: a reader sees the old file or the new one."""
     with open(path + ".tmp", "w") as f:
@@ -653,10 +679,10 @@ def make_dir(path):
     return path
 
 
-def cli(Config, argv=None, description="", presets=None):
+def cli(Config, argv=None, description="", presets=None, positive=()):
     """A flat dataclass -> its instance from the command line. Flags are the field names with dashes; the trailing comment
     of a field is its help; a flag that no field has is an error; what differs from the default is printed.
-    presets(config) -> other defaults {field: value}, once it is known what was asked for."""
+    presets(config) -> other defaults {field: value}, once it is known what was asked for. positive: fields that must be > 0."""
     helps = dict(re.findall(r"^    (\w+):[^#\n]*# (.*)$", inspect.getsource(Config), re.M))
     parser = argparse.ArgumentParser(description=description.strip().split("\n")[0], allow_abbrev=False)
     for f in dataclasses.fields(Config):
@@ -671,6 +697,9 @@ def cli(Config, argv=None, description="", presets=None):
     if presets:
         parser.set_defaults(**presets(config))
         config = Config(**vars(parser.parse_args(argv)))
+    for name in positive:
+        if not getattr(config, name) > 0:
+            parser.error(f"--{name.replace('_', '-')} is {getattr(config, name)}; expected a value above 0")
     changed = {f.name: getattr(config, f.name) for f in dataclasses.fields(Config) if getattr(config, f.name) != f.default}
     print("settings: " + (", ".join(f"{k} = {v!r}" for k, v in changed.items()) or "all at their defaults"))
     return config

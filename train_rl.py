@@ -75,6 +75,17 @@ class Config:
 REAL = dict(num_prompts=8, blind_prompts=1, max_new_tokens=512, lr=1e-6, sft_lr=5e-6)
 
 
+POSITIVE = ("num_prompts", "group_size", "num_minibatches", "max_new_tokens", "temperature", "save_every", "sft_n", "sft_batch", "sft_epochs",
+            "eval_n", "micro_tokens")
+
+
+def presets(cfg):
+    """Defaults that depend on what was asked for: a run that is resumed keeps its settings, a real model has its own."""
+    if cfg.resume:
+        return {k: v for k, v in saved_state(os.path.join("runs", cfg.name, "checkpoint"))["config"].items() if k not in ("resume", "name")}
+    return {} if model.is_tiny(cfg.model) else REAL
+
+
 def questions(cfg, vlm, step):
     """The prompts of a step. They depend on (seed, step) only, so a resumed run asks what the unbroken one would have."""
     if not cfg.data:
@@ -188,11 +199,15 @@ def log_line(m, cfg, left):
 
 
 def main():
-    cfg = model.cli(Config, description=__doc__, presets=lambda c: {} if model.is_tiny(c.model) else REAL)
+    cfg = model.cli(Config, description=__doc__, presets=presets, positive=POSITIVE)
     began, run = time.time(), model.make_dir(os.path.join("runs", cfg.name))
     checkpoint, path = os.path.join(run, "checkpoint"), lambda name: os.path.join(run, name)
     cfg.recipe = cfg.recipe or ("vigorl-zoom" if cfg.data else data.RECIPES[cfg.task])
+    if cfg.traces and bool(cfg.data) != (cfg.traces != "oracle"):
+        model.fail("the oracle knows the toy world only: --data needs --traces FILE.jsonl, or --traces '' for none" if cfg.data else
+                   f"--traces {cfg.traces} are about the rows of a file: name it with --data FILE.jsonl")
     rows = data.read_jsonl(cfg.data, cfg.images or None) if cfg.data else []
+    data.check_images(rows)
     settings = asdict(cfg)
     state = resumable(checkpoint, settings) if cfg.resume else None
     vlm = model.load(checkpoint if cfg.resume else cfg.model, cfg.device, cfg.dtype,
@@ -202,7 +217,7 @@ def main():
     if cfg.resume:
         first, before, spent, sections = state["step"], state["before"], state["seconds"], []
         for name in ("metrics.jsonl", "episodes.jsonl"):                   # rows of steps after the checkpoint are run again
-            kept = [line for line in open(path(name)) if json.loads(line)["step"] < first]
+            kept = [line for line in open(path(name)) if line.endswith("\n") and json.loads(line)["step"] < first]       # a torn one goes too
             open(path(name), "w").writelines(kept)
     else:
         for name in ("metrics.jsonl", "episodes.jsonl"):
@@ -246,11 +261,15 @@ def main():
     finish(vlm, cfg, run, settings, held_out, before, sections, spent - began)
 
 
-def resumable(checkpoint, settings):
-    """The state of a checkpoint that was made with these settings; only --steps may differ."""
+def saved_state(checkpoint):
     if not os.path.exists(f"{checkpoint}/state.json"):
         model.fail(f"nothing to resume in {checkpoint}")
-    state = json.load(open(f"{checkpoint}/state.json"))
+    return model.read_json(f"{checkpoint}/state.json", "config", "step", "before", "seconds")
+
+
+def resumable(checkpoint, settings):
+    """The state of a checkpoint that was made with these settings; only --steps may differ."""
+    state = saved_state(checkpoint)
     differ = [f"{k} ({state['config'].get(k)!r} there, {v!r} here)" for k, v in settings.items()
               if k not in ("resume", "steps", "name") and state["config"].get(k) != v]
     if differ:

@@ -14,6 +14,7 @@ sample. `oracle` stands in for both: it knows the toy scene, and it is a bad exa
 """
 import json, math, os, random, re, time
 from dataclasses import asdict, dataclass
+from typing import Literal
 
 import torch
 from tqdm import tqdm
@@ -28,11 +29,11 @@ class Config:
     model: str = "tiny"             # a name of model.MODELS or a checkpoint folder
     name: str = "sft"               # the run: runs/NAME
     traces: str = "oracle"          # "oracle" (toy world), or a JSONL file of {"id", "turns"} for the rows of --data
-    task: str = "search"            # toy task: search, point, relation, boxes
+    task: Literal[data.TASKS] = "search"        # toy task
+    difficulty: Literal[tuple(data.DIFFICULTY)] = "medium"      # of the toy world
     data: str = ""                  # JSONL of questions instead of the toy world
     images: str = ""                # folder of the images of --data (default: the file's own)
-    recipe: str = ""                # whose prompt: vigorl-zoom, vigorl, univg-r1; empty: what suits the task
-    difficulty: str = "medium"      # of the toy world: easy, medium, hard
+    recipe: Literal["", "vigorl-zoom", "vigorl", "univg-r1"] = ""       # whose prompt; empty: what suits the task
     n: int = 1200                   # traces from the oracle
     epochs: int = 1                 # passes over the traces
     batch: int = 8                  # traces per optimizer step
@@ -373,15 +374,17 @@ def answer(vlm, questions, max_new_tokens=24):
 
 
 def main():
-    cfg = model.cli(Config, description=__doc__, presets=lambda c: {} if model.is_tiny(c.model) else {"lr": 5e-6})
+    cfg = model.cli(Config, description=__doc__, presets=lambda c: {} if model.is_tiny(c.model) else {"lr": 5e-6}, positive=("n", "epochs", "batch", "steps"))
     if cfg.pretrain:
         folder = cfg.out or model.MODELS["tiny"].path
-        model.make_dir(os.path.dirname(folder))
+        model.make_dir(os.path.dirname(os.path.abspath(folder)))
         return pretrain(folder, cfg.steps, cfg.seed)
     began, run = time.time(), model.make_dir(os.path.join("runs", cfg.name))
     rows = data.read_jsonl(cfg.data, cfg.images or None) if cfg.data else None
-    if rows and cfg.traces == "oracle":
-        model.fail("the oracle knows the toy world only: --data needs --traces FILE.jsonl")
+    if bool(rows) != (cfg.traces != "oracle"):
+        model.fail("the oracle knows the toy world only: --data needs --traces FILE.jsonl" if rows else
+                   f"--traces {cfg.traces} are about the rows of a file: name it with --data FILE.jsonl")
+    data.check_images(rows or [])
     recipe = cfg.recipe or ("vigorl-zoom" if cfg.data else data.RECIPES[cfg.task])
     vlm = model.load(cfg.model, max_pixels=cfg.max_pixels)
     model.write_json(os.path.join(run, "config.json"), asdict(cfg))
@@ -404,3 +407,5 @@ if __name__ == "__main__":
         main()
     except data.DataError as e:
         model.fail(str(e))
+    except KeyboardInterrupt:
+        model.fail("interrupted; nothing was saved")

@@ -3,8 +3,9 @@
     for s in 0 1 2; do python train_rl.py --name seed$s --seed $s; done
     python train_sft.py                                            # the policy before RL: the same traces, the same seed
     python tests/figures.py runs/seed0 runs/seed1 runs/seed2       # prints, writes .github/curve.svg and .github/episode.png
+    python tests/figures.py                                        # only puts the files' line numbers into the README
 """
-import json, os, statistics, sys, textwrap
+import json, os, re, statistics, sys, textwrap
 
 from PIL import Image, ImageDraw, ImageFont
 
@@ -75,8 +76,21 @@ def episodes(before, after, path, seed=0):
     page.save(path)
 
 
+def line_numbers():
+    """The README's numbers of lines, and of the lines at which the seven steps begin."""
+    text = lambda name: open(os.path.join(ROOT, name), encoding="utf-8").read()
+    step = lambda n: next(i for i, line in enumerate(text("train_rl.py").splitlines(), 1) if line.strip().startswith(f"# {n}. "))
+    readme = re.sub(r"^(\| `(\w+\.py)` \| [^|]+ \| )\d+ \|$", lambda m: f"{m[1]}{text(m[2]).count(chr(10))} |", text("README.md"), flags=re.M)
+    readme = re.sub(r"^((\d)\. \*\*.+?\*\* \(.*?line )\d+\)", lambda m: f"{m[1]}{step(m[2])})", readme, flags=re.M)
+    with open(os.path.join(ROOT, "README.md"), "w", encoding="utf-8") as f:
+        f.write(readme)
+
+
 def main():
+    line_numbers()
     runs = sys.argv[1:]
+    if not runs:
+        return
     summaries = [json.load(open(os.path.join(run, "summary.json"))) for run in runs]
     print(f"| | {' | '.join(map(os.path.basename, runs))} | mean | standard deviation |\n|---|{'---|' * (len(runs) + 2)}")
     for key in ("accuracy_before", "accuracy_after", "accuracy_no_zoom", "accuracy_black_crop", "zooms_per_episode", "kl_samp_max", "seconds"):

@@ -14,7 +14,7 @@ GROUND, PACKAGES = set(), {"torch", "transformers", "PIL", "numpy", "tqdm", "saf
 ARROWS = {"data": GROUND, "rewards": GROUND, "grpo": GROUND, "model": GROUND, "zoom_rollout": {"model", "data"},
           "train_sft": {"data", "rewards", "grpo", "model", "zoom_rollout"}, "evaluate": {"data", "rewards", "grpo", "model", "zoom_rollout"},
           "train_rl": {"data", "rewards", "grpo", "model", "zoom_rollout", "train_sft", "evaluate"}}
-OUTSIDE = {"data": {"PIL", "numpy"}, "rewards": set(), "grpo": {"torch"}}
+OUTSIDE = {"data": {"PIL", "numpy", "tqdm"}, "rewards": set(), "grpo": {"torch"}}
 TOP = {"README.md", "LICENSE", "requirements.txt", "tests", "checkpoints", *(f"{m}.py" for m in MODULES)}
 # what a reader puts in for the README's capitals and for a loop's variable
 STANDS_FOR = {"NAME": "screenspot", "IN": "a.json", "OUT": "b.jsonl", "DIR": "images", "FILE.jsonl": "f.jsonl", "FILE.JSONL": "f.jsonl", "$s": "0"}
@@ -123,10 +123,13 @@ def test_functions_exist():
 
 def test_the_seven_steps():
     """Claim: the README's numbers are the code's. 1 and 7 stand in main, around the call of train_step, which holds 2 to 6; each
-    step has its title, and calls the functions that the README names for it."""
-    steps = re.findall(r"^(\d)\. \*\*(.+?)\*\*:?(?: \((.*?)\))?", section("GRPO in seven steps"), re.M)
-    assert [n for n, _, _ in steps] == list("1234567")
+    step has its title and its line, and calls the functions that the README names for it."""
+    steps = re.findall(r"^(\d)\. \*\*(.+?)\*\*:?(?: \((.*?)line (\d+)\))", section("GRPO in seven steps"), re.M)
+    assert [n for n, *_ in steps] == list("1234567")
     source = text_of("train_rl.py")
+    for n, _, _, line in steps:
+        assert source.splitlines()[int(line) - 1].strip().startswith(f"# {n}. "), f"step {n}: python tests/figures.py mends the numbers"
+    steps = [step[:3] for step in steps]
     comments = re.findall(r"^ +# (\d)\. (.*)$", source, re.M)
     assert sorted(n for n, _ in comments) == list("1234567")
     for (n, title, functions), (_, comment) in zip(steps, sorted(comments)):
@@ -134,7 +137,7 @@ def test_the_seven_steps():
         code = re.split(r"^ +# \d\. ", source.split(f"# {n}. ")[1], maxsplit=1, flags=re.M)[0]
         for name in quoted(functions):
             assert callable(resolve(name)) and f"{name.split('.')[-1]}(" in code, (n, name)
-    assert sum(bool(functions) for _, _, functions in steps) == 6
+    assert sum(bool(quoted(functions)) for _, _, functions in steps) == 6
     inside = lambda f: re.findall(r"^ +# (\d)\. ", inspect.getsource(f), re.M)
     assert inside(train_rl.train_step) == list("23456") and inside(train_rl.main) == list("17")
     assert re.search(r"# 1\. .*?train_step\(.*?# 7\. ", inspect.getsource(train_rl.main), re.S)
@@ -146,8 +149,8 @@ def test_metrics(models):
     vlm, keys = models["qwen2.5"], set()
     optimizer = model.AdamW(vlm.parameters(), 1e-3)
     for task in ("search", "boxes"):
-        cfg = train_rl.Config(recipe=data.RECIPES[task], group_size=1, max_new_tokens=2, max_zooms=1)
-        metrics, _ = train_rl.train_step(vlm, None, optimizer, data.toy(task, "train", 1), cfg, 1)
+        cfg = train_rl.Config(recipe=data.RECIPES[task], group_size=1, blind_prompts=1, max_new_tokens=2, max_zooms=1)
+        metrics, _ = train_rl.train_step(vlm, None, optimizer, data.toy(task, "train", 2), cfg, 1)
         keys |= set(metrics)
     assert len(glossary) == len(set(glossary)) and set(glossary) == keys - {"step"}
 
@@ -155,7 +158,7 @@ def test_metrics(models):
 # the house
 
 def test_line_counts():
-    """Claim: the table of files has every source file once, with its number of lines."""
+    """Claim: the table of files has every source file once, with its number of lines (`python tests/figures.py` mends it)."""
     table = dict(re.findall(r"^\| `(\w+\.py)` \| [^|]+ \| (\d+) \|$", section("The files"), re.M))
     assert set(table) == {f"{m}.py" for m in MODULES}
     assert {f: int(n) for f, n in table.items()} == {f: text_of(f).count("\n") for f in table}
