@@ -8,11 +8,12 @@ every rollout of the group, every turn, the reference pass and the update.
 
 Shapes:  B rows (episodes)   T tokens   D width   V vocabulary   S cache slots   N image tokens
 """
-import argparse, dataclasses, inspect, json, math, os, re, shutil, sys, typing
+import argparse, dataclasses, inspect, json, math, os, re, shutil, sys, time, typing
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
 from safetensors import SafetensorError
@@ -479,13 +480,22 @@ class VLM:
 
 
 def replace_folder(tmp, folder):
-    """Rename tmp to folder, so that a crash leaves the old one or the new one, never half of one."""
+    """Rename tmp to folder, so that a crash leaves the old one or the new one, never half of one. Between two renames the old
+    one is called folder.old: `settle` finds it."""
     old = folder.rstrip("/") + ".old"
-    shutil.rmtree(old, ignore_errors=True)
     if os.path.exists(folder):
+        shutil.rmtree(old, ignore_errors=True)
         os.rename(folder, old)
     os.rename(tmp, folder)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def settle(folder):
+    """Before a folder is read again: if a crash came between the two renames, the old one gets its name back."""
+    old = folder.rstrip("/") + ".old"
+    if rank() == 0 and not os.path.exists(folder) and os.path.exists(old):
+        os.rename(old, folder)
+    meet()
 
 
 def load(name, device="auto", dtype="auto", max_pixels=0, quiet=False):
@@ -582,30 +592,36 @@ def make_tiny(texts, phrases, seed=0):
 # ----------------------------------------------------------------------------------------------------------------------
 class AdamW:
     """torch's AdamW on fp32 masters. A bf16 weight near 1 cannot move by less than 0.4 %: an RL step of 1e-6 would be
-    rounded away every time. The master keeps the sum; the bf16 copy follows when it has moved far enough."""
+    rounded away every time. The master keeps the sum; the bf16 copy follows when it has moved far enough. Gradients are summed
+    in fp32 too, over micro-batches and ranks. offload: masters and moments (12 bytes per parameter) live on the CPU, which
+    updates them: the gradient goes down and the weights come up once per step (as in ZeRO-Offload, arXiv 2101.06840)."""
 
-    def __init__(self, params, lr, betas=(0.9, 0.999), weight_decay=0.01, scale=None):
+    def __init__(self, params, lr, betas=(0.9, 0.999), weight_decay=0.01, scale=None, offload=False):
         self.params = list(params)
-        self.masters = [p if p.dtype == torch.float32 else p.detach().float().clone() for p in self.params]
+        home = lambda p: "cpu" if offload else p.device
+        self.masters = [p if p.dtype == torch.float32 and not offload else p.detach().to(home(p)).float().clone() for p in self.params]
+        for p in self.params:
+            p.grad_dtype = torch.float32 if p.dtype == torch.bfloat16 else p.dtype
         groups = [{"params": [m], "scale": scale(m)} for m in self.masters] if scale else [{"params": self.masters, "scale": 1.0}]
         self.opt = torch.optim.AdamW(groups, lr=lr, betas=betas, weight_decay=weight_decay, fused=True)
 
     def step(self, lr, clip=1.0):
-        """Clip the global norm, update, clear the gradients. -> the norm before clipping. A non-finite gradient is not
-        applied (the caller sees the norm and counts it)."""
-        for p, m in zip(self.params, self.masters):
-            if m is not p:
-                m.grad, p.grad = p.grad.float() if p.grad is not None else None, None
-        norm = torch.nn.utils.clip_grad_norm_(self.masters, clip).item()
+        """Add the ranks' gradients up, clip the global norm, update, clear the gradients. -> the norm before clipping. A
+        non-finite gradient is not applied (the caller sees the norm and counts it)."""
+        add_gradients(self.params)
+        norm = torch.nn.utils.clip_grad_norm_(self.params, clip).item()
         for group in self.opt.param_groups:
             group["lr"] = lr * group["scale"]
-        if norm == norm and norm != float("inf"):
+        if math.isfinite(norm):
+            for p, m in zip(self.params, self.masters):
+                m.grad = p.grad if p.grad is None else p.grad.to(m.device)
             self.opt.step()
             with torch.no_grad():
                 for p, m in zip(self.params, self.masters):
                     if m is not p:
                         p.copy_(m)
-        self.opt.zero_grad(set_to_none=True)
+        for p in self.params + self.masters:
+            p.grad = None
         return norm
 
     def tensors(self):
@@ -625,6 +641,8 @@ class AdamW:
 
 def save_checkpoint(folder, vlm, optimizer, state):
     """Everything a run needs to go on: weights, optimizer, RNG, and `state` (JSON: step, config, ...)."""
+    if rank():
+        return
     tmp = vlm.save(folder)
     save_file({k: v.contiguous() for k, v in optimizer.tensors().items()}, os.path.join(tmp, "optimizer.safetensors"))
     save_file({"torch": torch.get_rng_state()}, os.path.join(tmp, "rng.safetensors"))
@@ -640,6 +658,68 @@ def load_checkpoint(folder, optimizer):
         return json.load(open(os.path.join(folder, "state.json")))
     except (OSError, KeyError, ValueError, RuntimeError, SafetensorError) as e:
         fail(f"{folder} is no checkpoint that training can resume from: {' '.join(str(e).split())[:200]}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Ranks. `torchrun --nproc-per-node N train_rl.py` starts the same script N times; each process takes its share of the prompts.
+# The model is not wrapped, because it samples too: gradients are added up by hand, once per step, when all are there.
+
+def start_ranks():
+    """Under torchrun: join the others, each on a GPU of its own. Only rank 0 prints and writes; errors are everyone's."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        if rank():
+            sys.stdout, os.environ["TQDM_DISABLE"] = open(os.devnull, "w"), "1"
+
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def meet():
+    """No rank goes on before all are here."""
+    if world() > 1:
+        dist.barrier()
+
+
+def clock():
+    """Seconds, when the device has done what it was told."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def mine(n):
+    """This rank's slice of n things. Together the slices cover all and none overlaps."""
+    return slice(n * rank() // world(), n * (rank() + 1) // world())
+
+
+def total(*numbers, op="SUM"):
+    """Numbers added up over the ranks (or op="MAX") -> list of floats."""
+    x = torch.tensor(numbers, dtype=torch.float64, device="cuda" if world() > 1 and dist.get_backend() == "nccl" else "cpu")
+    if world() > 1:
+        dist.all_reduce(x, getattr(dist.ReduceOp, op))
+    return x.tolist()
+
+
+def ratios(metrics):
+    """{name: number or (sum, count)} -> {name: number}; sums and counts are added up over the ranks, then divided."""
+    pairs = [k for k, v in metrics.items() if isinstance(v, tuple)]
+    sums = total(*(x for k in pairs for x in metrics[k]))
+    return metrics | {k: s / n if n else 0.0 for k, s, n in zip(pairs, sums[::2], sums[1::2])}
+
+
+def add_gradients(params):
+    for p in params if world() > 1 else ():
+        if p.grad is None:                                                 # nothing to learn on this rank
+            p.grad = torch.zeros_like(p, dtype=p.grad_dtype)
+        dist.all_reduce(p.grad)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -662,16 +742,32 @@ def read_json(path, *needed):
 
 
 def write_json(path, obj):
-    """Atomic: a reader sees the old file or the new one."""
-    with open(path + ".tmp", "w") as f:
-        json.dump(obj, f, indent=1)
-    os.replace(path + ".tmp", path)
+    """Atomic: a reader sees the old file or the new one. Rank 0 writes."""
+    if rank() == 0:
+        with open(path + ".tmp", "w") as f:
+            json.dump(obj, f, indent=1)
+        os.replace(path + ".tmp", path)
+
+
+def append_rows(path, rows):
+    if rank() == 0:
+        with open(path, "a") as f:
+            f.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+def keep_rows(path, before):
+    """Cut a JSONL file down to the rows of the steps before `before`; a row torn by a crash goes too. Atomic."""
+    if rank() == 0:
+        lines = open(path).readlines() if before and os.path.exists(path) else []
+        with open(path + ".tmp", "w") as f:
+            f.writelines(line for line in lines if line.endswith("\n") and json.loads(line)["step"] < before)
+        os.replace(path + ".tmp", path)
 
 
 def make_dir(path):
     try:
         os.makedirs(path, exist_ok=True)
-        probe = os.path.join(path, ".writable")
+        probe = os.path.join(path, f".writable.{os.getpid()}")
         open(probe, "w").close()
         os.remove(probe)
     except OSError as e:

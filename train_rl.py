@@ -64,7 +64,9 @@ class Config:
     kl_coef: float = 0.0            # pull towards the warm start (ViGoRL 0.01, UniVG-R1 0.04); 0 needs no reference model
     kl: Literal["k1", "k2", "k3"] = "k3"                # see grpo.kl_penalty for the gradient each really has
 
-    micro_tokens: int = 16384       # padded tokens per forward pass: memory only, the gradient does not change
+    micro_tokens: int = 16384       # tokens per forward and backward pass: memory only, the gradient does not change
+    recompute: bool = False         # recompute each layer in the backward pass: a third more time, a fraction of the memory
+    offload: bool = False           # optimizer (masters, moments) on the CPU: 12 bytes per parameter less on the GPU
     eval_n: int = 200               # held-out questions, asked before and after, in three zoom modes
     save_every: int = 10            # steps between checkpoints
     device: str = "auto"            # cpu, cuda, cuda:1
@@ -77,6 +79,9 @@ REAL = dict(num_prompts=8, blind_prompts=1, max_new_tokens=512, lr=1e-6, sft_lr=
 
 POSITIVE = ("num_prompts", "group_size", "num_minibatches", "max_new_tokens", "temperature", "save_every", "sft_n", "sft_batch", "sft_epochs",
             "eval_n", "micro_tokens")
+
+
+PATIENCE = 5                        # steps in a row without a finite gradient, then the run stops
 
 
 def presets(cfg):
@@ -98,23 +103,28 @@ def questions(cfg, vlm, step):
 
 
 def train_step(vlm, ref, optimizer, samples, cfg, step):
-    """Steps 2 to 6 for one batch of prompts -> (metrics, episodes). `samples` is step 1, the log line step 7."""
-    began, P, G = time.time(), len(samples), cfg.group_size
+    """Steps 2 to 6 for one batch of prompts -> (metrics, episodes). `samples` is step 1, the log line step 7. Of several ranks
+    each takes its share of the prompts; what `model.total` adds up makes the gradient that of the whole step."""
+    began, G = model.clock(), cfg.group_size
 
     # 2. roll out: G episodes per prompt, all of prompt 0 first
-    blind = cfg.blind_prompts if data.STYLES[cfg.recipe] == "zoom" and P > cfg.blind_prompts else 0
-    episodes = zoom_rollout.rollout(vlm, samples[blind:], G, seed=cfg.seed * 1_000_003 + step, **rollout_options(cfg))
-    if blind:                                                             # without a zoom: to answer when told to must stay learned
-        episodes = zoom_rollout.rollout(vlm, samples[:blind], G, seed=cfg.seed * 1_000_003 + step, zoom="off", **rollout_options(cfg)) + episodes
-    rolled = time.time()
+    def roll(samples, zoom):
+        mine = model.mine(len(samples))
+        return zoom_rollout.rollout(vlm, samples[mine], G, seed=cfg.seed * 1_000_003 + step, zoom=zoom, first=mine.start,
+                                    **rollout_options(cfg)) if samples[mine] else []
+    blind = blind_prompts(cfg, len(samples))                              # without a zoom: to answer when told to must stay learned
+    unseeing, seeing = roll(samples[:blind], "off"), roll(samples[blind:], "on")
+    episodes, P = unseeing + seeing, (len(unseeing) + len(seeing)) // G
+    rolled = model.clock()
 
     # 3. reward: rules on the text and on what the calls led to
     for e in episodes:
         e.parts = rewards.score(e.sample, e.text, e.turns, cfg.recipe, e.frames, cfg.max_zooms, distinct_bonus=cfg.distinct_bonus)
     per_group = lambda part: torch.tensor([e.parts[part] for e in episodes]).view(P, G)
     reward, accuracy = per_group("reward"), per_group("accuracy")
-    if step == 0 and not (accuracy > 0).any():
-        model.fail(f"none of the {P * G} rollouts of the first step has any success, so there is nothing to reinforce (each group's "
+    rewarded = model.clock()
+    if step == 0 and not model.total(int((accuracy > 0).sum()))[0]:
+        model.fail(f"none of the {len(samples) * G} rollouts of the first step has any success, so there is nothing to reinforce (each group's "
                    f"advantages are 0). Mean format {per_group('format').mean():.2f}. Warm-start on traces (--traces), or take easier questions.")
 
     # 4. advantages: better or worse than the group's mean; hard prompts may count more
@@ -127,10 +137,10 @@ def train_step(vlm, ref, optimizer, samples, cfg, step):
     learn = [e for e in episodes if e.advantage != 0 or cfg.kl_coef > 0]
     learn = random.Random(step).sample(learn, len(learn))
     log = {"clipfrac": 0.0, "entropy": 0.0, "kl": 0.0, "kl_samp": 0.0}
-    norms, tokens, gap = [], 0, 0.0
+    norms, tokens, gap, reference = [], 0, 0.0, 0.0
     for m in range(cfg.num_minibatches):
         batch = learn[m::cfg.num_minibatches]
-        count = sum(sum(e.sampled) for e in batch) if cfg.aggregate == "token" else len(batch)          # of the whole minibatch
+        count, = model.total(sum(sum(e.sampled) for e in batch) if cfg.aggregate == "token" else len(batch))       # of the whole minibatch
         for part in vlm.micro_batches(batch, cfg.micro_tokens):
             logprobs, entropy, mask = vlm.logprobs(part, cfg.temperature)                               # (B, T) each
             # The ratio's denominator is the sampler's own log-probability: it is the distribution that was sampled from.
@@ -140,8 +150,10 @@ def train_step(vlm, ref, optimizer, samples, cfg, step):
             A = torch.tensor([e.advantage for e in part], device=logprobs.device)                       # (B,)
             per_token = grpo.policy_loss(logprobs, old, A, mask, cfg.clip_low, cfg.clip_high, cfg.loss)
             if cfg.kl_coef > 0:
+                asked = model.clock()
                 with torch.no_grad():
                     ref_logprobs = ref.logprobs(part, cfg.temperature)[0]
+                reference += model.clock() - asked
                 penalty = grpo.kl_penalty(logprobs, ref_logprobs, cfg.kl, mask)
                 per_token = per_token + cfg.kl_coef * penalty
                 log["kl"] += penalty.sum().item()
@@ -156,24 +168,31 @@ def train_step(vlm, ref, optimizer, samples, cfg, step):
             tokens += n
 
         # 6. update
-        if batch:
+        if count:
             norms.append(optimizer.step(cfg.lr * min(1, (step + 1) / 3), cfg.clip_grad))
-    done = time.time()
+    done = model.clock()
 
-    seeing = episodes[blind * G:]                                          # what is logged is about those that may zoom
-    calls = [t for e in seeing for t in e.turns if "<tool_call>" in t.text]
-    mean = lambda part: per_group(part)[blind:].mean().item()
-    return {"step": step, "reward": mean("reward"), "accuracy": mean("accuracy"), "format": mean("format"),
-            **{part: mean(part) for part in ("grounded", "distinct", "iou") if part in seeing[0].parts},
-            **({"accuracy_blind": accuracy[:blind].mean().item()} if blind else {}),
-            "length": sum(sum(e.sampled) for e in seeing) / len(seeing), "zooms": sum(t.crop is not None for t in calls) / len(seeing),
-            "valid_calls": sum(t.crop is not None for t in calls) / max(len(calls), 1),
-            "cut": sum(e.stop == "length" for e in seeing) / len(seeing),
-            "no_signal": (advantages == 0).all(1).float().mean().item(),
-            **{k: v / max(tokens, 1) for k, v in log.items()}, "kl_samp_max": gap, "grad_norm": sum(norms) / max(len(norms), 1),
-            "skipped": sum(not n < float("inf") for n in norms),
-            "roll_tokens_per_s": sum(sum(e.sampled) for e in episodes) / (rolled - began),
-            "train_tokens_per_s": sum(len(e.ids) for e in learn) / (done - rolled), "seconds": done - began}, episodes
+    calls = [t for e in seeing for t in e.turns if "<tool_call>" in t.text]      # what is logged is about those that may zoom
+    mean = lambda part, of=seeing: (sum(e.parts[part] for e in of), len(of))
+    return model.ratios({
+        "step": step, "reward": mean("reward"), "accuracy": mean("accuracy"), "format": mean("format"),
+        **{part: mean(part) for part in ("grounded", "distinct", "iou") if part in seeing[0].parts},
+        **({"accuracy_blind": mean("accuracy", unseeing)} if blind else {}),
+        "length": (sum(sum(e.sampled) for e in seeing), len(seeing)), "zooms": (sum(t.crop is not None for t in calls), len(seeing)),
+        "valid_calls": (sum(t.crop is not None for t in calls), len(calls)), "cut": (sum(e.stop == "length" for e in seeing), len(seeing)),
+        "no_signal": ((advantages == 0).all(1).sum().item(), P),
+        **{k: (v, tokens) for k, v in log.items()}, "kl_samp_max": model.total(gap, op="MAX")[0], "grad_norm": sum(norms) / max(len(norms), 1),
+        "skipped": sum(not n < float("inf") for n in norms),
+        "roll_tokens_per_s": (sum(sum(e.sampled) for e in episodes), (rolled - began) / model.world()),
+        "train_tokens_per_s": (sum(len(e.ids) for e in learn), (done - rewarded) / model.world()),
+        "share_rollout": (rolled - began, done - began), "share_reward": (rewarded - rolled, done - began),
+        "share_reference": (reference, done - began), "share_update": (done - rewarded - reference, done - began),
+        "seconds": done - began}), episodes
+
+
+def blind_prompts(cfg, prompts):
+    """How many of a step's prompts may not zoom."""
+    return cfg.blind_prompts if data.STYLES[cfg.recipe] == "zoom" and prompts > cfg.blind_prompts else 0
 
 
 def rollout_options(cfg):
@@ -194,11 +213,13 @@ def measure(vlm, cfg, samples, label):
 def log_line(m, cfg, left):
     return (f"step {m['step'] + 1:4d}/{cfg.steps} | reward {m['reward']:.3f} (acc {m['accuracy']:.2f} fmt {m['format']:.2f}) | len {m['length']:.0f} "
             f"zooms {m['zooms']:.2f} valid {m['valid_calls']:.2f} | no-signal {m['no_signal']:.0%} | clipfrac {m['clipfrac']:.3f} ent {m['entropy']:.2f} "
-            f"kl_samp {m['kl_samp']:.0e} gnorm {m['grad_norm']:.2f} | tok/s roll {m['roll_tokens_per_s']:,.0f} train {m['train_tokens_per_s']:,.0f} "
+            f"kl_samp {m['kl_samp']:.0e} gnorm {m['grad_norm']:.2f}{' SKIPPED' if m['skipped'] else ''} | roll {m['share_rollout']:.0%} "
+            f"reward {m['share_reward']:.0%} ref {m['share_reference']:.0%} update {m['share_update']:.0%} | tok/s roll {m['roll_tokens_per_s']:,.0f} train {m['train_tokens_per_s']:,.0f} "
             f"| {m['seconds']:.1f} s, {left / 60:.1f} min left")
 
 
 def main():
+    model.start_ranks()
     cfg = model.cli(Config, description=__doc__, presets=presets, positive=POSITIVE)
     began, run = time.time(), model.make_dir(os.path.join("runs", cfg.name))
     checkpoint, path = os.path.join(run, "checkpoint"), lambda name: os.path.join(run, name)
@@ -206,37 +227,42 @@ def main():
     if cfg.traces and bool(cfg.data) != (cfg.traces != "oracle"):
         model.fail("the oracle knows the toy world only: --data needs --traces FILE.jsonl, or --traces '' for none" if cfg.data else
                    f"--traces {cfg.traces} are about the rows of a file: name it with --data FILE.jsonl")
+    if (seeing := cfg.num_prompts - blind_prompts(cfg, cfg.num_prompts)) < model.world():
+        model.fail(f"{seeing} prompts that may zoom cannot be shared by {model.world()} ranks; expected --num-prompts {model.world() + cfg.blind_prompts} or more")
     rows = data.read_jsonl(cfg.data, cfg.images or None) if cfg.data else []
     data.check_images(rows)
     settings = asdict(cfg)
+    model.settle(checkpoint)
     state = resumable(checkpoint, settings) if cfg.resume else None
     vlm = model.load(checkpoint if cfg.resume else cfg.model, cfg.device, cfg.dtype,
                      cfg.max_pixels or (0 if cfg.data or model.is_tiny(cfg.model) else 448 * 448))
+    vlm.recompute = cfg.recompute
     held_out, cfg.rows = split(cfg, vlm, rows)
 
     if cfg.resume:
         first, before, spent, sections = state["step"], state["before"], state["seconds"], []
-        for name in ("metrics.jsonl", "episodes.jsonl"):                   # rows of steps after the checkpoint are run again
-            kept = [line for line in open(path(name)) if line.endswith("\n") and json.loads(line)["step"] < first]       # a torn one goes too
-            open(path(name), "w").writelines(kept)
     else:
-        for name in ("metrics.jsonl", "episodes.jsonl"):
-            open(path(name), "w").close()
         if cfg.traces:
             losses, pairs = train_sft.warm_start(vlm, data.STYLES[cfg.recipe], cfg.traces, cfg.task, rows, cfg.sft_n, cfg.sft_epochs,
                                                  cfg.sft_batch, cfg.sft_lr, cfg.difficulty, cfg.max_zooms, vlm.toy_side, cfg.seed)
             print(f"warm start: {len(pairs)} traces, loss {losses[0]:.2f} -> {losses[-1]:.2f}, {time.time() - began:.0f} s")
         shown = measure(vlm, cfg, held_out, "before RL")
         first, before, spent, sections = 0, {mode: s for mode, (s, _) in shown.items()}, 0.0, [("before RL", shown["on"][1])]
-        if cfg.kl_coef > 0:
+        if cfg.kl_coef > 0 and model.rank() == 0:
             model.replace_folder(vlm.save(path("reference")), path("reference"))
+    for name in ("metrics.jsonl", "episodes.jsonl"):                       # rows of steps after the checkpoint are run again
+        model.keep_rows(path(name), first)
     model.write_json(path("config.json"), settings)
+    model.meet()
     ref = model.load(path("reference"), cfg.device, cfg.dtype, vlm.spec.max_pixels, quiet=True) if cfg.kl_coef > 0 else None
-    optimizer = model.AdamW(vlm.parameters(), cfg.lr, weight_decay=0.0)
+    optimizer = model.AdamW(vlm.parameters(), cfg.lr, weight_decay=0.0, offload=cfg.offload)
+    save = lambda step: model.save_checkpoint(checkpoint, vlm, optimizer, {"step": step, "config": settings, "before": before,
+                                                                           "seconds": spent + time.time() - began})
     if cfg.resume:
         model.load_checkpoint(checkpoint, optimizer)
-
-    stop = []
+    else:
+        save(0)                                                            # a warm start takes long, too
+    stop, skipped, saved = [], 0, first
     signal.signal(signal.SIGINT, lambda *_: (stop.append(1), signal.signal(signal.SIGINT, signal.default_int_handler),
                                              print("\nstopping after this step; Ctrl-C again to stop at once")))
     looped = time.time()
@@ -247,15 +273,17 @@ def main():
         # 7. log
         left = (time.time() - looped) / (step + 1 - first) * (cfg.steps - step - 1)
         print(log_line(metrics, cfg, left), flush=True)
-        with open(path("metrics.jsonl"), "a") as f:
-            f.write(json.dumps(metrics) + "\n")
-        with open(path("episodes.jsonl"), "a") as f:
-            for e in (max(episodes, key=lambda e: e.parts["reward"]), min(episodes, key=lambda e: e.parts["reward"])):
-                f.write(json.dumps({"step": step, **evaluate.record(e)}) + "\n")
-        if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps or stop:
-            model.save_checkpoint(checkpoint, vlm, optimizer, {"step": step + 1, "config": settings, "before": before,
-                                                               "seconds": spent + time.time() - began})
-        if stop:
+        model.append_rows(path("metrics.jsonl"), [metrics])
+        model.append_rows(path("episodes.jsonl"), [{"step": step, **evaluate.record(pick(episodes, key=lambda e: e.parts["reward"]))} for pick in (max, min)])
+        skipped = skipped + 1 if metrics["skipped"] else 0
+        if skipped == PATIENCE:
+            model.fail(f"the gradient was not finite in {PATIENCE} steps in a row, so nothing was learned in them and nothing will be. Look at "
+                       f"{path('metrics.jsonl')}: a growing grad_norm asks for a smaller --lr, a large kl_samp for --dtype float32. "
+                       f"The checkpoint of step {saved} is as it was")
+        stopping = model.total(len(stop))[0]                               # on any rank
+        if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps or stopping:
+            save(saved := step + 1)
+        if stopping:
             print(f"stopped and saved; go on with: --name {cfg.name} --resume")
             return
     finish(vlm, cfg, run, settings, held_out, before, sections, spent - began)
@@ -289,6 +317,8 @@ def split(cfg, vlm, rows):
 def finish(vlm, cfg, run, settings, held_out, before, sections, spent):
     """Measure again, and write summary.json and report.html. spent + the time now = seconds in all."""
     after = measure(vlm, cfg, held_out, "after RL")
+    if model.rank():
+        return
     curves = [json.loads(line) for line in open(os.path.join(run, "metrics.jsonl"))]
     on = after["on"][0]
     summary = {"seconds": round(spent + time.time(), 1), "n": on["n"], "accuracy_before": before["on"]["accuracy"], "accuracy_after": on["accuracy"],

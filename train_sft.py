@@ -119,13 +119,13 @@ def finetune(vlm, episodes, lr, epochs=1, batch=8, seed=0, progress=True):
             chosen = [episodes[j] for j in order[i:i + batch]]
             tokens = sum(sum(e.sampled) for e in chosen)
             loss = 0.0
-            for part in vlm.micro_batches(chosen):
+            for part in vlm.micro_batches(chosen[model.mine(len(chosen))]):
                 logprobs, _, _ = vlm.logprobs(part)
                 (-logprobs.sum() / tokens).backward()                      # tokens of the whole batch: micro-batches add up
                 loss -= logprobs.sum().item() / tokens
             step = len(losses)
             optimizer.step(lr * min((step + 1) / (0.1 * steps + 1), 0.5 * (1 + math.cos(math.pi * step / steps))))
-            losses.append(loss)
+            losses.append(model.total(loss)[0])
             bar.update(), bar.set_postfix(loss=f"{loss:.3f}")
     bar.close()
     return losses

@@ -179,12 +179,13 @@ def replay(vlm, sample, texts, style="zoom", max_zooms=3):
 
 @torch.no_grad()
 def rollout(vlm, samples, group_size=1, *, max_zooms=3, max_new_tokens=64, temperature=1.0, seed=0, style="zoom", zoom="on",
-            crop_from="source", views=None):
+            crop_from="source", views=None, first=0):
     """group_size episodes for each sample, all in one batch.
 
     max_zooms: after so many calls (those that fail count too) the next turn opens with data.FORCE and must answer; its
     injected tokens are not trained on. zoom: "on"; "off" forces the answer in the first turn; "black" shows empty crops.
-    views: the samples' own prompt views, if already encoded. Single-turn styles ("think", "boxes") end with their first turn."""
+    views: the samples' own prompt views, if already encoded. Single-turn styles ("think", "boxes") end with their first turn.
+    first: how many samples of the same batch come before these (other ranks run them): each keeps its own random numbers."""
     limit = max_zooms if style == "zoom" and zoom != "off" else 0
     prompts = [begin(vlm, s, style, views and views[i]) for i, s in enumerate(samples)]
     if style == "zoom" and limit == 0:
@@ -196,7 +197,8 @@ def rollout(vlm, samples, group_size=1, *, max_zooms=3, max_new_tokens=64, tempe
     cache, logits, starts = cache.share(torch.tensor(share, device=vlm.device)), logits[share], [starts[p] for p in share]
     episodes = [Episode(e.sample, list(e.ids), list(e.sampled), list(e.logprobs), list(e.views), frames=e.frames)
                 for e in (prompts[p] for p in share)]
-    u = torch.rand(len(share), limit + 1, max_new_tokens, generator=torch.Generator().manual_seed(seed), dtype=torch.double).to(vlm.device)
+    u = torch.rand(first * group_size + len(share), limit + 1, max_new_tokens, generator=torch.Generator().manual_seed(seed), dtype=torch.double)
+    u = u[first * group_size:].to(vlm.device)
 
     active = list(range(len(episodes)))                                             # row b of the cache is episode active[b]
     for turn in range(limit + 1):
