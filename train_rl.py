@@ -81,6 +81,7 @@ POSITIVE = ("num_prompts", "group_size", "num_minibatches", "max_new_tokens", "t
             "eval_n", "micro_tokens")
 
 
+FREE = ("resume", "steps", "name", "save_every", "max_batch_tokens", "micro_tokens", "recompute", "offload")      # may differ from the run that is resumed
 PATIENCE = 5                        # steps in a row without a finite gradient, then the run stops
 
 
@@ -296,10 +297,10 @@ def saved_state(checkpoint):
 
 
 def resumable(checkpoint, settings):
-    """The state of a checkpoint that was made with these settings; only --steps may differ."""
+    """The state of a checkpoint that was made with these settings; only the number of steps and the memory knobs may differ."""
     state = saved_state(checkpoint)
     differ = [f"{k} ({state['config'].get(k)!r} there, {v!r} here)" for k, v in settings.items()
-              if k not in ("resume", "steps", "name") and state["config"].get(k) != v]
+              if k not in FREE and state["config"].get(k) != v]
     if differ:
         model.fail(f"{checkpoint} was made with other settings: {', '.join(differ)}")
     return state

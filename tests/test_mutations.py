@@ -365,7 +365,7 @@ MUTATIONS = [
     ("train_rl", "return rows[:n], rows[n:] or rows", "return rows[:n], rows", test_held_out_rows_are_not_trained_on, {}),
     ("train_rl", "data.toy(cfg.task, \"test\"", "data.toy(cfg.task, \"train\"", test_held_out_rows_are_not_trained_on, {}),
     ("train_rl", "if s.options else 0.0 for s in samples)", "if s.options else 1.0 for s in samples)", test_chance, {}),
-    ("train_rl", 'not in ("resume", "steps", "name")', 'not in ("resume", "steps", "name", "lr")', test_only_the_number_of_steps_may_differ, {}),
+    ("train_rl", "if k not in FREE and", 'if k not in (*FREE, "lr") and', test_only_the_number_of_steps_may_differ, {}),
     ("train_rl", "        model.load_checkpoint(checkpoint, optimizer)", "        pass", test_resume_equals_unbroken, {}),
     ("train_rl", "model.keep_rows(path(name), first)", "model.keep_rows(path(name), first + 1)", test_resume_equals_unbroken, {}),
     ("train_rl", "for step in range(first, cfg.steps)", "for step in range(cfg.steps)", test_resume_equals_unbroken, {}),

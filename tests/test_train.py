@@ -5,13 +5,15 @@ are killed. Each must give what the plain way gives. At the end MUTATIONS puts b
     python -m pytest tests/test_train.py            # seconds
     python -m pytest tests/test_train.py --slow     # and twenty SIGKILLs: minutes
 """
-import copy, random
+import copy, json, os, random, shlex, shutil, socket, subprocess, sys, time, zlib
+from unittest import mock
 
 import pytest
 import torch
 
-import data, model, zoom_rollout
-from conftest import check_mutation, close, names
+import data, model, rewards, train_rl, train_sft, zoom_rollout
+import test_scripts
+from conftest import ROOT, check_mutation, close, names
 from test_model import picture, SIZES
 from zoom_rollout import Episode
 
@@ -85,3 +87,199 @@ def test_micro_batches(vlm):
         assert all(len(part) == 1 or cost(part) <= tokens for part in parts)
         assert len(parts) == {1: 8, cost(episodes) - 1: 2, cost(episodes): 1, 10 ** 6: 1}.get(tokens, len(parts))
     assert vlm.micro_batches([], 9) == []
+
+# -----------------------------------------------------------------------------
+# ranks
+
+def on_ranks(n, job, folder):
+    """job() in n processes that torchrun might have started -> what each returned (JSON)."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = str(s.getsockname()[1])
+    children = []
+    for rank in range(n):
+        if not (pid := os.fork()):
+            status = 1
+            try:
+                os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(n), MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+                model.start_ranks()
+                with open(os.path.join(folder, f"{n}.{rank}.json"), "w") as f:
+                    json.dump(job(), f)
+                status = 0
+            finally:
+                os._exit(status)
+        children.append(pid)
+    assert [os.waitpid(pid, 0)[1] for pid in children] == [0] * n
+    return [json.load(open(os.path.join(folder, f"{n}.{rank}.json"))) for rank in range(n)]
+
+def fresh(vlm):
+    return model.VLM(copy.deepcopy(vlm.model), vlm.tokenizer, vlm.processor, vlm.name, vlm.spec)
+
+def score(sample, text, *more, real=rewards.score, **options):
+    """In the place of rewards.score: a number that the episode's own text decides."""
+    v = zlib.crc32(text.encode()) % 4 / 3
+    return {**real(sample, text, *more, **options), "reward": v, "accuracy": float(v > 0.5)}
+
+def one_step(vlm, micro_tokens=10 ** 6, prompts=5, **flags):
+    """A step of RL -> the clipped gradient (as Adam's first moment holds it), the metrics, the questions of this rank."""
+    vlm = fresh(vlm)
+    cfg = train_rl.Config(recipe="vigorl-zoom", group_size=4, blind_prompts=2, max_new_tokens=5, max_zooms=1, micro_tokens=micro_tokens, **flags)
+    optimizer = model.AdamW(vlm.parameters(), 1e-3)
+    with mock.patch.object(rewards, "score", score):
+        metrics, episodes = train_rl.train_step(vlm, vlm, optimizer, data.toy("search", "train", prompts), cfg, 3)
+    moment = torch.cat([optimizer.opt.state[m]["exp_avg"].flatten() for m in optimizer.masters])
+    return moment[::29].tolist(), metrics, [(e.sample.id, e.ids) for e in episodes]
+
+@pytest.mark.parametrize("flags", [dict(), pytest.param(dict(aggregate="sequence", kl_coef=0.1), marks=pytest.mark.slow)], ids=["token", "sequence, kl"])
+def test_ranks_and_micro_batches_change_nothing(models, tmp_path, flags):
+    """Bug: a normaliser of one rank's or one micro-batch's tokens, gradients clipped before they are added, a prompt that two ranks
+    ask, other random numbers on another rank, a metric of rank 0 alone."""
+    vlm = models["qwen2.5"]
+    (want, metrics, asked), (other, _, _) = one_step(vlm, **flags), one_step(vlm, micro_tokens=1, **flags)
+    shares = on_ranks(2, lambda: one_step(vlm, **flags), tmp_path)
+    close(torch.tensor(other), torch.tensor(want), 1e-4)
+    assert all(shares) and metrics["grad_norm"] > 1 and metrics["skipped"] == 0          # it was clipped
+    for got, same, _ in shares:
+        close(torch.tensor(got), torch.tensor(want), 1e-4)
+        for k in metrics:
+            if "_per_s" not in k and "share_" not in k and k != "seconds":
+                assert same[k] == pytest.approx(metrics[k], rel=1e-3, abs=1e-6), k
+    told = [(name, ids) for _, _, episodes in shares for name, ids in episodes]
+    assert sorted(map(repr, told)) == sorted(repr(tuple(e)) for e in asked) and len(told) == 20
+    assert all(len({name for name, _ in episodes}) in (2, 3) for _, _, episodes in shares)
+
+def test_two_ranks_fine_tune_as_one(models, tmp_path):
+    """Bug: each rank learns its half of the batch alone, or the reported loss is one rank's."""
+    vlm, rng = models["qwen2.5"], random.Random(0)
+    pairs = [(s, train_sft.oracle(vlm, s, rng)) for s in data.toy("search", "train", 5)]
+    def job():
+        own = fresh(vlm)
+        losses = train_sft.finetune(own, [zoom_rollout.replay(own, s, turns) for s, turns in pairs], 1e-4, batch=3, progress=False)
+        return losses, [p.detach().double().sum().item() for p in own.parameters()]
+    losses, sums = job()
+    for got, same in on_ranks(2, job, tmp_path):
+        assert got == pytest.approx(losses, rel=1e-4) and same == pytest.approx(sums, rel=1e-3, abs=1e-2)
+
+def torchrun(n, command, folder):
+    """`torchrun --nproc-per-node n command`"""
+    return subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n),
+                             *shlex.split(os.path.join(ROOT, command))], cwd=folder, env=test_scripts.environment(), text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+SMALL = "train_rl.py --num-prompts 4 --blind-prompts 1 --group-size 4 --max-new-tokens 40 --sft-n 16 --eval-n 4 --difficulty easy"
+
+def test_torchrun(tmp_path):
+    """Claim: `torchrun --nproc-per-node 2 train_rl.py` is one run: one line per step, one folder, whole files, two processes' work.
+    And a rank that dies ends it with its error, at once."""
+    status, out, err = test_scripts.finish(torchrun(2, f"{SMALL} --steps 2", tmp_path), timeout=300)
+    assert status == 0, err
+    run = tmp_path / "runs" / "rl"
+    assert len(test_scripts.STEP.findall(out)) == 2 and out.count("held-out accuracy") == 1 and "warm start" in out
+    assert [row["step"] for row in test_scripts.read(run / "metrics.jsonl")] == [0, 1] and (run / "summary.json").exists()
+    assert json.load(open(run / "checkpoint" / "state.json"))["step"] == 2
+    (tmp_path / "dies.py").write_text(f"""import os, sys; sys.path.insert(0, {ROOT!r})
+import grpo, train_rl
+if os.environ["RANK"] == "1":
+    def group_advantages(*_): raise RuntimeError("out of luck")
+    grpo.group_advantages = group_advantages
+train_rl.main()""")
+    began = time.time()
+    status, out, err = test_scripts.finish(torchrun(2, f"{tmp_path}/dies.py {SMALL[12:]}", tmp_path), timeout=300)
+    assert status != 0 and "out of luck" in err and not test_scripts.STEP.search(out) and time.time() - began < 200
+
+# -----------------------------------------------------------------------------
+# crashes
+
+class Crash(BaseException):
+    pass
+
+def crashing(monkeypatch, at):
+    """From now on the write number `at` happens by half, and then the process is gone."""
+    count = iter(range(10 ** 6))
+    def half(real, spoil):
+        def write(*args, **more):
+            if next(count) == at:
+                spoil(*args)
+                raise Crash
+            return real(*args, **more)
+        return write
+    def half_a_file(tensors, path, *_):
+        with open(path, "wb") as f:
+            f.write(b"half")
+    def half_a_folder(path, **_):
+        for name in sorted(os.listdir(path))[::2] if os.path.isdir(path) else ():
+            os.remove(os.path.join(path, name))
+    nothing = lambda *_, **__: None
+    monkeypatch.setattr(model, "save_file", half(model.save_file, half_a_file))
+    monkeypatch.setattr(shutil, "rmtree", half(shutil.rmtree, half_a_folder))
+    for name in ("rename", "replace"):
+        monkeypatch.setattr(os, name, half(getattr(os, name), nothing))
+    return count
+
+def test_a_checkpoint_survives_a_crash_at_any_write(models, tmp_path, monkeypatch):
+    """Bug: between two writes there is a moment in which no whole checkpoint can be found."""
+    vlm, folder = fresh(models["qwen2.5"]), str(tmp_path / "checkpoint")
+    weight, optimizer = vlm.parameters()[0], model.AdamW(vlm.parameters(), 1e-3)
+    def mark(step):
+        with torch.no_grad():
+            weight.fill_(step)
+        model.save_checkpoint(folder, vlm, optimizer, {"step": step})
+    mark(0)
+    seen = set()
+    for at in range(100):
+        with monkeypatch.context() as patch:
+            count = crashing(patch, at)
+            try:
+                mark(at + 1)
+                break                                                                  # there are no more writes than that
+            except Crash:
+                pass
+        model.settle(folder)
+        resumed = model.load(folder, quiet=True)
+        state = model.load_checkpoint(folder, model.AdamW(resumed.parameters(), 1e-3))
+        assert state["step"] in (max(seen | {0}), at + 1) and (resumed.parameters()[0] == state["step"]).all()
+        seen.add(state["step"])
+    assert at >= 6 and len(seen) >= 2 and os.listdir(tmp_path) == ["checkpoint"]
+
+def test_rows_survive_a_crash(tmp_path, monkeypatch):
+    """Bug: metrics.jsonl is emptied first and written again afterwards."""
+    path = str(tmp_path / "rows.jsonl")
+    model.append_rows(path, [{"step": i} for i in range(5)])
+    with open(path, "a") as f:
+        f.write('{"step": 5, "re')
+    with monkeypatch.context() as patch:
+        crashing(patch, 0)
+        with pytest.raises(Crash):
+            model.keep_rows(path, 3)
+    assert len(open(path).readlines()) == 6
+    model.keep_rows(path, 3)
+    assert test_scripts.read(path) == [{"step": i} for i in range(3)]
+    model.keep_rows(path, 0)
+    assert test_scripts.read(path) == []
+
+@pytest.mark.slow
+def test_twenty_kills(tmp_path):
+    """Claim: SIGKILL at twenty random moments, each followed by --resume, costs at most one checkpoint interval each, and in the end
+    nothing: the weights are those of a run that nobody killed."""
+    command, rng = f"{SMALL} --steps 24 --save-every 3", random.Random(0)
+    whole = test_scripts.start(f"{command} --name whole", tmp_path)
+    began = time.time()
+    assert test_scripts.finish(whole)[0] == 0
+    whole, run, kills = time.time() - began, tmp_path / "runs" / "rl", 0
+    state = lambda: json.load(open(run / "checkpoint" / "state.json"))["step"] if (run / "checkpoint").exists() else -1
+    while kills < 20:
+        process = test_scripts.start(f"{command} --name rl {'--resume' if state() >= 0 else ''}", tmp_path)
+        time.sleep(rng.uniform(0, whole))
+        process.kill()
+        out, err = process.communicate()
+        assert "error" not in err, err
+        kills += 1
+        steps = [int(line.split()[1].split("/")[0]) for line in out.splitlines() if test_scripts.STEP.match(line)]
+        model.settle(str(run / "checkpoint"))
+        assert not steps or state() >= steps[-1] // 3 * 3 and state() <= steps[-1] + 1
+        if (run / "summary.json").exists():                                            # done: the next ones kill a new run
+            test_scripts.same_run(tmp_path / "runs" / "whole", run)
+            shutil.rmtree(run)
+    status, _, err = test_scripts.finish(test_scripts.start(f"{command} --name rl {'--resume' if state() >= 0 else ''}", tmp_path))
+    assert status == 0, err
+    test_scripts.same_run(tmp_path / "runs" / "whole", run)
