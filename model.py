@@ -666,7 +666,7 @@ def load_checkpoint(folder, optimizer):
 
 def start_ranks():
     """Under torchrun: join the others, each on a GPU of its own. Only rank 0 prints and writes; errors are everyone's."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")

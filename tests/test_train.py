@@ -5,14 +5,14 @@ are killed. Each must give what the plain way gives. At the end MUTATIONS puts b
     python -m pytest tests/test_train.py            # seconds
     python -m pytest tests/test_train.py --slow     # and twenty SIGKILLs: minutes
 """
-import copy, json, os, random, shlex, shutil, socket, subprocess, sys, time, zlib
+import copy, json, os, random, shlex, shutil, socket, subprocess, sys, time, traceback, zlib
 from unittest import mock
 
 import pytest
 import torch
 
 import data, model, rewards, train_rl, train_sft, zoom_rollout
-import test_scripts
+import test_mutations, test_scripts
 from conftest import ROOT, check_mutation, close, names
 from test_model import picture, SIZES
 from zoom_rollout import Episode
@@ -106,7 +106,10 @@ def on_ranks(n, job, folder):
                 with open(os.path.join(folder, f"{n}.{rank}.json"), "w") as f:
                     json.dump(job(), f)
                 status = 0
+            except BaseException:
+                traceback.print_exc()
             finally:
+                sys.stderr.flush()
                 os._exit(status)
         children.append(pid)
     assert [os.waitpid(pid, 0)[1] for pid in children] == [0] * n
@@ -168,6 +171,21 @@ def torchrun(n, command, folder):
 
 SMALL = "train_rl.py --num-prompts 4 --blind-prompts 1 --group-size 4 --max-new-tokens 40 --sft-n 16 --eval-n 4 --difficulty easy"
 
+def test_two_ranks_are_one_run(models, tmp_path):
+    """Bug: both ranks write, none does, or what they wrote is not the run that one process makes."""
+    with test_mutations.in_a_new_folder():
+        model.replace_folder(models["qwen2.5"].save("random"), "random")
+        flags = "--steps 2 --kl-coef 0.3"
+        test_mutations.main_of(f"--name one {flags}")
+        on_ranks(2, lambda: test_mutations.main_of(f"--name two {flags}"), tmp_path)
+        one, two = (test_scripts.read(f"runs/{name}/metrics.jsonl") for name in ("one", "two"))
+        assert [row["step"] for row in two] == [0, 1] and two[0]["reward"] == pytest.approx(one[0]["reward"])
+        assert two[1]["grad_norm"] == pytest.approx(one[1]["grad_norm"], rel=1e-2)
+        assert len(test_scripts.read("runs/two/episodes.jsonl")) == 4 and os.listdir("runs/two/checkpoint") == os.listdir("runs/one/checkpoint")
+        a, b = (test_scripts.read(f"runs/{name}/summary.json") for name in ("one", "two"))
+        assert a.keys() == b.keys()
+
+@pytest.mark.slow
 def test_torchrun(tmp_path):
     """Claim: `torchrun --nproc-per-node 2 train_rl.py` is one run: one line per step, one folder, whole files, two processes' work.
     And a rank that dies ends it with its error, at once."""
