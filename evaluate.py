@@ -92,17 +92,20 @@ def summarise(rows):
 
 def summary_of(episodes):
     looked = lambda e: {"zooms": sum(t.crop is not None for t in e.turns)} if e.ids else {}        # a prediction has no tokens
-    return summarise([{"id": e.sample.id, "category": e.sample.category, **looked(e), **e.parts} for e in episodes])
+    return summarise(model.gather([{"id": e.sample.id, "category": e.sample.category, **looked(e), **e.parts} for e in episodes]))
 
 
 def run(vlm, samples, zoom="on", style="zoom", recipe="vigorl-zoom", temperature=0.0, seed=0, batch=64, progress=True,
         max_zooms=3, views=None, **options):
-    """One scored episode per sample. zoom: a key of MODES; options: rollout's. -> list[Episode] in the order of the samples"""
+    """One scored episode per sample. zoom: a key of MODES; options: rollout's. -> list[Episode] in the order of the samples (of
+    several ranks, each has its share)"""
     episodes, right = [], 0
     with tqdm(total=len(samples), desc=MODES[zoom], unit=" questions", disable=None if progress else True) as bar:
         for i in range(0, len(samples), batch):
-            new = zoom_rollout.rollout(vlm, samples[i:i + batch], 1, zoom=zoom, style=style, temperature=temperature, seed=seed + i,
-                                       max_zooms=max_zooms, views=views and views[i:i + batch], **options)
+            asked, seen = samples[i:i + batch], views and views[i:i + batch]
+            mine = model.mine(len(asked))
+            new = zoom_rollout.rollout(vlm, asked[mine], 1, zoom=zoom, style=style, temperature=temperature, seed=seed + i, first=mine.start,
+                                       max_zooms=max_zooms, views=seen and seen[mine], **options) if asked[mine] else []
             for e in new:
                 e.parts = rewards.score(e.sample, e.text, e.turns, recipe, e.frames, max_zooms)
                 right += is_right(e.parts)
@@ -110,8 +113,8 @@ def run(vlm, samples, zoom="on", style="zoom", recipe="vigorl-zoom", temperature
                 for v in e.views if views is None else ():                     # thousands of questions: keep no features, and
                     v.features = v.deep = None                                 # pixels only where the report will draw them
                     v.source = v.source if len(episodes) <= DRAWN else None
-            bar.update(len(new))
-            bar.set_postfix_str(f"accuracy {right / len(episodes):.1%}")
+            bar.update(len(asked))
+            bar.set_postfix_str(f"accuracy {right / max(len(episodes), 1):.1%}")
     return episodes
 
 
@@ -507,15 +510,18 @@ def evaluate(config):
     runs = episodes_of(config, samples)
 
     modes = {label: summary_of(episodes) for label, episodes in runs.items()}
+    records = model.gather([{"run": label, **record(e)} for label, episodes in runs.items() for e in episodes])
     summary = dict(next(iter(modes.values())))
     if all(s.answer_type == "choice" for s in samples):
         summary["chance"] = sum(1 / len(s.options) for s in samples) / len(samples)
         what += f"; chance {summary['chance']:.1%}"
     if len(modes) > 1:
         summary["modes"] = {zoom: modes[label] for zoom, label in MODES.items()}
+    if model.rank():
+        return summary
     model.write_json(os.path.join(config.out, "summary.json"), summary)
     with open(os.path.join(config.out, "episodes.jsonl"), "w", encoding="utf-8") as f:
-        f.writelines(json.dumps({"run": label, **record(e)}) + "\n" for label, episodes in runs.items() for e in episodes)
+        f.writelines(json.dumps(row) + "\n" for row in records)
 
     rows = []                                                                  # a category has a row where it is not all there is
     for label, s in modes.items():
@@ -533,6 +539,7 @@ def evaluate(config):
 
 
 def main(argv=None):
+    model.start_ranks()
     config = model.cli(Config, argv, __doc__)
     try:
         return evaluate(config)

@@ -4,6 +4,7 @@
     python train_rl.py --model qwen2.5-vl-3b        # the same loop on the real model, one CUDA GPU
     python train_rl.py --data FILE.jsonl --model runs/sft/checkpoint --traces ""
     python train_rl.py --name NAME --resume         # go on where runs/NAME stopped (Ctrl-C saves)
+    torchrun --nproc-per-node 8 train_rl.py --model qwen2.5-vl-3b       # eight GPUs: the same step, sooner
 
 A step has seven parts, numbered here and in the README: 1 sample prompts, 2 roll out, 3 reward, 4 advantages, 5 loss,
 6 update, 7 log. Everything is kept in runs/NAME: config.json, metrics.jsonl (a row per step), episodes.jsonl (some
@@ -11,7 +12,7 @@ rollouts of every step), checkpoint/, and at the end summary.json and report.htm
 
 Left out of the papers, and why. ViGoRL: 16 optimizer steps per batch of rollouts (one here: `num_minibatches`), dual clip,
 a reference model by default (`kl_coef` > 0 brings it back; later work finds no use for it). UniVG-R1: rollouts cut at 256
-tokens still train there and here; its difficulty weights are a flag here (`difficulty_weight`). Several GPUs: not yet.
+tokens still train there and here; its difficulty weights are a flag here (`difficulty_weight`).
 """
 import json, os, random, signal, time
 from dataclasses import asdict, dataclass
@@ -324,7 +325,7 @@ def finish(vlm, cfg, run, settings, held_out, before, sections, spent):
     on = after["on"][0]
     summary = {"seconds": round(spent + time.time(), 1), "n": on["n"], "accuracy_before": before["on"]["accuracy"], "accuracy_after": on["accuracy"],
                "low": on["low"], "high": on["high"], "chance": chance(held_out),
-               "zooms_per_episode": sum(t.crop is not None for e in after["on"][1] for t in e.turns) / on["n"],
+               "zooms_per_episode": on["zooms"],
                "kl_samp_max": max((m["kl_samp_max"] for m in curves), default=0.0)}
     if "off" in after:
         summary |= {"accuracy_no_zoom": after["off"][0]["accuracy"], "accuracy_black_crop": after["black"][0]["accuracy"]}

@@ -374,6 +374,7 @@ def answer(vlm, questions, max_new_tokens=24):
 
 
 def main():
+    model.start_ranks()
     cfg = model.cli(Config, description=__doc__, presets=lambda c: {} if model.is_tiny(c.model) else {"lr": 5e-6}, positive=("n", "epochs", "batch", "steps"))
     if cfg.pretrain:
         folder = cfg.out or model.MODELS["tiny"].path
@@ -390,6 +391,8 @@ def main():
     model.write_json(os.path.join(run, "config.json"), asdict(cfg))
     losses, pairs = warm_start(vlm, data.STYLES[recipe], cfg.traces, cfg.task, rows, cfg.n, cfg.epochs, cfg.batch, cfg.lr, cfg.difficulty,
                                cfg.max_zooms, vlm.toy_side, cfg.seed)
+    if model.rank():
+        return
     with open(os.path.join(run, "traces.jsonl"), "w") as f:
         f.writelines(json.dumps({"id": s.id, "question": s.question, "options": s.options, "turns": turns}) + "\n" for s, turns in pairs)
     model.replace_folder(vlm.save(os.path.join(run, "checkpoint")), os.path.join(run, "checkpoint"))

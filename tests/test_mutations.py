@@ -402,7 +402,7 @@ OF_EVALUATE = [
     ('[r["iou"] for r in scored if "iou" in r]', '[r["iou"] for r in scored if is_right(r)]', E.test_summarise_boxes_partial_credit_hidden_gold_and_nothing, {}),
     ('if name in r["category"]])', 'if r["category"][0] == name])', E.test_summarise_counts_by_category, {}),
     ("seed=seed + i,", "seed=seed,", E.test_run_scores_in_order_and_keeps_memory_small, {}),
-    ("views=views and views[i:i + batch]", "views=views", E.test_run_scores_in_order_and_keeps_memory_small, {}),
+    ("views=seen and seen[mine]", "views=views", E.test_run_scores_in_order_and_keeps_memory_small, {}),
     ("if views is None else ():", ":", E.test_run_scores_in_order_and_keeps_memory_small, {}),
     ("html.escape(text[:limit], quote=True)", "text[:limit]", E.test_nothing_from_data_or_model_can_run, {}),
     ("sx, sy = e.frames[i][:2] if e.frames else (1, 1)", "sx, sy = 1, 1", E.test_overlay_maps_points_with_the_frame, {}),

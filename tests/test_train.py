@@ -11,7 +11,7 @@ from unittest import mock
 import pytest
 import torch
 
-import data, model, rewards, train_rl, train_sft, zoom_rollout
+import data, evaluate, model, rewards, train_rl, train_sft, zoom_rollout
 import test_mutations, test_scripts
 from conftest import ROOT, check_mutation, close, names
 from test_model import picture, SIZES
@@ -183,7 +183,18 @@ def test_two_ranks_are_one_run(models, tmp_path):
         assert two[1]["grad_norm"] == pytest.approx(one[1]["grad_norm"], rel=1e-2)
         assert len(test_scripts.read("runs/two/episodes.jsonl")) == 4 and os.listdir("runs/two/checkpoint") == os.listdir("runs/one/checkpoint")
         a, b = (test_scripts.read(f"runs/{name}/summary.json") for name in ("one", "two"))
-        assert a.keys() == b.keys()
+        assert a.keys() == b.keys() and a["accuracy_before"] == b["accuracy_before"]
+
+def test_two_ranks_evaluate_as_one(models, tmp_path, monkeypatch):
+    """Bug: a question is asked twice or by nobody, the interval is of one rank's half, the last rank has nothing to ask and waits."""
+    monkeypatch.chdir(tmp_path)
+    model.replace_folder(models["qwen2.5"].save("random"), "random")
+    command = "--checkpoint random --batch 4 --temperature 1 --max-new-tokens 4 --max-zooms 0 --n 5 --out".split()
+    with mock.patch.object(rewards, "score", score):
+        one, two = evaluate.main([*command, "one"]), on_ranks(2, lambda: evaluate.main([*command, "two"]), tmp_path)
+    assert one["n"] == 5 and two == [one, one] == [test_scripts.read("two/summary.json")] * 2
+    rows = [sorted(test_scripts.read(f"{name}/episodes.jsonl"), key=lambda row: row["id"]) for name in ("one", "two")]
+    assert rows[0] == rows[1] and len(rows[0]) == 5
 
 @pytest.mark.slow
 def test_torchrun(tmp_path):
