@@ -104,7 +104,7 @@ def run(vlm, samples, zoom="on", style="zoom", recipe="vigorl-zoom", temperature
         for i in range(0, len(samples), batch):
             asked, seen = samples[i:i + batch], views and views[i:i + batch]
             mine = model.mine(len(asked))
-            new = zoom_rollout.rollout(vlm, asked[mine], 1, zoom=zoom, style=style, temperature=temperature, seed=seed + i, first=mine.start,
+            new = zoom_rollout.rollout(vlm, asked[mine], 1, zoom=zoom, style=style, temperature=temperature, seed=seed + i, skip=mine.start,
                                        max_zooms=max_zooms, views=seen and seen[mine], **options) if asked[mine] else []
             for e in new:
                 e.parts = rewards.score(e.sample, e.text, e.turns, recipe, e.frames, max_zooms)

@@ -153,7 +153,8 @@ class KVCache:
     def rows(self, index):
         """The cache of the given rows."""
         new = KVCache(len(self.keys), 0, self.lengths.device)
-        new.keys, new.values = [k[index] for k in self.keys], [v[index] for v in self.values]
+        pick = lambda stores: [x if x is None else x[index] for x in stores]         # None: no row has written a token yet
+        new.keys, new.values = pick(self.keys), pick(self.values)
         new.lengths, new.size, new.capacity = self.lengths[index], self.size, self.capacity
         if self.mask is not None:
             new.mask = self.mask[index]
@@ -234,6 +235,7 @@ class VLM:
         self.factor = processor.patch_size * processor.merge_size          # fed sides are multiples of this
         self.max_pixels, self._text_ids = spec.max_pixels, {}
         self.recompute = False                                             # layers in the backward pass: gradient checkpointing
+        self.work = {"tokens": 0, "patches": 0}                            # run so far: by `extend`, by the vision tower
         self.model.requires_grad_(True)
         self.model.model.visual.requires_grad_(False)                      # tower and merger, as in both papers
 
@@ -264,6 +266,7 @@ class VLM:
     def encode(self, views, grad=False, max_patches=65536):
         """Run the vision tower on the views that have no features yet, a bounded number of patches at a time."""
         todo = [v for v in {id(v): v for v in views}.values() if v.features is None]
+        self.work["patches"] += sum(math.prod(v.grid) for v in todo)
         while todo:
             batch, n = [], 0
             while todo and (not batch or n + math.prod(todo[0].grid) <= max_patches):
@@ -341,6 +344,7 @@ class VLM:
         chunks: B lists of ids, of any lengths; starts: B next positions; views: those in the chunks, row by row.
         -> logits after each row's last token (B, V), the B positions that follow. Nothing already cached is recomputed."""
         self.encode(views)
+        self.work["tokens"] += sum(map(len, chunks))
         B, Q, grids = len(chunks), max(map(len, chunks)), iter(views)
         ids = torch.zeros(B, Q, dtype=torch.long)
         positions, after = torch.zeros(3, B, Q, dtype=torch.long), []

@@ -65,6 +65,7 @@ class Config:
     kl_coef: float = 0.0            # pull towards the warm start (ViGoRL 0.01, UniVG-R1 0.04); 0 needs no reference model
     kl: Literal["k1", "k2", "k3"] = "k3"                # see grpo.kl_penalty for the gradient each really has
 
+    max_batch_tokens: int = 262144  # of the rollout's cache (3B: 36 kB each); more is run in parts, with the same result
     micro_tokens: int = 16384       # tokens per forward and backward pass: memory only, the gradient does not change
     recompute: bool = False         # recompute each layer in the backward pass: a third more time, a fraction of the memory
     offload: bool = False           # optimizer (masters, moments) on the CPU: 12 bytes per parameter less on the GPU
@@ -79,7 +80,7 @@ REAL = dict(num_prompts=8, blind_prompts=1, max_new_tokens=512, lr=1e-6, sft_lr=
 
 
 POSITIVE = ("num_prompts", "group_size", "num_minibatches", "max_new_tokens", "temperature", "save_every", "sft_n", "sft_batch", "sft_epochs",
-            "eval_n", "micro_tokens")
+            "eval_n", "max_batch_tokens", "micro_tokens")
 
 
 FREE = ("resume", "steps", "name", "save_every", "max_batch_tokens", "micro_tokens", "recompute", "offload")      # may differ from the run that is resumed
@@ -107,17 +108,17 @@ def questions(cfg, vlm, step):
 def train_step(vlm, ref, optimizer, samples, cfg, step):
     """Steps 2 to 6 for one batch of prompts -> (metrics, episodes). `samples` is step 1, the log line step 7. Of several ranks
     each takes its share of the prompts; what `model.total` adds up makes the gradient that of the whole step."""
-    began, G = model.clock(), cfg.group_size
+    began, G, work = model.clock(), cfg.group_size, dict(vlm.work)
 
     # 2. roll out: G episodes per prompt, all of prompt 0 first
     def roll(samples, zoom):
         mine = model.mine(len(samples))
-        return zoom_rollout.rollout(vlm, samples[mine], G, seed=cfg.seed * 1_000_003 + step, zoom=zoom, first=mine.start,
+        return zoom_rollout.rollout(vlm, samples[mine], G, seed=cfg.seed * 1_000_003 + step, zoom=zoom, skip=mine.start,
                                     **rollout_options(cfg)) if samples[mine] else []
     blind = blind_prompts(cfg, len(samples))                              # without a zoom: to answer when told to must stay learned
     unseeing, seeing = roll(samples[:blind], "off"), roll(samples[blind:], "on")
     episodes, P = unseeing + seeing, (len(unseeing) + len(seeing)) // G
-    rolled = model.clock()
+    rolled, work = model.clock(), {k: v - work[k] for k, v in vlm.work.items()}
 
     # 3. reward: rules on the text and on what the calls led to
     for e in episodes:
@@ -185,6 +186,7 @@ def train_step(vlm, ref, optimizer, samples, cfg, step):
         "no_signal": ((advantages == 0).all(1).sum().item(), P),
         **{k: (v, tokens) for k, v in log.items()}, "kl_samp_max": model.total(gap, op="MAX")[0], "grad_norm": sum(norms) / max(len(norms), 1),
         "skipped": sum(not n < float("inf") for n in norms),
+        **{f"{k}_{how}": (v, 1 / model.world()) for how, of in (("run", work), ("naive", zoom_rollout.naive_work(vlm, episodes))) for k, v in of.items()},
         "roll_tokens_per_s": (sum(sum(e.sampled) for e in episodes), (rolled - began) / model.world()),
         "train_tokens_per_s": (sum(len(e.ids) for e in learn), (done - rewarded) / model.world()),
         "share_rollout": (rolled - began, done - began), "share_reward": (rewarded - rolled, done - began),
@@ -199,7 +201,7 @@ def blind_prompts(cfg, prompts):
 
 def rollout_options(cfg):
     return dict(max_zooms=cfg.max_zooms, max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature, style=data.STYLES[cfg.recipe],
-                crop_from=cfg.crop_from)
+                crop_from=cfg.crop_from, max_batch_tokens=cfg.max_batch_tokens)
 
 
 def measure(vlm, cfg, samples, label):
@@ -323,6 +325,10 @@ def finish(vlm, cfg, run, settings, held_out, before, sections, spent):
         return
     curves = [json.loads(line) for line in open(os.path.join(run, "metrics.jsonl"))]
     on = after["on"][0]
+    if curves:
+        total = {key: sum(m[key] for m in curves) for key in ("tokens_run", "tokens_naive", "patches_run", "patches_naive")}
+        print("rollouts prefilled {tokens_run:,.0f} tokens and encoded {patches_run:,.0f} patches; sending all again each turn, for each member "
+              "of a group, would have been {tokens_naive:,.0f} and {patches_naive:,.0f}".format(**total))
     summary = {"seconds": round(spent + time.time(), 1), "n": on["n"], "accuracy_before": before["on"]["accuracy"], "accuracy_after": on["accuracy"],
                "low": on["low"], "high": on["high"], "chance": chance(held_out),
                "zooms_per_episode": on["zooms"],

@@ -7,7 +7,7 @@ model once and its cache is handed to all members; a new turn runs only the toke
 out: what was sampled is never decoded and encoded again, and the mask of trained tokens records who wrote each token.
 
 Not here, from ViGoRL: resampling of a turn after an unparsable call (its own code goes on from a broken prompt); the red
-dot on web crops; the character-length filter of prompts. Every row of a round waits for the slowest one.
+dot on web crops; the character-length filter of prompts.
 """
 import json, math, re
 from dataclasses import dataclass, field
@@ -111,13 +111,17 @@ def draw(logits, u, temperature):
     return tokens, logprobs.gather(1, tokens[:, None])[:, 0]
 
 
-def sample_turn(vlm, cache, logits, starts, u, temperature, max_new_tokens, graphs=False):
-    """One assistant turn for every row, token by token. logits (B, V) of the first token, u (B, max_new_tokens).
+def sample_turn(vlm, cache, logits, starts, u, temperature, max_new_tokens, graphs=False, left=None, patience=0):
+    """One assistant turn for every row, token by token. logits (B, V) of the first token, u (B, max_new_tokens), left: how many
+    tokens each row may still write (default: all of max_new_tokens).
 
-    -> ids and logprobs per row, the next positions. A row ends with <|im_end|>, which is sampled, counted and trained like
-    any token but not yet in the cache: it goes in with what follows it. Rows that have ended wait. Everything stays on the
-    device; on a GPU the question whether all have ended, which waits for it, is put every 8 tokens. graphs: model.VLM.graph"""
+    -> ids and logprobs per row, the position of each row's last token. That token (mostly <|im_end|>, which is sampled, counted
+    and trained like any other) is not yet in the cache: it goes in with what follows it. Rows that have ended wait, until no
+    more than `patience` rows still write; these are then left in the middle of their turn, to go on beside the others.
+    Everything stays on the device; on a GPU the question whether all have ended, which waits for it, is put every 8 tokens.
+    graphs: model.VLM.graph"""
     B, positions = len(starts), torch.tensor(starts, device=vlm.device)
+    left = torch.tensor(left or [max_new_tokens] * B, device=vlm.device)             # (B,)
     ids, logps = torch.zeros(B, max_new_tokens, dtype=torch.long, device=vlm.device), torch.zeros(B, max_new_tokens, device=vlm.device)
     n, live = torch.zeros_like(positions), torch.ones_like(positions)                # (B,) tokens so far; 1 while the turn goes on
     cache.reserve(max_new_tokens)
@@ -126,8 +130,8 @@ def sample_turn(vlm, cache, logits, starts, u, temperature, max_new_tokens, grap
         tokens, logps[:, t] = draw(logits, u[:, t], temperature)
         ids[:, t] = tokens
         n += live
-        live = live * (tokens != vlm.im_end)
-        if t + 1 == max_new_tokens or (t + 1) % ask == 0 and not live.any():
+        live = live * (tokens != vlm.im_end) * (n < left)
+        if t + 1 == max_new_tokens or (t + 1) % ask == 0 and live.sum() <= patience:
             break
         logits = step(tokens, positions, live)
         positions = positions + live
@@ -179,43 +183,80 @@ def replay(vlm, sample, texts, style="zoom", max_zooms=3):
 
 @torch.no_grad()
 def rollout(vlm, samples, group_size=1, *, max_zooms=3, max_new_tokens=64, temperature=1.0, seed=0, style="zoom", zoom="on",
-            crop_from="source", views=None, first=0):
-    """group_size episodes for each sample, all in one batch.
+            crop_from="source", views=None, max_batch_tokens=262_144, skip=0):
+    """group_size episodes for each sample.
 
     max_zooms: after so many calls (those that fail count too) the next turn opens with data.FORCE and must answer; its
     injected tokens are not trained on. zoom: "on"; "off" forces the answer in the first turn; "black" shows empty crops.
     views: the samples' own prompt views, if already encoded. Single-turn styles ("think", "boxes") end with their first turn.
-    first: how many samples of the same batch come before these (other ranks run them): each keeps its own random numbers."""
+    max_batch_tokens: cache slots at once (of a 3B model 36 kB each): what does not fit is run in parts, with the same result.
+    skip: how many samples of the same batch come before these (other ranks run them): each keeps its own random numbers."""
     limit = max_zooms if style == "zoom" and zoom != "off" else 0
     prompts = [begin(vlm, s, style, views and views[i]) for i, s in enumerate(samples)]
     if style == "zoom" and limit == 0:
         for e in prompts:
             e.say(vlm, vlm.ids(data.FORCE), sampled=False)
-    cache = vlm.new_cache(len(prompts))
-    logits, starts = vlm.extend(cache, [e.ids for e in prompts], [0] * len(prompts), [v for e in prompts for v in e.views])
-    share = [p for p in range(len(prompts)) for _ in range(group_size)]             # a group shares one prefill
-    cache, logits, starts = cache.share(torch.tensor(share, device=vlm.device)), logits[share], [starts[p] for p in share]
+    share = [p for p in range(len(prompts)) for _ in range(group_size)]
     episodes = [Episode(e.sample, list(e.ids), list(e.sampled), list(e.logprobs), list(e.views), frames=e.frames)
                 for e in (prompts[p] for p in share)]
-    u = torch.rand(first * group_size + len(share), limit + 1, max_new_tokens, generator=torch.Generator().manual_seed(seed), dtype=torch.double)
-    u = u[first * group_size:].to(vlm.device)
+    u = torch.rand(skip * group_size + len(share), limit + 1, max_new_tokens, generator=torch.Generator().manual_seed(seed), dtype=torch.double)
+    u = u[skip * group_size:].to(vlm.device)
+    growth = (limit + 1) * max_new_tokens + limit * ((vlm.spec.crop // vlm.factor) ** 2 + 64)           # of one episode, at most
+    parts, size = [[]], 0
+    for i, p in enumerate(share):
+        new = p not in (share[j] for j in parts[-1])
+        if parts[-1] and size + new * len(prompts[p].ids) + growth > max_batch_tokens:
+            parts, size, new = parts + [[]], 0, True
+        parts[-1].append(i)
+        size += new * len(prompts[p].ids) + growth
+    for part in parts:
+        first = share[part[0]]
+        unfold(vlm, prompts[first:share[part[-1]] + 1], [share[i] - first for i in part], [episodes[i] for i in part], u[part],
+               temperature, style, zoom, limit, crop_from)
+    return episodes
 
-    active = list(range(len(episodes)))                                             # row b of the cache is episode active[b]
-    for turn in range(limit + 1):
-        forced = style == "zoom" and turn == limit
-        ids, logps, starts = sample_turn(vlm, cache, logits, starts, u[active, turn], temperature, max_new_tokens)
+
+def unfold(vlm, prompts, group, episodes, u, temperature, style, zoom, limit, crop_from):
+    """Run `episodes`, which hold their prompts, to their ends. group: the prompt of each; u (B, limit + 1, max_new_tokens)."""
+    cache = vlm.new_cache(len(prompts))
+    logits, starts = vlm.extend(cache, [e.ids for e in prompts], [0] * len(prompts), [v for e in prompts for v in e.views])
+    cache, logits, starts = cache.share(torch.tensor(group, device=vlm.device)), logits[group], [starts[p] for p in group]
+    active, written, longest = list(range(len(episodes))), [0] * len(episodes), u.shape[2]      # row b of the cache is episode active[b]
+    while True:
+        done = torch.tensor([written[i] for i in active], device=vlm.device)                   # tokens of the turn that are there already
+        turns = torch.tensor([len(episodes[i].turns) for i in active], device=vlm.device)
+        ahead = (done[:, None] + torch.arange(longest, device=vlm.device)).clamp(max=longest - 1)
+        numbers = u[torch.tensor(active, device=vlm.device)[:, None], turns[:, None], ahead]   # (B, longest)
+        ids, logps, starts = sample_turn(vlm, cache, logits, starts, numbers, temperature, longest - min(written[i] for i in active),
+                                         left=[longest - written[i] for i in active], patience=len(active) // 8)
         rows, chunks, shown = [], [], []
         for b, i in enumerate(active):
-            episodes[i].say(vlm, ids[b], logps[b])
-            ended = ids[b][-1] == vlm.im_end
-            text = (data.FORCE if forced else "") + vlm.text(ids[b][:-1] if ended else ids[b])
-            answer = respond(vlm, episodes[i], text, ended, forced, limit - turn, crop_from, zoom == "black")
+            e = episodes[i]
+            e.say(vlm, ids[b], logps[b])
+            written[i] += len(ids[b])
+            ended, forced = ids[b][-1] == vlm.im_end, style == "zoom" and len(e.turns) == limit
+            if ended or written[i] >= longest:
+                text = (data.FORCE if forced else "") + vlm.text(e.ids[-written[i]:][:-1] if ended else e.ids[-written[i]:])
+                answer = respond(vlm, e, text, ended, forced, limit - len(e.turns), crop_from, zoom == "black")
+                written[i] = 0
+            else:
+                answer = [], []                                                     # still writing: goes on beside the others
             if answer:
                 rows.append(b)
-                chunks.append([vlm.im_end] + answer[0])
+                chunks.append(ids[b][-1:] + answer[0])
                 shown += answer[1]
         if not rows:
-            break
+            return
         cache, active, starts = cache.rows(torch.tensor(rows, device=vlm.device)), [active[b] for b in rows], [starts[b] for b in rows]
         logits, starts = vlm.extend(cache, chunks, starts, shown)
-    return episodes
+
+
+def naive_work(vlm, episodes):
+    """What a sampler runs that sends the whole conversation again each turn, for every member of a group, as TRL and both
+    papers' code do -> {"tokens": prefilled, "patches": seen by the vision tower}. `vlm.work` counts what this one ran."""
+    work = {"tokens": 0, "patches": 0}
+    for e in episodes:
+        for t in (t for t, on in enumerate(e.sampled) if on and not e.sampled[t - 1]):          # a turn begins
+            work["tokens"] += t
+            work["patches"] += e.ids[:t].count(vlm.image_token) * vlm.processor.merge_size ** 2
+    return work

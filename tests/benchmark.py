@@ -2,11 +2,14 @@
 
     python tests/benchmark.py rollout                                  # the tiny model in the default world
     python tests/benchmark.py rollout --prompts 2 --image-tokens 1024 --new-tokens 64
-    python tests/benchmark.py rollout --model qwen2.5-vl-3b --prompts 8 --image-tokens 1024 --new-tokens 512 --device cuda
+    python tests/benchmark.py rollout --model qwen2.5-vl-3b --random --prompts 8 --image-tokens 1024 --new-tokens 512 --device cuda
 
 rollout: sampled tokens per second of our sampler and of transformers' `generate`, end of turn disabled so that both do equal
 work; then two zoom turns, against a loop around `generate` that sends the whole conversation again each turn, as the papers'
-code and TRL do. Rounds alternate; a ratio is the median over rounds. The last line is one JSON object.
+code and TRL do. Rounds alternate; a ratio is the median over rounds. Then what was computed and what the other computes, and the
+largest gap between the sampler's log-probabilities and the trainer's. The last line is one JSON object. --random: the model's
+shape with random weights, which speed does not look at (its tokenizer is the tiny model's). On CUDA also with graphs, and the
+share of the measured copy bandwidth, if each decode step reads the text model's weights and all of the cache once.
 """
 import argparse, json, os, random, statistics, sys, time
 
@@ -33,22 +36,25 @@ def observation(vlm, view, rng):
     return [vlm.im_end] + vlm.ids("\n") + vlm.chat("user", data.OBSERVE[0], crop, data.OBSERVE[1]) + vlm.chat("assistant", open=True), crop
 
 
-def ours(vlm, samples, group, new_tokens, turns, seed):
-    """zoom_rollout's parts with turns of a fixed length. -> conversations [(ids, views)] and the tokens sampled."""
+def ours(vlm, samples, group, new_tokens, turns, seed, graphs=False):
+    """zoom_rollout's parts with turns of a fixed length. -> the conversations as episodes."""
     rng, u = random.Random(seed), torch.rand(len(samples) * group, turns, new_tokens, dtype=torch.double).to(vlm.device)
     prompts = [zoom_rollout.begin(vlm, s) for s in samples]
-    talks = [(list(e.ids), list(e.views)) for e in prompts for _ in range(group)]
+    talks = [zoom_rollout.Episode(e.sample, list(e.ids), list(e.sampled), list(e.logprobs), list(e.views)) for e in prompts for _ in range(group)]
     cache = vlm.new_cache(len(prompts))
     logits, starts = vlm.extend(cache, [e.ids for e in prompts], [0] * len(prompts), [v for e in prompts for v in e.views])
     share = [p for p in range(len(prompts)) for _ in range(group)]
     cache, logits, starts = cache.share(torch.tensor(share, device=vlm.device)), logits[share], [starts[p] for p in share]
     for t in range(turns):
-        said, _, starts = zoom_rollout.sample_turn(vlm, cache, logits, starts, u[:, t], 1.0, new_tokens)
+        said, logps, starts = zoom_rollout.sample_turn(vlm, cache, logits, starts, u[:, t], 1.0, new_tokens, graphs)
+        for e, ids, lps in zip(talks, said, logps):
+            e.say(vlm, ids, lps)
         if t + 1 < turns:
-            seen = [observation(vlm, views[0], rng) for _, views in talks]
-            logits, starts = vlm.extend(cache, [[s[-1]] + ids for s, (ids, _) in zip(said, seen)], starts, [crop for _, crop in seen])
-            talks = [(ids + s + more, views + [crop]) for (ids, views), s, (more, crop) in zip(talks, said, seen)]
-    return len(talks) * turns * new_tokens
+            seen = [observation(vlm, e.views[0], rng) for e in talks]
+            logits, starts = vlm.extend(cache, [s[-1:] + ids for s, (ids, _) in zip(said, seen)], starts, [crop for _, crop in seen])
+            for e, (ids, crop) in zip(talks, seen):
+                e.say(vlm, ids, views=[crop], sampled=False)
+    return talks
 
 
 def theirs(vlm, samples, group, new_tokens, turns, seed):
@@ -69,38 +75,101 @@ def theirs(vlm, samples, group, new_tokens, turns, seed):
         if t + 1 < turns:
             seen = [observation(vlm, views[0], rng) for _, views in talks]
             talks = [(ids + s + more, views + [crop]) for (ids, views), s, (more, crop) in zip(talks, out[:, width:].tolist(), seen)]
-    return len(talks) * turns * new_tokens
+    return talks
 
 
-def speed(vlm, f, *args):
-    began = time.perf_counter()
-    n = f(vlm, *args)
+def seconds(vlm, f, *args):
     if vlm.device.type == "cuda":
         torch.cuda.synchronize()
-    return n / (time.perf_counter() - began)
+    began = time.perf_counter()
+    talks = f(vlm, *args)
+    if vlm.device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - began, talks
+
+
+def random_weights(name, device):
+    """A model of MODELS in its full shape with random weights, as far as a network is not needed: sizes as published."""
+    tiny, spec = model.load("tiny", "cpu", quiet=True), model.MODELS[name]
+    sizes = {"qwen2.5-vl-3b": dict(hidden_size=2048, intermediate_size=11008, num_hidden_layers=36, num_attention_heads=16, num_key_value_heads=2,
+                                   vocab_size=151936, tie_word_embeddings=True),
+             "qwen2.5-vl-7b": dict(hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4,
+                                   vocab_size=152064, tie_word_embeddings=False)}[name]
+    t, text = tiny.model.config, dict(sizes, rope_parameters={"rope_type": "default", "mrope_section": [16, 24, 24], "rope_theta": 1e6},
+                                      max_position_embeddings=128_000, bos_token_id=None, eos_token_id=tiny.im_end)
+    vision = dict(depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16, out_hidden_size=sizes["hidden_size"], patch_size=14,
+                  window_size=112, fullatt_block_indexes=[7, 15, 23, 31])
+    config = model.transformers.Qwen2_5_VLConfig(
+        text_config=text, vision_config=vision, tie_word_embeddings=sizes["tie_word_embeddings"],
+        **{k: getattr(t, k) for k in ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")})
+    dtype = torch.bfloat16 if device != "cpu" else torch.float32
+    with torch.device(device):
+        torch.set_default_dtype(dtype)
+        net = model.transformers.Qwen2_5_VLForConditionalGeneration._from_config(config, attn_implementation="sdpa")
+        torch.set_default_dtype(torch.float32)
+    return model.VLM(net, tiny.tokenizer, tiny.processor, name, spec)
+
+
+def copy_bandwidth(device):
+    """Bytes per second of a large copy, counted once for the read and once for the write."""
+    a = torch.empty(2 ** 30, dtype=torch.uint8, device=device)
+    b, best = torch.empty_like(a), 0.0
+    for _ in range(10):
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        b.copy_(a)
+        torch.cuda.synchronize()
+        best = max(best, 2 * a.numel() / (time.perf_counter() - began))
+    return best
 
 
 def rollout(args):
-    vlm = model.load(args.model, args.device)
-    samples = questions(vlm, args.prompts, args.image_tokens)
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
+    vlm = random_weights(args.model, device) if args.random else model.load(args.model, device)
+    samples, cuda = questions(vlm, args.prompts, args.image_tokens), device != "cpu"
     vlm.unsayable = torch.cat([vlm.unsayable, torch.tensor([vlm.im_end], device=vlm.device)])
-    result = {}
+    result, gap = {}, 0.0
     for turns in (1, 3):
-        speeds = {ours: [], theirs: []}
+        rivals = {"ours": ours, "generate": theirs}
+        if cuda:
+            rivals["with graphs"] = lambda *a: ours(*a, graphs=True)
+        took, count = {name: [] for name in rivals}, args.prompts * args.group * turns * (args.new_tokens // turns)
         for r in range(args.rounds + 1):                                       # the first round warms up
-            for f, values in speeds.items():
-                values.append(speed(vlm, f, samples, args.group, args.new_tokens // turns, turns, r))
-        a, b = (statistics.median(v[1:]) for v in speeds.values())
-        ratio = statistics.median(x / y for x, y in zip(speeds[ours][1:], speeds[theirs][1:]))
-        print(f"{'one turn' if turns == 1 else 'two zooms':10s} ours {a:9,.0f} tokens/s   generate {b:9,.0f} tokens/s   ratio {ratio:.1f}")
-        result |= {"ours_tokens_per_second": a, "hf_tokens_per_second": b, "ratio_hf": ratio} if turns == 1 else {"ratio_hf_zoom": ratio}
-    print(json.dumps({k: round(v, 2) for k, v in result.items()}))
+            for name, f in rivals.items():
+                before = dict(vlm.work)
+                s, talks = seconds(vlm, f, samples, args.group, args.new_tokens // turns, turns, r)
+                took[name].append(s)
+                if name == "ours":
+                    run, naive = {k: v - before[k] for k, v in vlm.work.items()}, zoom_rollout.naive_work(vlm, talks)
+        per_second = {name: count / statistics.median(v[1:]) for name, v in took.items()}
+        ratio = statistics.median(y / x for x, y in zip(took["ours"][1:], took["generate"][1:]))
+        print(f"{'one turn' if turns == 1 else 'two zooms':10s}" + "   ".join(f"{name} {v:,.0f} tokens/s" for name, v in per_second.items()) + f"   ratio {ratio:.1f}\n"
+              f"{'':10s}prefilled {run['tokens']:,} tokens instead of {naive['tokens']:,}, encoded {run['patches']:,} patches instead of {naive['patches']:,}")
+        mine = ours(vlm, samples, args.group, args.new_tokens // turns, turns, 0)[::args.group]
+        with torch.no_grad():
+            logprobs, _, mask = vlm.logprobs(mine)
+        old = torch.zeros_like(logprobs)
+        for b, e in enumerate(mine):
+            old[b, :len(e.ids)] = torch.tensor(e.logprobs)
+        gap = max(gap, (logprobs - old).abs()[mask].max().item())
+        result |= ({"ours_tokens_per_second": per_second["ours"], "hf_tokens_per_second": per_second["generate"], "ratio_hf": ratio} if turns == 1 else
+                   {"ratio_hf_zoom": ratio, "vision_patches_saved": 1 - run["patches"] / naive["patches"], "prefill_tokens_saved": 1 - run["tokens"] / naive["tokens"]})
+        if cuda and turns == 1:
+            text, lm = vlm.model.config.text_config, vlm.model.model.language_model
+            weights = sum(p.numel() for p in lm.layers.parameters()) + vlm.model.lm_head.weight.numel()
+            slot = 2 * text.num_hidden_layers * text.num_key_value_heads * lm.layers[0].self_attn.head_dim
+            held = sum(len(e.ids) for e in mine) + len(talks) * args.new_tokens / 2          # a prompt once per group; half the turn on average
+            read = (weights + slot * held) * vlm.model.dtype.itemsize * args.new_tokens
+            best = max(per_second["ours"], per_second["with graphs"])
+            result |= {"graphs_tokens_per_second": per_second["with graphs"], "bandwidth_fraction": read * best / count / copy_bandwidth(device)}
+    result["max_logprob_gap"] = gap
+    print(json.dumps({k: float(f"{v:.3g}") for k, v in result.items()}))
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["rollout"])
-    parser.add_argument("--model", default="tiny"), parser.add_argument("--device", default="auto")
+    parser.add_argument("--model", default="tiny"), parser.add_argument("--random", action="store_true"), parser.add_argument("--device", default="auto")
     parser.add_argument("--prompts", type=int, default=16), parser.add_argument("--group", type=int, default=8)
     parser.add_argument("--image-tokens", type=int, default=0), parser.add_argument("--new-tokens", type=int, default=48)
     parser.add_argument("--rounds", type=int, default=3)

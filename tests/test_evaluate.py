@@ -137,7 +137,7 @@ def test_run_scores_in_order_and_keeps_memory_small(monkeypatch):
     episodes = evaluate.run(None, samples, zoom="black", seed=7, batch=2, progress=False, max_new_tokens=9)
     assert [e.sample.id for e in episodes] == list("01234") and all(e.parts["accuracy"] == 1 for e in episodes)
     assert [(n, seed) for n, seed, _, _ in calls] == [(2, 7), (2, 9), (1, 11)]
-    assert calls[0][3] == dict(zoom="black", style="zoom", temperature=0.0, max_zooms=3, max_new_tokens=9, first=0)
+    assert calls[0][3] == dict(zoom="black", style="zoom", temperature=0.0, max_zooms=3, max_new_tokens=9, skip=0)
     assert all(e.views[0].features is None for e in episodes)
     assert [e.views[0].source for e in episodes] == ["big", "big", None, None, None]
     calls.clear()
