@@ -23,6 +23,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")    # rollout and update need blocks of very different sizes
 import transformers
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
 
@@ -662,6 +663,48 @@ def load_checkpoint(folder, optimizer):
         return json.load(open(os.path.join(folder, "state.json")))
     except (OSError, KeyError, ValueError, RuntimeError, SafetensorError) as e:
         fail(f"{folder} is no checkpoint that training can resume from: {' '.join(str(e).split())[:200]}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Memory
+
+def memory_plan(vlm, micro_tokens, cache_tokens, recompute=False, offload=False, reference=False, chunk=1024):
+    """What a run will need -> {part: bytes}, and under "peak" those on the device at the worst moment: the rollout holds the
+    cache, the update holds gradients and activations, never both. Counted from shapes (a model on the meta device will do)."""
+    t, size = vlm.model.config.text_config, vlm.dtype.itemsize
+    parameters, trained = sum(p.numel() for p in vlm.model.parameters()), sum(p.numel() for p in vlm.parameters())
+    kv = t.num_key_value_heads * vlm.model.model.language_model.layers[0].self_attn.head_dim
+    layer = (6 * t.hidden_size + 4 * kv + 4 * t.intermediate_size) * size  # kept by a layer for its backward pass, per token
+    kept = t.num_hidden_layers * t.hidden_size * size + 2 * layer if recompute else t.num_hidden_layers * layer
+    plan = {"weights": parameters * size * (1 + reference),
+            "optimizer": trained * (8 if size == 4 and not offload else 12),                              # two moments, fp32 master
+            "gradients": trained * 4,
+            "cache": 2 * cache_tokens * t.num_hidden_layers * 2 * kv * size,                              # old and new when rows leave
+            "activations": micro_tokens * kept,
+            "logits": 4 * chunk * t.vocab_size * 4}
+    return plan | {"peak": plan["weights"] + plan["optimizer"] * (not offload)
+                   + max(plan["cache"], plan["gradients"] + plan["activations"] + plan["logits"])}
+
+
+KNOBS = {"activations": "--recompute, then a smaller --micro-tokens (the gradient stays the same)", "cache": "a smaller --max-batch-tokens (the episodes stay the same)",
+         "optimizer": "--offload (to the CPU)", "weights": "--kl-coef 0 (no reference), a smaller model"}
+
+
+def print_plan(plan, offload):
+    print("memory plan, GB" + "".join(f"\n  {part:12s}{n / 1e9:6.1f}  {'on the CPU' if offload and part == 'optimizer' else KNOBS.get(part, '')}".rstrip()
+                                      for part, n in plan.items()))
+
+
+def peak_memory():
+    """Bytes at most so far: of the GPU's memory, or of this process."""
+    if torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated()
+    import resource                                                        # not on Windows
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def is_out_of_memory(error):
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -76,7 +76,7 @@ class Config:
 
 
 # Other defaults for models that are not tiny. Papers: ViGoRL 1e-6 for both, 128 prompts of 5 episodes on eight GPUs.
-REAL = dict(num_prompts=8, blind_prompts=1, max_new_tokens=512, lr=1e-6, sft_lr=5e-6)
+REAL = dict(num_prompts=8, blind_prompts=1, max_new_tokens=512, lr=1e-6, sft_lr=5e-6, recompute=True)
 
 
 POSITIVE = ("num_prompts", "group_size", "num_minibatches", "max_new_tokens", "temperature", "save_every", "sft_n", "sft_batch", "sft_epochs",
@@ -241,6 +241,9 @@ def main():
     vlm = model.load(checkpoint if cfg.resume else cfg.model, cfg.device, cfg.dtype,
                      cfg.max_pixels or (0 if cfg.data or model.is_tiny(cfg.model) else 448 * 448))
     vlm.recompute = cfg.recompute
+    plan = model.memory_plan(vlm, cfg.micro_tokens, cfg.max_batch_tokens, cfg.recompute, cfg.offload, cfg.kl_coef > 0)
+    if not model.is_tiny(cfg.model):
+        model.print_plan(plan, cfg.offload)
     held_out, cfg.rows = split(cfg, vlm, rows)
 
     if cfg.resume:
@@ -344,7 +347,7 @@ def finish(vlm, cfg, run, settings, held_out, before, sections, spent):
     evaluate.report(os.path.join(run, "report.html"), f"{cfg.task if not cfg.data else os.path.basename(cfg.data)}, {vlm.name}", curves=curves,
                     table=table, settings={k: v for k, v in settings.items() if v != getattr(Config, k)},
                     episodes=sections + [(f"after RL, {evaluate.MODES[mode]}", es) for mode, (_, es) in after.items()])
-    print(f"{summary['seconds']:.0f} s in all; {run}/report.html shows the episodes")
+    print(f"{summary['seconds']:.0f} s in all, peak memory {model.peak_memory() / 1e9:.2f} GB; {run}/report.html shows the episodes")
 
 
 def chance(samples):
@@ -357,5 +360,9 @@ if __name__ == "__main__":
         main()
     except data.DataError as e:
         model.fail(str(e))
+    except RuntimeError as e:
+        if not model.is_out_of_memory(e):
+            raise
+        model.fail(f"out of memory ({' '.join(str(e).split())[:160]}). Turn, in this order: {'; '.join(model.KNOBS.values())}. Then --resume")
     except KeyboardInterrupt:
         model.fail("interrupted; what was saved last is in the run's checkpoint folder")
