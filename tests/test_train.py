@@ -15,7 +15,10 @@ import data, evaluate, model, rewards, train_rl, train_sft, zoom_rollout
 import test_mutations, test_scripts
 from conftest import ROOT, check_mutation, close, names
 from test_model import picture, SIZES
+from test_scripts import script
 from zoom_rollout import Episode
+
+SMALL = "train_rl.py --num-prompts 4 --blind-prompts 1 --group-size 4 --max-new-tokens 40 --sft-n 16 --eval-n 4 --difficulty easy"
 
 # -----------------------------------------------------------------------------
 # a prompt computed once
@@ -87,6 +90,112 @@ def test_micro_batches(vlm):
         assert all(len(part) == 1 or cost(part) <= tokens for part in parts)
         assert len(parts) == {1: 8, cost(episodes) - 1: 2, cost(episodes): 1, 10 ** 6: 1}.get(tokens, len(parts))
     assert vlm.micro_batches([], 9) == []
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_shared_equals_plain_on_cuda(models, dtype):
+    """Bug: the GPU's attention kernel aligns the causal mask at the other corner."""
+    vlm = models["qwen2.5"]
+    vlm = model.VLM(copy.deepcopy(vlm.model).to("cuda", dtype), vlm.tokenizer, vlm.processor, vlm.name, vlm.spec)
+    episodes = groups_of(vlm)
+    want, _, mask = vlm.logprobs(episodes, share=False)
+    expected = gradient(vlm, want.sum() / mask.sum())
+    got, _, _ = vlm.logprobs(episodes)
+    tolerance = 1e-4 if dtype == torch.float32 else 0.05
+    close(got, want, tolerance), close(gradient(vlm, got.sum() / mask.sum()), expected, tolerance)
+
+# -----------------------------------------------------------------------------
+# memory
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_memory_plan(models, recompute):
+    """Claim: the plan's activations are what autograd keeps (its peak, of which one layer is recomputed at a time), within a third."""
+    vlm, episodes = models["qwen2.5"], group_of(models["qwen2.5"], 3, 2, 3, 1)
+    tokens, kept, vlm.recompute = 0, {}, recompute
+    def keep(x):
+        if x.untyped_storage().data_ptr() not in owned:
+            kept[x.untyped_storage().data_ptr()] = x
+        return x
+    owned = {p.untyped_storage().data_ptr() for p in vlm.model.parameters()}
+    try:
+        vlm.encode([v for e in episodes for v in e.views])
+        ids, positions, views, groups, _, _ = vlm.pack(episodes, vlm.shared(episodes))
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            h = vlm.forward(ids, positions, views, model.Packed(groups))
+    finally:
+        vlm.recompute = False
+    plan = model.memory_plan(vlm, ids.numel(), 0, recompute)
+    if recompute:                                                          # the inputs of the layers; 2 layers more while one is recomputed
+        plan["activations"] -= 2 / 3 * (model.memory_plan(vlm, ids.numel(), 0)["activations"])
+    total = sum(x.untyped_storage().nbytes() for x in kept.values())
+    assert 0.67 < total / plan["activations"] < 1.5, (total, plan["activations"])
+    trained = sum(p.numel() for p in vlm.parameters())
+    assert plan["gradients"] == 4 * trained and plan["optimizer"] == 8 * trained and plan["peak"] >= plan["weights"] + plan["optimizer"]
+
+def test_plan_of_a_3b(capsys, monkeypatch):
+    """Claim: the README's figures for Qwen2.5-VL-3B: 3.75 G parameters, 3.09 G of them trained; one 80 GB card, or, offloaded, 40 GB."""
+    import benchmark
+    vlm = benchmark.random_weights("qwen2.5-vl-3b", "meta")
+    n, trained = sum(p.numel() for p in vlm.model.parameters()), sum(p.numel() for p in vlm.parameters())
+    assert n == pytest.approx(3.754e9, rel=1e-3) and trained == pytest.approx(3.086e9, rel=1e-3)
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", "plan", "--model", "qwen2.5-vl-3b"])
+    benchmark.main()
+    peaks = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert peaks["80 GB card"] <= 70 and peaks["40 GB card"] <= 36
+    assert all(f"{p:.1f}" in open(os.path.join(ROOT, "README.md")).read() for p in peaks.values())
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_offload_is_the_same_optimizer(dtype):
+    """Bug: the weights on the device do not follow the masters on the CPU, or the gradients stay."""
+    made = []
+    for offload in (False, True):
+        p = torch.nn.Parameter(torch.linspace(-1, 1, 8, dtype=dtype))
+        optimizer = model.AdamW([p], 1e-2, offload=offload)
+        assert (optimizer.masters[0] is p) == (dtype == torch.float32 and not offload)
+        for i in range(5):
+            (p.float() ** 2 * (i + 1)).sum().backward()
+            optimizer.step(1e-2)
+            assert p.grad is None and optimizer.masters[0].grad is None
+        made.append((p.detach(), optimizer.tensors()["0.exp_avg"]))
+    assert torch.equal(made[0][0], made[1][0]) and torch.equal(made[0][1], made[1][1]) and (made[0][0] != torch.linspace(-1, 1, 8, dtype=dtype)).all()
+
+def test_micro_batches_add_up_in_fp32():
+    """Bug: bf16 gradients: after the first of 100 equal micro-batches, the 257th part of a sum is rounded away."""
+    p = torch.nn.Parameter(torch.ones(4, dtype=torch.bfloat16))
+    model.AdamW([p], 1e-2)
+    for _ in range(1000):
+        p.sum().backward()
+    assert (p.grad == 1000).all()
+
+def test_out_of_memory_is_answered(script, monkeypatch):
+    """Claim: not a traceback but the knobs, in the order in which they cost least."""
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+    monkeypatch.setattr(model.VLM, "logprobs", full)
+    said = test_scripts.refused(script(f"{SMALL}"), "out of memory", "2.00 GiB", "--resume")
+    assert said.index("--recompute") < said.index("--micro-tokens") < said.index("--max-batch-tokens") < said.index("--offload")
+
+# -----------------------------------------------------------------------------
+# bad gradients
+
+def test_bad_gradients_stop_the_run(models, capsys):
+    """Claim: a step whose gradient is not finite changes nothing and is shown; after five in a row the run says why it stops, and
+    the checkpoint is as it was. One bad step alone does not stop it."""
+    bad = iter([False, True, False] + [True] * 5)
+    def poisoned(self, lr, clip=1.0, real=model.AdamW.step):
+        if next(bad):
+            next(p for p in self.params if p.grad is not None).grad.fill_(float("nan"))
+        return real(self, lr, clip)
+    with test_mutations.in_a_new_folder(), mock.patch.object(model.AdamW, "step", poisoned):
+        model.replace_folder(models["qwen2.5"].save("random"), "random")
+        with pytest.raises(SystemExit):
+            test_mutations.main_of("--name bad --steps 20 --save-every 3")
+        out, err = capsys.readouterr()
+        assert "not finite in 5 steps in a row" in err and "--lr" in err and "step 6" in err and out.count("SKIPPED") == 6
+        rows = test_scripts.read("runs/bad/metrics.jsonl")
+        assert [row["skipped"] for row in rows] == [0, 1, 0, 1, 1, 1, 1, 1]
+        weights = model.load_file("runs/bad/checkpoint/model.safetensors")
+        assert json.load(open("runs/bad/checkpoint/state.json"))["step"] == 6 and all(w.isfinite().all() for w in weights.values())
 
 # -----------------------------------------------------------------------------
 # ranks
@@ -168,8 +277,6 @@ def torchrun(n, command, folder):
     return subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n),
                              *shlex.split(os.path.join(ROOT, command))], cwd=folder, env=test_scripts.environment(), text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-
-SMALL = "train_rl.py --num-prompts 4 --blind-prompts 1 --group-size 4 --max-new-tokens 40 --sft-n 16 --eval-n 4 --difficulty easy"
 
 def test_two_ranks_are_one_run(models, tmp_path):
     """Bug: both ranks write, none does, or what they wrote is not the run that one process makes."""
@@ -312,3 +419,42 @@ def test_twenty_kills(tmp_path):
     status, _, err = test_scripts.finish(test_scripts.start(f"{command} --name rl {'--resume' if state() >= 0 else ''}", tmp_path))
     assert status == 0, err
     test_scripts.same_run(tmp_path / "runs" / "whole", run)
+
+# -----------------------------------------------------------------------------
+# do the tests bite?
+
+MUTATIONS = [
+    ("model", "causal_lower_right(q.shape[2], k.shape[2])", "None", test_shared_equals_plain, dict(recompute=False)),
+    ("model", "x.expand(len(tails), -1, -1, -1)", "x.detach().expand(len(tails), -1, -1, -1)", test_shared_equals_plain, dict(recompute=False)),
+    ("model", "views + e.views[seen:]", "views + e.views", test_shared_equals_plain, dict(recompute=False)),
+    ("model", "positions + [p[:, n:]]", "positions + [p[:, :len(e.ids) - n]]", test_shared_equals_plain, dict(recompute=False)),
+    ("model", "*range(len(ids), len(ids) + len(e.ids) - n)]", "*range(prompt + n, prompt + len(e.ids))]", test_shared_equals_plain, dict(recompute=False)),
+    ("model", "partial(checkpoint, self.layer, use_reentrant=False)", "lambda i, *more: checkpoint(self.layer, 0, *more, use_reentrant=False)",
+     test_shared_equals_plain, dict(recompute=True)),
+    ("model", "(tuple(e.ids[:n]), *map(id, views))", "(tuple(e.ids[:n]),)", test_what_counts_as_shared, {}),
+    ("model", "if not parts or prompt + tail > room", "if not parts or prompt + tail >= room", test_micro_batches, {}),
+    ("model", "room - prompt - tail, 0", "room - tail, 0", test_micro_batches, {}),
+    ("model", "p.grad_dtype = torch.float32 if p.dtype == torch.bfloat16 else p.dtype", "pass", test_micro_batches_add_up_in_fp32, {}),
+    ("model", "m.grad = p.grad if p.grad is None else p.grad.to(m.device)", "pass", test_offload_is_the_same_optimizer, dict(dtype=torch.float32)),
+    ("model", "        dist.all_reduce(p.grad)", "        pass", test_ranks_and_micro_batches_change_nothing, dict(flags={})),
+    ("train_rl", 'count, = model.total(sum(sum(e.sampled) for e in batch) if cfg.aggregate == "token" else len(batch))', "count = sum(sum(e.sampled) for e in batch)",
+     test_ranks_and_micro_batches_change_nothing, dict(flags={})),
+    ("train_rl", "zoom=zoom, skip=mine.start", "zoom=zoom", test_ranks_and_micro_batches_change_nothing, dict(flags={})),
+    ("train_rl", "mine = model.mine(len(samples))", "mine = slice(0, len(samples))", test_ranks_and_micro_batches_change_nothing, dict(flags={})),
+    ("train_rl", "if skipped == PATIENCE:", "if False:", test_bad_gradients_stop_the_run, {}),
+    ("model", "os.rename(folder, old)", "shutil.rmtree(folder)", test_a_checkpoint_survives_a_crash_at_any_write, {}),
+    ("model", "        os.rename(old, folder)\n    meet()", "        pass\n    meet()", test_a_checkpoint_survives_a_crash_at_any_write, {}),
+    ("model", '    if os.path.exists(folder):\n        shutil.rmtree(old', '    if True:\n        shutil.rmtree(old', test_a_checkpoint_survives_a_crash_at_any_write, {}),
+    ("model", "if before and os.path.exists(path) else []\n        with open(path + \".tmp\", \"w\")", "if before and os.path.exists(path) else []\n        with open(path, \"w\")",
+     test_rows_survive_a_crash, {}),
+]
+
+@pytest.mark.parametrize("module, old, new, test, arguments", MUTATIONS, ids=[f"{m}: {old.strip()} -> {new.strip()}" for m, old, new, *_ in MUTATIONS])
+def test_mutations_turn_a_test_red(module, old, new, test, arguments, models, models64, tmp_path, capsys, monkeypatch):
+    """Bug: a test that no bug can turn red."""
+    def again(made, v):
+        return getattr(made, "VLM", model.VLM)(v.model, v.tokenizer, v.processor, v.name, v.spec)
+    check_mutation(module, old, new, test, arguments, lambda made: {
+        "models": lambda: {k: again(made, v) for k, v in models.items()}, "vlm": lambda: again(made, models["qwen2.5"]),
+        "vlm64": lambda: again(made, models64["qwen2.5"]), "float64": lambda: None, "tmp_path": lambda: tmp_path, "capsys": lambda: capsys,
+        "monkeypatch": lambda: monkeypatch}, monkeypatch)
