@@ -675,7 +675,7 @@ def memory_plan(vlm, micro_tokens, cache_tokens, recompute=False, offload=False,
     parameters, trained = sum(p.numel() for p in vlm.model.parameters()), sum(p.numel() for p in vlm.parameters())
     kv = t.num_key_value_heads * vlm.model.model.language_model.layers[0].self_attn.head_dim
     layer = (6 * t.hidden_size + 4 * kv + 4 * t.intermediate_size) * size  # kept by a layer for its backward pass, per token
-    kept = t.num_hidden_layers * t.hidden_size * size + 2 * layer if recompute else t.num_hidden_layers * layer
+    kept = (t.num_hidden_layers + 2) * t.hidden_size * size + 2 * layer if recompute else t.num_hidden_layers * layer
     plan = {"weights": parameters * size * (1 + reference),
             "optimizer": trained * (8 if size == 4 and not offload else 12),                              # two moments, fp32 master
             "gradients": trained * 4,
