@@ -20,7 +20,8 @@ share of the measured copy bandwidth, if each decode step reads the text model's
 train: the update (log-probabilities and gradient) of episodes with zooms, a group's prompt computed once (packed) or every episode
 by itself (plain): time, peak memory, largest gap between the gradients relative to the largest gradient. Then a whole GRPO step
 (single turn, all answers of the same length, rewards drawn) and, where it is installed, TRL's on the same weights, prompts, images
-and number of tokens (`pip install trl==1.16.0` into an environment of its own; without it its fields are null).
+and number of tokens (`pip install trl==1.16.0` into an environment of its own; without it its fields are null). On a CPU the seconds
+are those of the processor, summed over threads (OMP_NUM_THREADS=1 for a clean figure).
 """
 import argparse, copy, ctypes, gc, importlib.util, json, os, random, statistics, sys, tempfile, time
 from unittest import mock
@@ -228,6 +229,7 @@ def our_step(vlm, samples, group, new_tokens, rounds):
             metrics, episodes = train_rl.train_step(vlm, None, optimizer, samples, cfg, step)
         took.append(metrics["seconds"])
     assert all(sum(e.sampled) == new_tokens for e in episodes)
+    print("share of the step: " + ", ".join(f"{k[6:]} {v:.0%}" for k, v in metrics.items() if k.startswith("share_")))
     return took[1:], [e.sampled.index(True) for e in episodes[::group]]
 
 
@@ -277,6 +279,8 @@ def trl_step(vlm, samples, group, new_tokens, rounds):
 
 def train(args):
     device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
+    if device == "cpu":
+        model.clock = time.process_time                                        # seconds of the processor: a busy machine changes them little
     vlm = random_weights(args.model, device) if args.random or args.model == "mid" else model.load(args.model, device)
     samples, rng = questions(vlm, args.prompts, args.image_tokens), random.Random(0)
     vlm.unsayable = torch.cat([vlm.unsayable, torch.tensor([vlm.im_end], device=vlm.device)])
