@@ -155,9 +155,14 @@ def summarise(rows):
 
 
 def summary_of(episodes):
+    return summarise(rows_of(episodes))
+
+
+def rows_of(episodes):
+    """What summarise() needs of episodes, as JSON."""
     looked = lambda e: {"zooms": sum(t.crop is not None for t in e.turns)} if e.ids else {}        # a prediction has no tokens
     meta = lambda e: {k: e.sample.meta[k] for k in ("benchmark", "of") if isinstance(e.sample.meta.get(k), str)}
-    return summarise([{"id": e.sample.id, "category": e.sample.category, **meta(e), **looked(e), **behaviour(e), **e.parts} for e in episodes])
+    return [{"id": e.sample.id, "category": e.sample.category, **meta(e), **looked(e), **behaviour(e), **e.parts} for e in episodes]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -252,8 +257,10 @@ def pieces(vlm, e):
 def run(vlm, samples, zoom="on", style="zoom", recipe="vigorl-zoom", temperature=0.0, seed=0, batch=64, progress=True,
         max_zooms=3, views=None, save=None, keep=DRAWN, **options):
     """One scored episode per sample. zoom: a key of MODES; save(episodes) is called with every batch; the tokens of the first
-    `keep` are kept as text for the report; options: rollout's. -> list[Episode] in the order of the samples"""
-    episodes, score = [], 0
+    `keep` are kept as text for the report; options: rollout's. -> list[Episode] in the order of the samples; of several ranks
+    each has its share of them."""
+    mine = model.mine(len(samples))
+    samples, views, seed, episodes, score = samples[mine], views and views[mine], seed + mine.start, [], 0
     with tqdm(total=len(samples), desc=MODES[zoom], unit=" questions", disable=None if progress else True) as bar:
         while (i := len(episodes)) < len(samples):
             try:
@@ -348,6 +355,8 @@ def left_over(config):
     """What a run with the same settings has left in --out -> {section: rows}. Other settings, or other files behind the same
     names, are refused; what predictions alone made is made again in seconds, and overwritten."""
     path, saved, rows = os.path.join(config.out, "episodes.jsonl"), os.path.join(config.out, "config.json"), {}
+    if model.rank():
+        model.meet()                                                           # rank 0 puts the file in order first
     now = {k: v for k, v in asdict(config).items() if k not in ("out", "drawn", "batch", "fresh", "compare")}
     for name in ("data", "predictions", "checkpoint", "model"):
         file = os.path.join(now[name], "model.safetensors") if name in ("checkpoint", "model") else now[name]
@@ -362,10 +371,12 @@ def left_over(config):
         with open(path, encoding="utf-8") as f:
             for row in (json.loads(line) for line in f if not differ and line.endswith("\n")):     # the last may have been cut off
                 rows.setdefault(row["run"], []).append(row)
-    model.write_json(saved, now)
-    with open(path + ".tmp", "w", encoding="utf-8") as f:
-        f.writelines(json.dumps(row) + "\n" for group in rows.values() for row in group)
-    os.replace(path + ".tmp", path)
+    if model.rank() == 0:
+        model.write_json(saved, now)
+        with open(path + ".tmp", "w", encoding="utf-8") as f:
+            f.writelines(json.dumps(row) + "\n" for group in rows.values() for row in group)
+        os.replace(path + ".tmp", path)
+        model.meet()
     return rows
 
 
@@ -417,8 +428,8 @@ def episodes_of(config, samples):
     """The runs that the config asks for -> {label: list[Episode]}; of several, zoom allowed comes first. Rows are written as
     they are made."""
     def write(label, episodes):
-        with open(os.path.join(config.out, "episodes.jsonl"), "a", encoding="utf-8") as f:
-            f.writelines(json.dumps({"run": label, **record(e)}) + "\n" for e in episodes)
+        with open(os.path.join(config.out, "episodes.jsonl"), "ab", buffering=0) as f:        # in one piece: ranks share the file
+            f.write("".join(json.dumps({"run": label, **record(e)}) + "\n" for e in episodes).encode())
 
     if config.predictions:
         known, texts = model.MODELS.get(config.model), read_predictions(config.predictions, samples)
@@ -444,7 +455,8 @@ def episodes_of(config, samples):
         new = rest and run(vlm, rest, zoom, config.style, RECIPES[config.style], config.temperature, config.seed + len(done), config.batch,
                            max_zooms=config.max_zooms, max_new_tokens=config.max_new_tokens, crop_from=config.crop_from,
                            save=functools.partial(write, label), keep=config.drawn - len(done))
-        runs[label] = [restore(done[s.id], s) for s in samples if s.id in done] + new
+        done |= {row["id"]: row for row in model.gather([record(e) for e in new])}
+        runs[label] = [restore(done[s.id], s) for s in samples]
     return runs
 
 
@@ -476,6 +488,8 @@ def evaluate(config):
     model.make_dir(config.out)                                                 # before the work, not after it
     runs = episodes_of(config, samples)
     summary, parts = summary_of_runs(runs)
+    if model.rank():
+        return summary
     model.write_json(os.path.join(config.out, "summary.json"), summary)
 
     what += f"; chance {summary['chance']:.1%}" if "chance" in summary else ""
@@ -505,6 +519,7 @@ def main(argv=None):
     if "--compare" in argv:                                                    # the one flag that takes two values
         i = argv.index("--compare")
         argv[i + 1:i + 3] = [os.pathsep.join(argv[i + 1:i + 3])]
+    model.start_ranks()
     config = model.cli(Config, argv, __doc__)
     try:
         return evaluate(config)

@@ -8,17 +8,22 @@ every rollout of the group, every turn, the reference pass and the update.
 
 Shapes:  B rows (episodes)   T tokens   D width   V vocabulary   S cache slots   N image tokens
 """
-import argparse, dataclasses, inspect, json, math, os, re, shutil, sys, typing
+import argparse, dataclasses, inspect, json, math, os, re, shutil, sys, time, typing
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch.nn.attention.bias import causal_lower_right
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")    # rollout and update need blocks of very different sizes
 import transformers
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
 
@@ -177,6 +182,30 @@ class KVCache:
         return new
 
 
+class Packed:
+    """Episodes to train on, as one row without padding: a group's prompt once, its continuations behind it, then the next group.
+    All of a layer works token by token and does not mind; attention alone must know which tokens see which.
+
+    groups: [(tokens of the prompt, [tokens of each continuation])]. An episode by itself is all prompt: (its tokens, [])."""
+
+    def __init__(self, groups):
+        self.groups, self.sizes = groups, [n for prompt, tails in groups for n in (prompt, sum(tails))]
+
+    def attend(self, layer, q, k, v):
+        """q (1, N, H, D), k, v (1, N, heads, D) -> (1, N, H, D). A prompt sees itself, a continuation sees the prompt and itself."""
+        out, parts = [], zip(*(x[0].split(self.sizes) for x in (q, k, v)))
+        for prompt, tails in self.groups:
+            q, k, v = (x[None].transpose(1, 2) for x in next(parts))       # (1, heads, S, D)
+            out.append(F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)[0].transpose(0, 1))
+            behind = next(parts)
+            if tails:
+                q, own_k, own_v = (pad_sequence(x.split(tails), batch_first=True).transpose(1, 2) for x in behind)     # (G, heads, T, D)
+                k, v = (torch.cat([x.expand(len(tails), -1, -1, -1), own], 2) for x, own in ((k, own_k), (v, own_v)))  # (G, heads, S + T, D)
+                x = F.scaled_dot_product_attention(q, k, v, causal_lower_right(q.shape[2], k.shape[2]), enable_gqa=True).transpose(1, 2)
+                out += [row[:n] for row, n in zip(x, tails)]               # the padding goes
+        return torch.cat(out)[None]
+
+
 def mrope(ids, grids, image_token, start=0, merge=2):
     """Multimodal rotary positions (Qwen2-VL, arXiv 2409.12191, section 2.1): a text token at p has (p, p, p); the patches
     of an image that begins at p have (p, p + row, p + column); text goes on after the largest position used.
@@ -223,6 +252,7 @@ class VLM:
         self.axis = axis.to(self.device)
         self.factor = processor.patch_size * processor.merge_size          # fed sides are multiples of this
         self.max_pixels, self._text_ids = spec.max_pixels, {}
+        self.recompute = False                                             # layers in the backward pass: gradient checkpointing
         self.work = {"tokens": 0, "patches": 0}                            # run so far: by `extend`, by the vision tower
         self.model.requires_grad_(True)
         self.model.model.visual.requires_grad_(False)                      # tower and merger, as in both papers
@@ -318,8 +348,9 @@ class VLM:
         # Each of the D / 2 frequencies turns with one of a token's three positions.
         angle = positions.float()[self.axis].permute(1, 2, 0)[:, :, None] * lm.rotary_emb.inv_freq        # (B, T, 1, D / 2)
         rope = angle.cos().to(h.dtype), angle.sin().to(h.dtype)
+        run = partial(checkpoint, self.layer, use_reentrant=False) if self.recompute and torch.is_grad_enabled() else self.layer
         for i, layer in enumerate(lm.layers):
-            h = self.layer(i, layer, h, rope, cache)
+            h = run(i, layer, h, rope, cache)
             if views and i < len(views[0].deep):                           # Qwen3-VL: deeper vision features join early layers
                 h = h + torch.zeros_like(h).masked_scatter(at[..., None], torch.cat([v.deep[i] for v in views]).to(h.dtype))
         return F.rms_norm(h, h.shape[-1:], lm.norm.weight, lm.norm.variance_epsilon)
@@ -391,24 +422,61 @@ class VLM:
     def new_cache(self, rows):
         return KVCache(len(self.model.model.language_model.layers), rows, self.device)
 
-    def logprobs(self, episodes, temperature=1.0, chunk=4096):
+    def shared(self, episodes):
+        """Which episodes continue the same prompt (the ids before anything was sampled, with the very same views)?
+        -> [(tokens of the prompt, the indices of its episodes)]; an episode that shares with no other is all prompt."""
+        groups = {}
+        for b, e in enumerate(episodes):
+            n = e.sampled.index(True) if True in e.sampled else len(e.ids)
+            views = e.views[:e.ids[:n].count(self.vision_start)]
+            groups.setdefault((tuple(e.ids[:n]), *map(id, views)), []).append(b)
+        return [(len(key[0]) if len(members) > 1 else len(episodes[members[0]].ids), members) for key, members in groups.items()]
+
+    def micro_batches(self, episodes, tokens=16384):
+        """Split into parts of at most `tokens` tokens as logprobs packs them, groups together; an episode that is longer is a part
+        by itself. A memory knob: gradients do not change."""
+        parts, room = [], 0
+        for n, members in self.shared(episodes):
+            prompt = n                                                     # to be paid by its first episode in a part
+            for b in members:
+                tail = len(episodes[b].ids) - n
+                if not parts or prompt + tail > room:
+                    parts, room, prompt = parts + [[]], tokens, n
+                parts[-1].append(episodes[b])
+                room, prompt = room - prompt - tail, 0
+        return parts
+
+    def pack(self, episodes, groups):
+        """groups: see `shared` -> ids (1, N), positions (3, 1, N), views, all in the order of a `Packed` row; its groups; and for the
+        M sampled tokens, episode by episode, where each stands in the row and where the token stands that predicts it (M,)."""
+        ids, positions, views, sizes, at = [], [], [], [], {}
+        for n, members in groups:
+            prompt, seen = len(ids), episodes[members[0]].ids[:n].count(self.vision_start)                # where it begins, its views
+            sizes.append((n, [len(episodes[b].ids) - n for b in members] if len(members) > 1 else []))
+            for b in members:
+                e = episodes[b]
+                p = mrope(e.ids, [v.grid for v in e.views], self.image_token)[0]
+                if b == members[0]:
+                    ids, views, positions = ids + e.ids[:n], views + e.views[:seen], positions + [p[:, :n]]
+                where = [*range(prompt, prompt + n), *range(len(ids), len(ids) + len(e.ids) - n)]         # of this episode's tokens
+                at[b] = [(where[t], where[t - 1]) for t, on in enumerate(e.sampled) if on]
+                ids, views, positions = ids + e.ids[n:], views + e.views[seen:], positions + [p[:, n:]]
+        target, before = torch.tensor([pair for b in range(len(episodes)) for pair in at[b]], dtype=torch.long).view(-1, 2).T
+        return torch.tensor([ids]), torch.cat(positions, 1)[:, None], views, sizes, target, before
+
+    def logprobs(self, episodes, temperature=1.0, chunk=1024, share=True):
         """The trainer's log-probabilities of what was sampled, in one pass over whole episodes.
 
         -> logprobs (B, T), entropy (B, T), mask (B, T): at [b, t] for token t of episode b, zero and False where the
-        policy did not choose the token. Only sampled positions meet the vocabulary, `chunk` at a time and recomputed in
-        the backward pass: the full logits of one ViGoRL step would be hundreds of gigabytes."""
-        B, T = len(episodes), max(len(e.ids) for e in episodes)
-        views = [v for e in episodes for v in e.views]
-        self.encode(views)
-        ids, mask = torch.zeros(B, T, dtype=torch.long), torch.zeros(B, T, dtype=torch.bool)
-        positions = torch.zeros(3, B, T, dtype=torch.long)
-        for b, e in enumerate(episodes):
-            n = len(e.ids)
-            ids[b, :n], mask[b, :n] = torch.tensor(e.ids), torch.tensor(e.sampled)
-            positions[:, b, :n] = mrope(e.ids, [v.grid for v in e.views], self.image_token)[0]
-        ids, mask, positions = ids.to(self.device), mask.to(self.device), positions.to(self.device)
-        h = self.forward(ids, positions, views)                            # (B, T, D)
-        h, target = h[:, :-1][mask[:, 1:]], ids[:, 1:][mask[:, 1:]]        # (M, D), (M,): token t is predicted at t - 1
+        policy did not choose the token. A prompt that several episodes continue is computed once (`Packed`); share=False computes
+        every episode by itself, to the same result. Only sampled positions meet the vocabulary, `chunk` at a time and recomputed
+        in the backward pass: the full logits of one ViGoRL step would be hundreds of gigabytes."""
+        self.encode([v for e in episodes for v in e.views])
+        alone = [(len(e.ids), [b]) for b, e in enumerate(episodes)]
+        ids, positions, views, groups, target, before = self.pack(episodes, self.shared(episodes) if share else alone)
+        h = self.forward(ids.to(self.device), positions.to(self.device), views, Packed(groups))[0]        # (N, D)
+        mask = pad_sequence([torch.tensor(e.sampled) for e in episodes], batch_first=True).to(self.device)              # (B, T)
+        h, target = h[before.to(self.device)], ids[0, target].to(self.device)                            # (M, D), (M,)
 
         def head(h, target):
             logp = F.log_softmax(self.logits(h) / temperature, -1)                                        # (m, V)
@@ -416,9 +484,7 @@ class VLM:
 
         out = [checkpoint(head, a, b, use_reentrant=False) if torch.is_grad_enabled() else head(a, b)
                for a, b in zip(h.split(chunk), target.split(chunk))]
-        dense = lambda values: torch.zeros(B, T, device=self.device).masked_scatter(mask, torch.cat(values))
-        if not out:
-            return torch.zeros(B, T, device=self.device) + 0 * h.sum(), torch.zeros(B, T, device=self.device), mask
+        dense = lambda values: torch.zeros(mask.shape, device=self.device).masked_scatter(mask, torch.cat(values))
         return dense([o[0] for o in out]), dense([o[1].detach() for o in out]), mask
 
     def parameters(self):
@@ -436,13 +502,22 @@ class VLM:
 
 
 def replace_folder(tmp, folder):
-    """Rename tmp to folder, so that a crash leaves the old one or the new one, never half of one."""
+    """Rename tmp to folder, so that a crash leaves the old one or the new one, never half of one. Between two renames the old
+    one is called folder.old: `settle` finds it."""
     old = folder.rstrip("/") + ".old"
-    shutil.rmtree(old, ignore_errors=True)
     if os.path.exists(folder):
+        shutil.rmtree(old, ignore_errors=True)
         os.rename(folder, old)
     os.rename(tmp, folder)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def settle(folder):
+    """Before a folder is read again: if a crash came between the two renames, the old one gets its name back."""
+    old = folder.rstrip("/") + ".old"
+    if rank() == 0 and not os.path.exists(folder) and os.path.exists(old):
+        os.rename(old, folder)
+    meet()
 
 
 def load(name, device="auto", dtype="auto", max_pixels=0, quiet=False):
@@ -539,30 +614,36 @@ def make_tiny(texts, phrases, seed=0):
 # ----------------------------------------------------------------------------------------------------------------------
 class AdamW:
     """torch's AdamW on fp32 masters. A bf16 weight near 1 cannot move by less than 0.4 %: an RL step of 1e-6 would be
-    rounded away every time. The master keeps the sum; the bf16 copy follows when it has moved far enough."""
+    rounded away every time. The master keeps the sum; the bf16 copy follows when it has moved far enough. Gradients are summed
+    in fp32 too, over micro-batches and ranks. offload: masters and moments (12 bytes per parameter) live on the CPU, which
+    updates them: the gradient goes down and the weights come up once per step (as in ZeRO-Offload, arXiv 2101.06840)."""
 
-    def __init__(self, params, lr, betas=(0.9, 0.999), weight_decay=0.01, scale=None):
+    def __init__(self, params, lr, betas=(0.9, 0.999), weight_decay=0.01, scale=None, offload=False):
         self.params = list(params)
-        self.masters = [p if p.dtype == torch.float32 else p.detach().float().clone() for p in self.params]
+        home = lambda p: "cpu" if offload else p.device
+        self.masters = [p if p.dtype == torch.float32 and not offload else p.detach().to(home(p)).float().clone() for p in self.params]
+        for p in self.params:
+            p.grad_dtype = torch.float32 if p.dtype == torch.bfloat16 else p.dtype
         groups = [{"params": [m], "scale": scale(m)} for m in self.masters] if scale else [{"params": self.masters, "scale": 1.0}]
         self.opt = torch.optim.AdamW(groups, lr=lr, betas=betas, weight_decay=weight_decay, fused=True)
 
     def step(self, lr, clip=1.0):
-        """Clip the global norm, update, clear the gradients. -> the norm before clipping. A non-finite gradient is not
-        applied (the caller sees the norm and counts it)."""
-        for p, m in zip(self.params, self.masters):
-            if m is not p:
-                m.grad, p.grad = p.grad.float() if p.grad is not None else None, None
-        norm = torch.nn.utils.clip_grad_norm_(self.masters, clip).item()
+        """Add the ranks' gradients up, clip the global norm, update, clear the gradients. -> the norm before clipping. A
+        non-finite gradient is not applied (the caller sees the norm and counts it)."""
+        add_gradients(self.params)
+        norm = torch.nn.utils.clip_grad_norm_(self.params, clip).item()
         for group in self.opt.param_groups:
             group["lr"] = lr * group["scale"]
-        if norm == norm and norm != float("inf"):
+        if math.isfinite(norm):
+            for p, m in zip(self.params, self.masters):
+                m.grad = p.grad if p.grad is None else p.grad.to(m.device)
             self.opt.step()
             with torch.no_grad():
                 for p, m in zip(self.params, self.masters):
                     if m is not p:
                         p.copy_(m)
-        self.opt.zero_grad(set_to_none=True)
+        for p in self.params + self.masters:
+            p.grad = None
         return norm
 
     def tensors(self):
@@ -582,6 +663,8 @@ class AdamW:
 
 def save_checkpoint(folder, vlm, optimizer, state):
     """Everything a run needs to go on: weights, optimizer, RNG, and `state` (JSON: step, config, ...)."""
+    if rank():
+        return
     tmp = vlm.save(folder)
     save_file({k: v.contiguous() for k, v in optimizer.tensors().items()}, os.path.join(tmp, "optimizer.safetensors"))
     save_file({"torch": torch.get_rng_state()}, os.path.join(tmp, "rng.safetensors"))
@@ -597,6 +680,121 @@ def load_checkpoint(folder, optimizer):
         return json.load(open(os.path.join(folder, "state.json")))
     except (OSError, KeyError, ValueError, RuntimeError, SafetensorError) as e:
         fail(f"{folder} is no checkpoint that training can resume from: {' '.join(str(e).split())[:200]}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Memory
+
+def memory_plan(vlm, micro_tokens, cache_tokens, recompute=False, offload=False, reference=False, chunk=1024):
+    """What a run will need -> {part: bytes}, and under "peak" those on the device at the worst moment: the rollout holds the
+    cache, the update holds gradients and activations, never both. Counted from shapes (a model on the meta device will do)."""
+    t, size = vlm.model.config.text_config, vlm.dtype.itemsize
+    parameters, trained = sum(p.numel() for p in vlm.model.parameters()), sum(p.numel() for p in vlm.parameters())
+    kv = t.num_key_value_heads * vlm.model.model.language_model.layers[0].self_attn.head_dim
+    layer = (6 * t.hidden_size + 4 * kv + 4 * t.intermediate_size) * size  # kept by a layer for its backward pass, per token
+    kept = (t.num_hidden_layers + 2) * t.hidden_size * size + 2 * layer if recompute else t.num_hidden_layers * layer
+    plan = {"weights": parameters * size * (1 + reference),
+            "optimizer": trained * (8 if size == 4 and not offload else 12),                              # two moments, fp32 master
+            "gradients": trained * 4,
+            "cache": 2 * cache_tokens * t.num_hidden_layers * 2 * kv * size,                              # old and new when rows leave
+            "activations": micro_tokens * kept,
+            "logits": 4 * chunk * t.vocab_size * 4}
+    return plan | {"peak": plan["weights"] + plan["optimizer"] * (not offload)
+                   + max(plan["cache"], plan["gradients"] + plan["activations"] + plan["logits"])}
+
+
+KNOBS = {"activations": "--recompute, then a smaller --micro-tokens (the gradient stays the same)", "cache": "a smaller --max-batch-tokens (the episodes stay the same)",
+         "optimizer": "--offload (to the CPU)", "weights": "--kl-coef 0 (no reference), a smaller model"}
+
+
+def print_plan(plan, offload):
+    print("memory plan, GB" + "".join(f"\n  {part:12s}{n / 1e9:6.1f}  {'on the CPU' if offload and part == 'optimizer' else KNOBS.get(part, '')}".rstrip()
+                                      for part, n in plan.items()))
+
+
+def peak_memory():
+    """Bytes at most so far: of the GPU's memory, or of this process."""
+    if torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated()
+    import resource                                                        # not on Windows
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def is_out_of_memory(error):
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Ranks. `torchrun --nproc-per-node N train_rl.py` starts the same script N times; each process takes its share of the prompts.
+# The model is not wrapped, because it samples too: gradients are added up by hand, once per step, when all are there.
+
+def start_ranks():
+    """Under torchrun: join the others, each on a GPU of its own. Only rank 0 prints and writes; errors are everyone's."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        if rank():
+            sys.stdout, os.environ["TQDM_DISABLE"] = open(os.devnull, "w"), "1"
+
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def meet():
+    """No rank goes on before all are here."""
+    if world() > 1:
+        dist.barrier()
+
+
+def clock():
+    """Seconds, when the device has done what it was told."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def mine(n):
+    """This rank's slice of n things. Together the slices cover all and none overlaps."""
+    return slice(n * rank() // world(), n * (rank() + 1) // world())
+
+
+def total(*numbers, op="SUM"):
+    """Numbers added up over the ranks (or op="MAX") -> list of floats."""
+    x = torch.tensor(numbers, dtype=torch.float64, device="cuda" if world() > 1 and dist.get_backend() == "nccl" else "cpu")
+    if world() > 1:
+        dist.all_reduce(x, getattr(dist.ReduceOp, op))
+    return x.tolist()
+
+
+def gather(rows):
+    """The rows (JSON) of all ranks in one list. They travel as text: nothing is unpickled."""
+    if world() == 1:
+        return rows
+    text = json.dumps(rows).encode()
+    longest = int(total(len(text), op="MAX")[0])
+    parts = torch.empty(world(), longest, dtype=torch.uint8, device="cuda" if dist.get_backend() == "nccl" else "cpu")
+    dist.all_gather(list(parts), torch.frombuffer(bytearray(text.ljust(longest)), dtype=torch.uint8).to(parts.device))
+    return [row for part in parts for row in json.loads(bytes(part.tolist()))]
+
+
+def ratios(metrics):
+    """{name: number or (sum, count)} -> {name: number}; sums and counts are added up over the ranks, then divided."""
+    pairs = [k for k, v in metrics.items() if isinstance(v, tuple)]
+    sums = total(*(x for k in pairs for x in metrics[k]))
+    return metrics | {k: s / n if n else 0.0 for k, s, n in zip(pairs, sums[::2], sums[1::2])}
+
+
+def add_gradients(params):
+    for p in params if world() > 1 else ():
+        if p.grad is None:                                                 # nothing to learn on this rank
+            p.grad = torch.zeros_like(p, dtype=p.grad_dtype)
+        dist.all_reduce(p.grad)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -619,16 +817,32 @@ def read_json(path, *needed):
 
 
 def write_json(path, obj):
-    """Atomic: a reader sees the old file or the new one."""
-    with open(path + ".tmp", "w") as f:
-        json.dump(obj, f, indent=1)
-    os.replace(path + ".tmp", path)
+    """Atomic: a reader sees the old file or the new one. Rank 0 writes."""
+    if rank() == 0:
+        with open(path + ".tmp", "w") as f:
+            json.dump(obj, f, indent=1)
+        os.replace(path + ".tmp", path)
+
+
+def append_rows(path, rows):
+    if rank() == 0:
+        with open(path, "a") as f:
+            f.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+def keep_rows(path, before):
+    """Cut a JSONL file down to the rows of the steps before `before`; a row torn by a crash goes too. Atomic."""
+    if rank() == 0:
+        lines = open(path).readlines() if before and os.path.exists(path) else []
+        with open(path + ".tmp", "w") as f:
+            f.writelines(line for line in lines if line.endswith("\n") and json.loads(line)["step"] < before)
+        os.replace(path + ".tmp", path)
 
 
 def make_dir(path):
     try:
         os.makedirs(path, exist_ok=True)
-        probe = os.path.join(path, ".writable")
+        probe = os.path.join(path, f".writable.{os.getpid()}")
         open(probe, "w").close()
         os.remove(probe)
     except OSError as e:

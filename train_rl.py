@@ -5,6 +5,7 @@
     python train_rl.py --model qwen2.5-vl-3b        # the same loop on the real model, one CUDA GPU
     python train_rl.py --data FILE.jsonl --model runs/sft/checkpoint --traces ""
     python train_rl.py --name NAME --resume         # go on where runs/NAME stopped (Ctrl-C saves)
+    torchrun --nproc-per-node 8 train_rl.py --model qwen2.5-vl-3b       # eight GPUs: the same step, sooner
 
 A step has seven parts, numbered here and in the README: 1 sample prompts, 2 roll out, 3 reward, 4 advantages, 5 loss,
 6 update, 7 log. Everything is kept in runs/NAME: config.json, metrics.jsonl (a row per step), episodes.jsonl (some
@@ -12,7 +13,7 @@ rollouts of every step), checkpoint/, and at the end summary.json and report.htm
 
 Left out of the papers, and why. By default: 16 optimizer steps per batch of rollouts, dual clip and a reference model (ViGoRL;
 later work finds no use for the last), difficulty weights (UniVG-R1); `--recipe` brings them back. At all: UniVG-R1's learning
-rate falls to 0, ours is constant; rollouts cut at the length limit still train there and here. Several GPUs: not yet.
+rate falls to 0, ours is constant; rollouts cut at the length limit still train there and here.
 """
 import json, os, random, signal, time
 from dataclasses import asdict, dataclass, replace
@@ -75,7 +76,9 @@ class Config:
     papo_coef: float = 0.0          # answers should be unlikely where most of the image is black (PAPO 0.01-0.02); a second forward pass
 
     max_batch_tokens: int = 262144  # of the rollout's cache (3B: 36 kB each); more is run in parts, with the same result
-    micro_tokens: int = 16384       # padded tokens per forward pass: memory only, the gradient does not change
+    micro_tokens: int = 16384       # tokens per forward and backward pass: memory only, the gradient does not change
+    recompute: bool = False         # recompute each layer in the backward pass: a third more time, a fraction of the memory
+    offload: bool = False           # optimizer (masters, moments) on the CPU: 12 bytes per parameter less on the GPU
     eval_n: int = 200               # held-out questions, asked before and after, in three zoom modes
     save_every: int = 10            # steps between checkpoints
     device: str = "auto"            # cpu, cuda, cuda:1
@@ -83,7 +86,7 @@ class Config:
 
 
 # Other defaults for models that are not tiny. Papers: ViGoRL 1e-6 for both, 128 prompts of 5 episodes on eight GPUs.
-REAL = dict(num_prompts=8, blind_prompts=1, max_new_tokens=512, lr=1e-6, sft_lr=5e-6)
+REAL = dict(num_prompts=8, blind_prompts=1, max_new_tokens=512, lr=1e-6, sft_lr=5e-6, recompute=True)
 
 # What --recipe sets: the papers' settings where they differ from Config's. The second dict goes with 3B to 7B parameters: a tiny model
 # keeps its own step size and lengths. Sources: ViGoRL tables A2, A3 and its script; UniVG-R1's script and trainer.
@@ -99,6 +102,10 @@ PAPERS = {
 
 POSITIVE = ("num_prompts", "group_size", "num_minibatches", "max_new_tokens", "temperature", "save_every", "sft_n", "sft_batch", "sft_epochs",
             "eval_n", "max_batch_tokens", "micro_tokens")
+
+
+FREE = ("resume", "steps", "name", "save_every", "max_batch_tokens", "micro_tokens", "recompute", "offload")      # may differ from the run that is resumed
+PATIENCE = 5                        # steps in a row without a finite gradient, then the run stops
 
 
 def presets(cfg):
@@ -125,19 +132,24 @@ def questions(cfg, vlm, step, again=0):
 
 
 def train_step(vlm, ref, optimizer, samples, cfg, step):
-    """Steps 2 to 6 for one batch of prompts -> (metrics, episodes). `samples` is step 1, the log line step 7."""
-    began, P, G, work = time.time(), len(samples), cfg.group_size, dict(vlm.work)
+    """Steps 2 to 6 for one batch of prompts -> (metrics, episodes). `samples` is step 1, the log line step 7. Of several ranks
+    each takes its share of the prompts; what `model.total` adds up makes the gradient that of the whole step."""
+    began, G, work = model.clock(), cfg.group_size, dict(vlm.work)
 
     # 2. roll out: G episodes per prompt, all of prompt 0 first
-    blind = cfg.blind_prompts if data.STYLES[cfg.recipe] == "zoom" and P > cfg.blind_prompts else 0
-    episodes = zoom_rollout.rollout(vlm, samples[blind:], G, seed=cfg.seed * 1_000_003 + step, **rollout_options(cfg))
-    if blind:                                                             # without a zoom: to answer when told to must stay learned
-        episodes = zoom_rollout.rollout(vlm, samples[:blind], G, seed=cfg.seed * 1_000_003 + step, zoom="off", **rollout_options(cfg)) + episodes
-    rolled, work = time.time(), {k: v - work[k] for k, v in vlm.work.items()}
+    def roll(samples, zoom):
+        mine = model.mine(len(samples))
+        return zoom_rollout.rollout(vlm, samples[mine], G, seed=cfg.seed * 1_000_003 + step, zoom=zoom, skip=mine.start,
+                                    **rollout_options(cfg)) if samples[mine] else []
+    blind = blind_prompts(cfg, len(samples))                              # without a zoom: to answer when told to must stay learned
+    unseeing, seeing = roll(samples[:blind], "off"), roll(samples[blind:], "on")
+    episodes, P = unseeing + seeing, (len(unseeing) + len(seeing)) // G
+    rolled, work = model.clock(), {k: v - work[k] for k, v in vlm.work.items()}
 
     # 3. reward: rules on the text and on what the calls led to
     score(episodes, cfg)
-    resampled = refill(vlm, episodes, blind * G, cfg, step)
+    resampled = refill(vlm, episodes, len(unseeing), cfg, step)
+    seeing = episodes[len(unseeing):]
     of_each = lambda f: torch.tensor([float(f(e)) for e in episodes]).view(P, G)
     per_group = lambda part: of_each(lambda e: e.parts[part])
     reward, accuracy = per_group("reward"), per_group("accuracy")
@@ -145,12 +157,14 @@ def train_step(vlm, ref, optimizer, samples, cfg, step):
         reward = reward + grpo.curiosity(of_each(lambda e: sum(t.crop is not None for t in e.turns)), cfg.curiosity)
     if cfg.overlong:
         reward = reward + grpo.overlong(of_each(lambda e: sum(e.sampled)), longest(cfg), cfg.overlong)
-    if step == 0 and not (accuracy > 0).any():
-        model.fail(f"none of the {P * G} rollouts of the first step has any success, so there is nothing to reinforce (each group's "
+    rewarded = model.clock()
+    if step == 0 and not model.total(int((accuracy > 0).sum()))[0]:
+        model.fail(f"none of the {len(samples) * G} rollouts of the first step has any success, so there is nothing to reinforce (each group's "
                    f"advantages are 0). Mean format {per_group('format').mean():.2f}. Warm-start on traces (--traces), or take easier questions.")
 
     # 4. advantages: better or worse than the group's mean; hard prompts may count more
-    weight = grpo.difficulty_weights(accuracy, cfg.difficulty_weight, cfg.difficulty_normalize)         # (P,)
+    first, of_all = sum(model.gather([P])[:model.rank()]), torch.tensor(model.gather(accuracy.tolist()))    # of all ranks, (P, G)
+    weight = grpo.difficulty_weights(of_all, cfg.difficulty_weight, cfg.difficulty_normalize)[first:first + P]       # (P,)
     finished = of_each(lambda e: e.stop == "answer" and not (e.turns[-1].forced and len(e.turns) > 1)).bool()
     advantages = grpo.group_advantages(reward, cfg.advantage_scale, finished if cfg.over_turn == "exclude" else None)
     advantages = advantages * weight[:, None]                                                           # (P, G)
@@ -165,12 +179,12 @@ def train_step(vlm, ref, optimizer, samples, cfg, step):
     learn = [e for e in episodes if e.advantage != 0 or cfg.kl_coef > 0 or cfg.papo_coef > 0]
     learn = random.Random(step).sample(learn, len(learn))
     log = {"clipfrac": 0.0, "entropy": 0.0, "kl": 0.0, "kl_samp": 0.0, **({"perception": 0.0} if cfg.papo_coef else {})}
-    norms, tokens, gap = [], 0, 0.0
+    norms, tokens, gap, reference = [], 0, 0.0, 0.0
     for m in range(cfg.num_minibatches):
         batch = learn[m::cfg.num_minibatches]
-        count = {"token": sum(sum(e.sampled) for e in batch), "sequence": len(batch),                   # of the whole minibatch
-                 "constant": len(episodes) / cfg.num_minibatches * longest(cfg)}[cfg.aggregate]
-        for part in train_sft.micro_batches(batch, cfg.micro_tokens):
+        count, = model.total({"token": sum(sum(e.sampled) for e in batch), "sequence": len(batch),      # of the whole minibatch
+                              "constant": len(episodes) / cfg.num_minibatches * longest(cfg)}[cfg.aggregate])
+        for part in vlm.micro_batches(batch, cfg.micro_tokens):
             logprobs, entropy, mask = vlm.logprobs(part, cfg.temperature)                               # (B, T) each
             # The ratio's denominator is the sampler's own log-probability: it is the distribution that was sampled from.
             old = torch.zeros_like(logprobs)
@@ -179,8 +193,10 @@ def train_step(vlm, ref, optimizer, samples, cfg, step):
             A = torch.tensor([e.advantage for e in part], device=logprobs.device)                       # (B,)
             per_token = grpo.policy_loss(logprobs, old, A, mask, cfg.clip_low, cfg.clip_high, cfg.loss)
             if cfg.kl_coef > 0:
+                asked = model.clock()
                 with torch.no_grad():
                     ref_logprobs = ref.logprobs(part, cfg.temperature)[0]
+                reference += model.clock() - asked
                 penalty = grpo.kl_penalty(logprobs, ref_logprobs, cfg.kl, mask, old)
                 per_token = per_token + cfg.kl_coef * penalty
                 log["kl"] += penalty.sum().item()
@@ -199,27 +215,34 @@ def train_step(vlm, ref, optimizer, samples, cfg, step):
             tokens += n
 
         # 6. update
-        if batch:
+        if count:
             norms.append(optimizer.step(cfg.lr * min(1, (step + 1) / 3), cfg.clip_grad))
-    done = time.time()
+    done = model.clock()
 
-    seeing = episodes[blind * G:]                                          # what is logged is about those that may zoom
-    calls = [t for e in seeing for t in e.turns if "<tool_call>" in t.text]
-    mean = lambda part: per_group(part)[blind:].mean().item()
-    return {"step": step, "reward": reward[blind:].mean().item(), "accuracy": mean("accuracy"), "format": mean("format"),
-            **(shares(per_group("iou")[blind:].mean(1)) if "iou" in seeing[0].parts else {}),
-            **{part: mean(part) for part in ("grounded", "distinct", "iou") if part in seeing[0].parts},
-            **({"weight": weight.mean().item()} if cfg.difficulty_weight != "none" else {}), **({"resampled": resampled} if cfg.resample else {}),
-            **({"accuracy_blind": accuracy[:blind].mean().item()} if blind else {}),
-            "length": sum(sum(e.sampled) for e in seeing) / len(seeing), "zooms": sum(t.crop is not None for t in calls) / len(seeing),
-            "valid_calls": sum(t.crop is not None for t in calls) / max(len(calls), 1),
-            "cut": sum(e.stop == "length" for e in seeing) / len(seeing),
-            "no_signal": (advantages == 0).all(1).float().mean().item(),
-            **{k: v / max(tokens, 1) for k, v in log.items()}, "kl_samp_max": gap, "grad_norm": sum(norms) / max(len(norms), 1),
-            "skipped": sum(not n < float("inf") for n in norms),
-            **{f"{k}_{how}": v for how, of in (("run", work), ("naive", zoom_rollout.naive_work(vlm, episodes))) for k, v in of.items()},
-            "roll_tokens_per_s": sum(sum(e.sampled) for e in episodes) / (rolled - began),
-            "train_tokens_per_s": sum(len(e.ids) for e in learn) / (done - rolled), "seconds": done - began}, episodes
+    calls = [t for e in seeing for t in e.turns if "<tool_call>" in t.text]      # what is logged is about those that may zoom
+    mean = lambda part, of=seeing: (sum(e.parts[part] for e in of), len(of))
+    return model.ratios({
+        "step": step, "reward": (reward[len(unseeing) // G:].sum().item(), len(seeing)), "accuracy": mean("accuracy"), "format": mean("format"),
+        **(shares(per_group("iou")[len(unseeing) // G:].mean(1)) if "iou" in seeing[0].parts else {}),
+        **{part: mean(part) for part in ("grounded", "distinct", "iou") if part in seeing[0].parts},
+        **({"weight": (weight.sum().item(), P)} if cfg.difficulty_weight != "none" else {}), **({"resampled": model.total(resampled)[0]} if cfg.resample else {}),
+        **({"accuracy_blind": mean("accuracy", unseeing)} if blind else {}),
+        "length": (sum(sum(e.sampled) for e in seeing), len(seeing)), "zooms": (sum(t.crop is not None for t in calls), len(seeing)),
+        "valid_calls": (sum(t.crop is not None for t in calls), len(calls)), "cut": (sum(e.stop == "length" for e in seeing), len(seeing)),
+        "no_signal": ((advantages == 0).all(1).sum().item(), P),
+        **{k: (v, tokens) for k, v in log.items()}, "kl_samp_max": model.total(gap, op="MAX")[0], "grad_norm": sum(norms) / max(len(norms), 1),
+        "skipped": sum(not n < float("inf") for n in norms),
+        **{f"{k}_{how}": (v, 1 / model.world()) for how, of in (("run", work), ("naive", zoom_rollout.naive_work(vlm, episodes))) for k, v in of.items()},
+        "roll_tokens_per_s": (sum(sum(e.sampled) for e in episodes), (rolled - began) / model.world()),
+        "train_tokens_per_s": (sum(len(e.ids) for e in learn), (done - rewarded) / model.world()),
+        "share_rollout": (rolled - began, done - began), "share_reward": (rewarded - rolled, done - began),
+        "share_reference": (reference, done - began), "share_update": (done - rewarded - reference, done - began),
+        "seconds": done - began}), episodes
+
+
+def blind_prompts(cfg, prompts):
+    """How many of a step's prompts may not zoom."""
+    return cfg.blind_prompts if data.STYLES[cfg.recipe] == "zoom" and prompts > cfg.blind_prompts else 0
 
 
 def score(episodes, cfg):
@@ -231,17 +254,17 @@ def score(episodes, cfg):
 def refill(vlm, episodes, first, cfg, step):
     """DAPO's dynamic sampling (2503.14476, section 3.2), with a bound: from episode `first` on, groups whose rewards are all equal
     give way to groups of fresh prompts (in place), in at most cfg.resample rounds. -> how many"""
-    G, replaced = cfg.group_size, 0
+    G, replaced, mine = cfg.group_size, 0, model.mine(cfg.num_prompts)
     for again in range(1, cfg.resample + 1):
         dull = [i for i in range(first, len(episodes), G) if len({e.parts["reward"] for e in episodes[i:i + G]}) == 1]
         if not dull:
             break
-        new = zoom_rollout.rollout(vlm, questions(cfg, vlm, step, again)[:len(dull)], G, seed=cfg.seed * 1_000_003 + step + again * 10 ** 9,
-                                   **rollout_options(cfg))
+        fresh = questions(cfg, vlm, step, again)[mine][:len(dull)]
+        new = zoom_rollout.rollout(vlm, fresh, G, seed=cfg.seed * 1_000_003 + step + again * 10 ** 9, skip=mine.start, **rollout_options(cfg))
         score(new, cfg)
-        for k, i in enumerate(dull):
+        for k, i in enumerate(dull[:len(fresh)]):
             episodes[i:i + G] = new[k * G:(k + 1) * G]
-        replaced += len(dull)
+        replaced += len(fresh)
     return replaced
 
 
@@ -258,9 +281,9 @@ def blindfold(vlm, episodes, seed, share=0.6):
 
 
 def shares(iou):
-    """Mean IoU of each group -> the share of easy, medium and hard prompts: figure 3 of UniVG-R1."""
+    """Mean IoU of each group -> easy, medium and hard prompts, each (number, of how many): figure 3 of UniVG-R1."""
     levels = {"easy": iou > 0.7, "medium": (iou >= 0.3) & (iou <= 0.7), "hard": iou < 0.3}
-    return {name: part.float().mean().item() for name, part in levels.items()}
+    return {name: (part.sum().item(), len(iou)) for name, part in levels.items()}
 
 
 def longest(cfg):
@@ -278,7 +301,7 @@ def measure(vlm, cfg, samples, label):
     out = {}
     for mode in ("on", "off", "black") if data.STYLES[cfg.recipe] == "zoom" else ("on",):
         episodes = evaluate.run(vlm, samples, zoom=mode, recipe=cfg.recipe, seed=cfg.seed, **rollout_options(cfg))
-        out[mode] = evaluate.summary_of(episodes), episodes
+        out[mode] = evaluate.summarise(model.gather(evaluate.rows_of(episodes))), episodes
     print(f"{label}: " + "; ".join(f"zoom {mode} {s['accuracy']:.1%} [{s['low']:.1%}, {s['high']:.1%}]" for mode, (s, _) in out.items()))
     return out
 
@@ -286,48 +309,58 @@ def measure(vlm, cfg, samples, label):
 def log_line(m, cfg, left):
     return (f"step {m['step'] + 1:4d}/{cfg.steps} | reward {m['reward']:.3f} (acc {m['accuracy']:.2f} fmt {m['format']:.2f}) | len {m['length']:.0f} "
             f"zooms {m['zooms']:.2f} valid {m['valid_calls']:.2f} | no-signal {m['no_signal']:.0%} | clipfrac {m['clipfrac']:.3f} ent {m['entropy']:.2f} "
-            f"kl_samp {m['kl_samp']:.0e} gnorm {m['grad_norm']:.2f} | tok/s roll {m['roll_tokens_per_s']:,.0f} train {m['train_tokens_per_s']:,.0f} "
+            f"kl_samp {m['kl_samp']:.0e} gnorm {m['grad_norm']:.2f}{' SKIPPED' if m['skipped'] else ''} | roll {m['share_rollout']:.0%} "
+            f"reward {m['share_reward']:.0%} ref {m['share_reference']:.0%} update {m['share_update']:.0%} | tok/s roll {m['roll_tokens_per_s']:,.0f} train {m['train_tokens_per_s']:,.0f} "
             f"| {m['seconds']:.1f} s, {left / 60:.1f} min left")
 
 
 def main():
+    model.start_ranks()
     cfg = model.cli(Config, description=__doc__, presets=presets, positive=POSITIVE)
     began, run = time.time(), model.make_dir(os.path.join("runs", cfg.name))
     checkpoint, path = os.path.join(run, "checkpoint"), lambda name: os.path.join(run, name)
     cfg.recipe = cfg.recipe or ("vigorl-zoom" if cfg.data else data.RECIPES[cfg.task])
     if cfg.data and cfg.traces == "oracle":
         model.fail("the oracle knows the toy world only: --data needs --traces mcts, --traces FILE.jsonl, or --traces '' for none")
+    if (seeing := cfg.num_prompts - blind_prompts(cfg, cfg.num_prompts)) < model.world():
+        model.fail(f"{seeing} prompts that may zoom cannot be shared by {model.world()} ranks; expected --num-prompts {model.world() + cfg.blind_prompts} or more")
     rows = data.read_jsonl(cfg.data, cfg.images or None) if cfg.data else []
     data.check_images(rows)
     settings = asdict(cfg)
+    model.settle(checkpoint)
     state = resumable(checkpoint, settings) if cfg.resume else None
     vlm = model.load(checkpoint if cfg.resume else cfg.model, cfg.device, cfg.dtype,
                      cfg.max_pixels or (0 if cfg.data or model.is_tiny(cfg.model) else 448 * 448))
+    vlm.recompute = cfg.recompute
+    plan = model.memory_plan(vlm, cfg.micro_tokens, cfg.max_batch_tokens, cfg.recompute, cfg.offload, cfg.kl_coef > 0)
+    if not model.is_tiny(cfg.model):
+        model.print_plan(plan, cfg.offload)
     held_out, cfg.rows = split(cfg, vlm, rows)
 
     if cfg.resume:
         first, before, spent, sections = state["step"], state["before"], state["seconds"], []
-        for name in ("metrics.jsonl", "episodes.jsonl"):                   # rows of steps after the checkpoint are run again
-            kept = [line for line in open(path(name)) if line.endswith("\n") and json.loads(line)["step"] < first]       # a torn one goes too
-            open(path(name), "w").writelines(kept)
     else:
-        for name in ("metrics.jsonl", "episodes.jsonl"):
-            open(path(name), "w").close()
         if cfg.traces:
             losses, pairs = train_sft.warm_start(vlm, data.STYLES[cfg.recipe], cfg.traces, cfg.task, rows, cfg.sft_n, cfg.sft_epochs,
                                                  cfg.sft_batch, cfg.sft_lr, cfg.difficulty, cfg.max_zooms, vlm.toy_side, cfg.seed)
             print(f"warm start: {len(pairs)} traces, loss {losses[0]:.2f} -> {losses[-1]:.2f}, {time.time() - began:.0f} s")
         shown = measure(vlm, cfg, held_out, "before RL")
         first, before, spent, sections = 0, {mode: s for mode, (s, _) in shown.items()}, 0.0, [("before RL", shown["on"][1])]
-        if cfg.kl_coef > 0:
+        if cfg.kl_coef > 0 and model.rank() == 0:
             model.replace_folder(vlm.save(path("reference")), path("reference"))
+    for name in ("metrics.jsonl", "episodes.jsonl"):                       # rows of steps after the checkpoint are run again
+        model.keep_rows(path(name), first)
     model.write_json(path("config.json"), settings)
+    model.meet()
     ref = model.load(path("reference"), cfg.device, cfg.dtype, vlm.spec.max_pixels, quiet=True) if cfg.kl_coef > 0 else None
-    optimizer = model.AdamW(vlm.parameters(), cfg.lr, weight_decay=0.0)
+    optimizer = model.AdamW(vlm.parameters(), cfg.lr, weight_decay=0.0, offload=cfg.offload)
+    save = lambda step: model.save_checkpoint(checkpoint, vlm, optimizer, {"step": step, "config": settings, "before": before,
+                                                                           "seconds": spent + time.time() - began})
     if cfg.resume:
         model.load_checkpoint(checkpoint, optimizer)
-
-    stop = []
+    else:
+        save(0)                                                            # a warm start takes long, too
+    stop, skipped, saved = [], 0, first
     signal.signal(signal.SIGINT, lambda *_: (stop.append(1), signal.signal(signal.SIGINT, signal.default_int_handler),
                                              print("\nstopping after this step; Ctrl-C again to stop at once")))
     looped = time.time()
@@ -338,15 +371,17 @@ def main():
         # 7. log
         left = (time.time() - looped) / (step + 1 - first) * (cfg.steps - step - 1)
         print(log_line(metrics, cfg, left), flush=True)
-        with open(path("metrics.jsonl"), "a") as f:
-            f.write(json.dumps(metrics) + "\n")
-        with open(path("episodes.jsonl"), "a") as f:
-            for e in (max(episodes, key=lambda e: e.parts["reward"]), min(episodes, key=lambda e: e.parts["reward"])):
-                f.write(json.dumps({"step": step, **evaluate.record(e)}) + "\n")
-        if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps or stop:
-            model.save_checkpoint(checkpoint, vlm, optimizer, {"step": step + 1, "config": settings, "before": before,
-                                                               "seconds": spent + time.time() - began})
-        if stop:
+        model.append_rows(path("metrics.jsonl"), [metrics])
+        model.append_rows(path("episodes.jsonl"), [{"step": step, **evaluate.record(pick(episodes, key=lambda e: e.parts["reward"]))} for pick in (max, min)])
+        skipped = skipped + 1 if metrics["skipped"] else 0
+        if skipped == PATIENCE:
+            model.fail(f"the gradient was not finite in {PATIENCE} steps in a row, so nothing was learned in them and nothing will be. Look at "
+                       f"{path('metrics.jsonl')}: a growing grad_norm asks for a smaller --lr, a large kl_samp for --dtype float32. "
+                       f"The checkpoint of step {saved} is as it was")
+        stopping = model.total(len(stop))[0]                               # on any rank
+        if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps or stopping:
+            save(saved := step + 1)
+        if stopping:
             print(f"stopped and saved; go on with: --name {cfg.name} --resume")
             return
     finish(vlm, cfg, run, settings, held_out, before, sections, spent - began)
@@ -359,10 +394,10 @@ def saved_state(checkpoint):
 
 
 def resumable(checkpoint, settings):
-    """The state of a checkpoint that was made with these settings; only --steps may differ."""
+    """The state of a checkpoint that was made with these settings; only the number of steps and the memory knobs may differ."""
     state = saved_state(checkpoint)
     differ = [f"{k} ({state['config'].get(k)!r} there, {v!r} here)" for k, v in settings.items()
-              if k not in ("resume", "steps", "name") and state["config"].get(k) != v]
+              if k not in FREE and state["config"].get(k) != v]
     if differ:
         model.fail(f"{checkpoint} was made with other settings: {', '.join(differ)}")
     return state
@@ -380,15 +415,17 @@ def split(cfg, vlm, rows):
 def finish(vlm, cfg, run, settings, held_out, before, sections, spent):
     """Measure again, and write summary.json and report.html. spent + the time now = seconds in all."""
     after = measure(vlm, cfg, held_out, "after RL")
+    if model.rank():
+        return
     curves = [json.loads(line) for line in open(os.path.join(run, "metrics.jsonl"))]
     on = after["on"][0]
     if curves:
         total = {key: sum(m[key] for m in curves) for key in ("tokens_run", "tokens_naive", "patches_run", "patches_naive")}
-        print("rollouts prefilled {tokens_run:,} tokens and encoded {patches_run:,} patches; sending all again each turn, for each member "
-              "of a group, would have been {tokens_naive:,} and {patches_naive:,}".format(**total))
+        print("rollouts prefilled {tokens_run:,.0f} tokens and encoded {patches_run:,.0f} patches; sending all again each turn, for each member "
+              "of a group, would have been {tokens_naive:,.0f} and {patches_naive:,.0f}".format(**total))
     summary = {"seconds": round(spent + time.time(), 1), "n": on["n"], "accuracy_before": before["on"]["accuracy"], "accuracy_after": on["accuracy"],
                "low": on["low"], "high": on["high"], "chance": chance(held_out),
-               "zooms_per_episode": sum(t.crop is not None for e in after["on"][1] for t in e.turns) / on["n"],
+               "zooms_per_episode": on["zooms"],
                "kl_samp_max": max((m["kl_samp_max"] for m in curves), default=0.0)}
     if "off" in after:
         summary |= {"accuracy_no_zoom": after["off"][0]["accuracy"], "accuracy_black_crop": after["black"][0]["accuracy"]}
@@ -411,7 +448,7 @@ def finish(vlm, cfg, run, settings, held_out, before, sections, spent):
     evaluate.report(os.path.join(run, "report.html"), f"{cfg.task if not cfg.data else os.path.basename(cfg.data)}, {vlm.name}", curves=curves,
                     table=table, settings={k: v for k, v in settings.items() if v != getattr(Config, k)},
                     episodes=sections + [(f"after RL, {evaluate.MODES[mode]}", es) for mode, (_, es) in after.items()])
-    print(f"{summary['seconds']:.0f} s in all; {run}/report.html shows the episodes")
+    print(f"{summary['seconds']:.0f} s in all, peak memory {model.peak_memory() / 1e9:.2f} GB; {run}/report.html shows the episodes")
 
 
 def chance(samples):
@@ -424,5 +461,9 @@ if __name__ == "__main__":
         main()
     except data.DataError as e:
         model.fail(str(e))
+    except RuntimeError as e:
+        if not model.is_out_of_memory(e):
+            raise
+        model.fail(f"out of memory ({' '.join(str(e).split())[:160]}). Turn, in this order: {'; '.join(model.KNOBS.values())}. Then --resume")
     except KeyboardInterrupt:
         model.fail("interrupted; what was saved last is in the run's checkpoint folder")

@@ -747,31 +747,21 @@ def finetune(vlm, episodes, lr, epochs=1, batch=8, seed=0, progress=True):
             chosen = [episodes[j] for j in order[i:i + batch]]
             tokens = sum(sum(e.sampled) for e in chosen)
             loss = 0.0
-            for part in micro_batches(chosen):
+            for part in vlm.micro_batches(chosen[model.mine(len(chosen))]):
                 logprobs, _, _ = vlm.logprobs(part)
                 (-logprobs.sum() / tokens).backward()                      # tokens of the whole batch: micro-batches add up
                 loss -= logprobs.sum().item() / tokens
             step = len(losses)
             optimizer.step(lr * min((step + 1) / (0.1 * steps + 1), 0.5 * (1 + math.cos(math.pi * step / steps))))
-            losses.append(loss)
+            losses.append(model.total(loss)[0])
             bar.update(), bar.set_postfix(loss=f"{loss:.3f}")
     bar.close()
     return losses
 
 
-def micro_batches(episodes, tokens=16384):
-    """Split into parts of at most `tokens` padded tokens, similar lengths together. A memory knob: gradients do not change."""
-    parts = []
-    for e in sorted(episodes, key=lambda e: len(e.ids)):
-        if not parts or (len(parts[-1]) + 1) * len(e.ids) > tokens:
-            parts.append([])
-        parts[-1].append(e)
-    return parts
-
-
 @torch.no_grad()
 def held_out_loss(vlm, episodes):
-    parts = [vlm.logprobs(part) for part in micro_batches(episodes)]
+    parts = [vlm.logprobs(part) for part in vlm.micro_batches(episodes)]
     return -sum(p[0].sum().item() for p in parts) / sum(p[2].sum().item() for p in parts)
 
 
@@ -806,6 +796,8 @@ def warm_start(vlm, style, traces="oracle", task="search", questions=None, n=120
 
 def find_traces(vlm, style, cfg, questions=None, side=data.SIDE, run=""):
     """-> [(sample, turns) or (sample, turns, kind)], counts for the summary. run: a folder for what must not be lost"""
+    if cfg.traces in ("mcts", "teacher") and model.world() > 1:
+        model.fail(f"--traces {cfg.traces} runs in one process: make the traces with train_sft.py first, then share the training with --traces FILE.jsonl")
     if cfg.traces == "mcts":
         return searched(vlm, style, cfg, questions, side, run and os.path.join(run, "trees.jsonl"))
     if cfg.traces == "teacher":
@@ -1042,6 +1034,7 @@ def answer(vlm, questions, max_new_tokens=24):
 
 
 def main():
+    model.start_ranks()
     cfg = model.cli(Config, description=__doc__, presets=lambda c: ({} if model.is_tiny(c.model) else REAL) | (VIGORL if c.preset else {}),
                     positive=("n", "epochs", "batch", "steps", "simulations", "children", "tries", "rollouts", "rollout_steps", "max_new_tokens",
                               "trees", "chains", "teacher_tokens", "timeout"))
@@ -1061,9 +1054,10 @@ def main():
 
     found, counts = find_traces(vlm, style, cfg, rows, vlm.toy_side, run)
     found = [(s, retarget(s, turns, cfg.target), *kind) for s, turns, *kind in found]
-    with open(path("traces.jsonl"), "w") as f:
-        f.writelines(json.dumps({"id": s.id, "question": s.question, "options": s.options, **({"kind": kind[0]} if kind else {}), "turns": turns}) + "\n"
-                     for s, turns, *kind in found)
+    if model.rank() == 0:
+        with open(path("traces.jsonl"), "w") as f:
+            f.writelines(json.dumps({"id": s.id, "question": s.question, "options": s.options, **({"kind": kind[0]} if kind else {}), "turns": turns}) + "\n"
+                         for s, turns, *kind in found)
     if cfg.traces == "mcts":
         draw_trees(path("trees.html"), path("trees.jsonl"), {s.id: (s, vlm.view(data.image(s, 0))) for s, *_ in found})
         print(f"{len(found)} traces from {counts['solved']} of {counts['trees']} questions; {run}/trees.html draws the trees, {run}/trees.jsonl holds them")
@@ -1076,6 +1070,8 @@ def main():
     for s, turns, *_ in found:
         episodes[s.id in held].append(zoom_rollout.replay(vlm, s, turns, style, cfg.max_zooms))
     losses = finetune(vlm, episodes[False], cfg.lr, cfg.epochs, cfg.batch, cfg.seed)
+    if model.rank():
+        return
     model.replace_folder(vlm.save(path("checkpoint")), path("checkpoint"))
     asked = data.toy(cfg.task, "test", 64, cfg.seed, cfg.difficulty, vlm.toy_side) if rows is None else [s for s in rows if s.id in held]
     summary = {"traces": len(found), "loss_first": losses[0], "loss_last": losses[-1], "saw_it": saw_it(episodes[False]), **counts}

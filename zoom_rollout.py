@@ -183,13 +183,14 @@ def replay(vlm, sample, texts, style="zoom", max_zooms=3):
 
 @torch.no_grad()
 def rollout(vlm, samples, group_size=1, *, max_zooms=3, max_new_tokens=64, temperature=1.0, seed=0, style="zoom", zoom="on",
-            crop_from="source", views=None, max_batch_tokens=262_144):
+            crop_from="source", views=None, max_batch_tokens=262_144, skip=0):
     """group_size episodes for each sample.
 
     max_zooms: after so many calls (those that fail count too) the next turn opens with data.FORCE and must answer; its
     injected tokens are not trained on. zoom: "on"; "off" forces the answer in the first turn; "black" shows empty crops.
     views: the samples' own prompt views, if already encoded. Single-turn styles ("think", "boxes") end with their first turn.
-    max_batch_tokens: cache slots at once (of a 3B model 36 kB each): what does not fit is run in parts, with the same result."""
+    max_batch_tokens: cache slots at once (of a 3B model 36 kB each): what does not fit is run in parts, with the same result.
+    skip: how many samples of the same batch come before these (other ranks run them): each keeps its own random numbers."""
     limit = max_zooms if style == "zoom" and zoom != "off" else 0
     prompts = [begin(vlm, s, style, views and views[i]) for i, s in enumerate(samples)]
     if style == "zoom" and limit == 0:
@@ -198,7 +199,8 @@ def rollout(vlm, samples, group_size=1, *, max_zooms=3, max_new_tokens=64, tempe
     share = [p for p in range(len(prompts)) for _ in range(group_size)]
     episodes = [Episode(e.sample, list(e.ids), list(e.sampled), list(e.logprobs), list(e.views), frames=e.frames)
                 for e in (prompts[p] for p in share)]
-    u = torch.rand(len(share), limit + 1, max_new_tokens, generator=torch.Generator().manual_seed(seed), dtype=torch.double).to(vlm.device)
+    u = torch.rand(skip * group_size + len(share), limit + 1, max_new_tokens, generator=torch.Generator().manual_seed(seed), dtype=torch.double)
+    u = u[skip * group_size:].to(vlm.device)
     growth = (limit + 1) * max_new_tokens + limit * ((vlm.spec.crop // vlm.factor) ** 2 + 64)           # of one episode, at most
     parts, size = [[]], 0
     for i, p in enumerate(share):

@@ -5,6 +5,12 @@
     python tests/benchmark.py rollout --prompts 2 --image-tokens 1024 --new-tokens 64
     python tests/benchmark.py rollout --model qwen2.5-vl-3b --random --prompts 8 --image-tokens 1024 --new-tokens 512 --device cuda
 
+    python tests/benchmark.py train                                    # the same for training; --model mid: width 512, 8 layers,
+    python tests/benchmark.py train --model mid --prompts 2 --image-tokens 1024         # 1,024 image tokens; a 3B on one GPU:
+    python tests/benchmark.py train --model qwen2.5-vl-3b --random --prompts 16 --image-tokens 1024 --new-tokens 600 --turns 5 --device cuda
+
+    python tests/benchmark.py plan --model qwen2.5-vl-3b               # what a 3B needs, without having it
+
 rollout: sampled tokens per second of our sampler and of transformers' `generate`, end of turn disabled so that both do equal
 work; then two zoom turns, against a loop around `generate` that sends the whole conversation again each turn, as the papers'
 code and TRL do. Rounds alternate; a ratio is the median over rounds. Then what was computed and what the other computes, and the
@@ -16,14 +22,21 @@ search: for how many questions does tree search find a trace that is whole and e
 paths do, as fit into the tokens that it computed (pass@k)? The paths are sampled step by step like those of the tree, so both need
 the same form; as_policy is one plain rollout in the policy's own prompt and form. In brackets: for how many a right trace also
 looked at the place that the answer depends on, the rest is luck. tokens_naive: had every step sent its whole conversation.
+
+train: the update (log-probabilities and gradient) of episodes with zooms, a group's prompt computed once (packed) or every episode
+by itself (plain): time, peak memory, largest gap between the gradients relative to the largest gradient. Then a whole GRPO step
+(single turn, all answers of the same length, rewards drawn) and, where it is installed, TRL's on the same weights, prompts, images
+and number of tokens (`pip install trl==1.16.0` into an environment of its own; without it its fields are null). On a CPU the seconds
+are those of the processor, summed over threads (OMP_NUM_THREADS=1 for a clean figure).
 """
-import argparse, json, os, random, statistics, sys, time
+import argparse, copy, ctypes, gc, importlib.util, json, os, random, statistics, sys, tempfile, time
+from unittest import mock
 
 import torch
 from PIL import Image
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-import data, model, rewards, train_sft, zoom_rollout
+import data, model, rewards, train_rl, train_sft, zoom_rollout
 
 
 def questions(vlm, n, image_tokens):
@@ -96,15 +109,21 @@ def seconds(vlm, f, *args):
 
 def random_weights(name, device):
     """A model of MODELS in its full shape with random weights, as far as a network is not needed: sizes as published."""
-    tiny, spec = model.load("tiny", "cpu", quiet=True), model.MODELS[name]
+    tiny = model.load("tiny", "cpu", quiet=True)
+    spec = model.MODELS.get(name, tiny.spec)
     sizes = {"qwen2.5-vl-3b": dict(hidden_size=2048, intermediate_size=11008, num_hidden_layers=36, num_attention_heads=16, num_key_value_heads=2,
                                    vocab_size=151936, tie_word_embeddings=True),
              "qwen2.5-vl-7b": dict(hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4,
-                                   vocab_size=152064, tie_word_embeddings=False)}[name]
-    t, text = tiny.model.config, dict(sizes, rope_parameters={"rope_type": "default", "mrope_section": [16, 24, 24], "rope_theta": 1e6},
+                                   vocab_size=152064, tie_word_embeddings=False),
+             "mid": dict(hidden_size=512, intermediate_size=1536, num_hidden_layers=8, num_attention_heads=8, num_key_value_heads=2,
+                         vocab_size=len(tiny.tokenizer), tie_word_embeddings=True)}[name]
+    section = [8, 12, 12] if name == "mid" else [16, 24, 24]
+    t, text = tiny.model.config, dict(sizes, rope_parameters={"rope_type": "default", "mrope_section": section, "rope_theta": 1e6},
                                       max_position_embeddings=128_000, bos_token_id=None, eos_token_id=tiny.im_end)
     vision = dict(depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16, out_hidden_size=sizes["hidden_size"], patch_size=14,
                   window_size=112, fullatt_block_indexes=[7, 15, 23, 31])
+    if name == "mid":                                                          # the tiny model's tower
+        vision = dict(t.vision_config.to_dict(), out_hidden_size=512)
     config = model.transformers.Qwen2_5_VLConfig(
         text_config=text, vision_config=vision, tie_word_embeddings=sizes["tie_word_embeddings"],
         **{k: getattr(t, k) for k in ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")})
@@ -218,16 +237,163 @@ def search(args):
                       "correct_share_top1": mean("top1"), "rows": rows}))
 
 
+def held(device):
+    """Bytes in use now."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated()
+    gc.collect(), ctypes.CDLL(None).malloc_trim(0)
+    return int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGESIZE")
+
+
+def measured(device, f):
+    """-> seconds, the bytes at most in use while f ran beyond those before, its result. (Linux can forget a process's peak.)"""
+    before = held(device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        open("/proc/self/clear_refs", "w").write("5")
+    began = model.clock()
+    result = f()
+    took = model.clock() - began
+    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else next(
+        int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))
+    return took, peak - before, result
+
+
+def update(vlm, episodes, advantages, share, micro_tokens):
+    """The gradient of a step, in place."""
+    tokens = sum(sum(e.sampled) for e in episodes)
+    of = dict(zip(map(id, episodes), advantages))
+    for part in vlm.micro_batches(episodes, micro_tokens):
+        logprobs, _, _ = vlm.logprobs(part, share=share)
+        (-(torch.tensor([of[id(e)] for e in part], device=vlm.device)[:, None] * logprobs).sum() / tokens).backward()
+
+
+def our_step(vlm, samples, group, new_tokens, rounds):
+    """-> seconds of each whole step: roll out, reward, advantages, loss, update; and the lengths of the prompts."""
+    vlm = model.VLM(copy.deepcopy(vlm.model), vlm.tokenizer, vlm.processor, vlm.name, vlm.spec)
+    vlm.max_pixels, vlm.unsayable = 10 ** 9, torch.cat([vlm.unsayable, torch.tensor([vlm.im_end], device=vlm.device)])
+    cfg = train_rl.Config(recipe="vigorl", num_prompts=len(samples), group_size=group, max_new_tokens=new_tokens)
+    optimizer, rng, took = model.AdamW(vlm.parameters(), 1e-6), random.Random(0), []
+    drawn = lambda *_, **__: {"reward": rng.random(), "accuracy": 1.0, "format": 1.0}
+    for step in range(rounds + 1):
+        with mock.patch.object(rewards, "score", drawn):
+            metrics, episodes = train_rl.train_step(vlm, None, optimizer, samples, cfg, step)
+        took.append(metrics["seconds"])
+    assert all(sum(e.sampled) == new_tokens for e in episodes)
+    print("share of the step: " + ", ".join(f"{k[6:]} {v:.0%}" for k, v in metrics.items() if k.startswith("share_")))
+    return took[1:], [e.sampled.index(True) for e in episodes[::group]]
+
+
+def trl_step(vlm, samples, group, new_tokens, rounds):
+    """The same with TRL's GRPOTrainer -> seconds of each step, the lengths of the prompts."""
+    import datasets, trl
+    from transformers.models.qwen2_5_vl.processing_qwen2_5_vl import Qwen2_5_VLProcessor
+    from transformers import TrainerCallback
+    with mock.patch.object(model.transformers.processing_utils.ProcessorMixin, "check_argument_for_proper_class", lambda *_: None):
+        template = open(os.path.join(trl.__path__[0], "chat_templates", "qwen2_5_vl.jinja")).read()
+        processor = Qwen2_5_VLProcessor(copy.deepcopy(vlm.processor), copy.deepcopy(vlm.tokenizer), None, chat_template=template)
+    side = samples[0].images[0].width
+    processor.image_processor.size = {"shortest_edge": side * side, "longest_edge": side * side}       # fed as they are
+    rng, marks, lengths = random.Random(0), [], []
+
+    class Clock(TrainerCallback):
+        def on_step_end(self, *_, **__):
+            marks.append(model.clock())
+
+        def on_train_begin(self, *_, **__):
+            marks.append(model.clock())
+
+    def reward(completion_ids, **_):
+        assert all(len(ids) == new_tokens for ids in completion_ids)
+        return [rng.random() for _ in completion_ids]
+
+    rows = []
+    for s in samples:
+        system, text = data.prompt(s, "think")
+        rows.append({"prompt": [{"role": "system", "content": system}, {"role": "user", "content": text}], "image": s.images[0]})
+        lengths.append(len(zoom_rollout.begin(vlm, s, "think").ids))
+    net = copy.deepcopy(vlm.model)
+    with tempfile.TemporaryDirectory() as folder:
+        config = trl.GRPOConfig(
+            output_dir=folder, use_cpu=vlm.device.type == "cpu", bf16=vlm.dtype == torch.bfloat16, per_device_train_batch_size=len(samples) * group,
+            num_generations=group, max_completion_length=new_tokens, max_steps=rounds + 1, learning_rate=1e-6, beta=0.0, temperature=1.0,
+            gradient_checkpointing=False, report_to="none", save_strategy="no", logging_strategy="no", disable_tqdm=True, shuffle_dataset=False,
+            generation_kwargs={"min_new_tokens": new_tokens})
+        trainer = trl.GRPOTrainer(model=net, processing_class=processor, reward_funcs=reward, args=config, callbacks=[Clock()],
+                                  train_dataset=datasets.Dataset.from_list(rows * (rounds + 1)))
+        seen = []
+        real = trainer._generate_and_score_completions
+        trainer._generate_and_score_completions = lambda inputs: (out := real(inputs), seen.extend(out["prompt_mask"].sum(1).tolist()[::group]))[0]
+        trainer.train()
+    return [b - a for a, b in zip(marks[1:], marks[2:])], seen[:len(samples)]
+
+
+def train(args):
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
+    if device == "cpu":
+        model.clock = time.process_time                                        # seconds of the processor: a busy machine changes them little
+    vlm = random_weights(args.model, device) if args.random or args.model == "mid" else model.load(args.model, device)
+    samples, rng = questions(vlm, args.prompts, args.image_tokens), random.Random(0)
+    vlm.unsayable = torch.cat([vlm.unsayable, torch.tensor([vlm.im_end], device=vlm.device)])
+    episodes = ours(vlm, samples, args.group, args.new_tokens // args.turns, args.turns, 0)
+    vlm.unsayable, vlm.recompute = vlm.unsayable[:-1], args.recompute
+    advantages, ways = [rng.uniform(-1, 1) for _ in episodes], {"packed": True, "plain": False}
+    runs, gradients = {name: [] for name in ways}, {}
+    for r in range(args.rounds + 1):
+        for name, share in ways.items():
+            runs[name].append(measured(vlm.device, lambda: update(vlm, episodes, advantages, share, args.micro_tokens))[:2])
+            gradients[name] = [p.grad.float().cpu() for p in vlm.parameters()] if r == 0 else None
+            for p in vlm.parameters():
+                p.grad = None
+        if r == 0:
+            gap = max((a - b).abs().max().item() for a, b in zip(*gradients.values())) / max(b.abs().max().item() for b in gradients["plain"])
+            gradients.clear()
+    second = {name: statistics.median(s for s, _ in v[1:]) for name, v in runs.items()}
+    peak = {name: statistics.median(m for _, m in v[1:]) for name, v in runs.items()}
+    speedup = statistics.median(b / a for (a, _), (b, _) in zip(runs["packed"][1:], runs["plain"][1:]))
+    prompt, whole = len(zoom_rollout.begin(vlm, samples[0]).ids), len(episodes[0].ids)
+    print(f"update    {len(samples)} prompts x {args.group} episodes of {whole:,} tokens, {prompt:,} of them the prompt: packed {second['packed']:.2f} s, "
+          f"{peak['packed'] / 1e9:.2f} GB   plain {second['plain']:.2f} s, {peak['plain'] / 1e9:.2f} GB   {speedup:.1f} times faster; gradients differ by {gap:.0e}")
+    result = {"packed_speedup": speedup, "packed_memory_ratio": peak["plain"] / peak["packed"], "max_grad_gap": gap,
+              "step_seconds": None, "trl_step_seconds": None, "ratio_trl": None}
+    if args.step:
+        took, lengths = our_step(vlm, samples, args.group, args.new_tokens, args.rounds)
+        result["step_seconds"] = statistics.median(took)
+        print(f"step      {len(samples)} prompts x {args.group} answers of {args.new_tokens} tokens, prompts of {lengths[0]:,}: {result['step_seconds']:.2f} s")
+        if importlib.util.find_spec("trl"):
+            took, lengths = trl_step(vlm, samples, args.group, args.new_tokens, args.rounds)
+            result["trl_step_seconds"] = statistics.median(took)
+            result["ratio_trl"] = result["trl_step_seconds"] / result["step_seconds"]
+            print(f"TRL       the same, prompts of {lengths[0]:,}: {result['trl_step_seconds']:.2f} s   ratio {result['ratio_trl']:.1f}")
+    print(json.dumps({k: v if v is None else float(f"{v:.3g}") for k, v in result.items()}))
+
+
+def plan(args):
+    """The memory plan of a real model in bf16, counted on the meta device: two settings."""
+    vlm = random_weights(args.model, "meta")
+    vlm.dtype = torch.bfloat16
+    settings = {"80 GB card": dict(micro_tokens=16384, cache_tokens=262144, recompute=True),
+                "40 GB card": dict(micro_tokens=8192, cache_tokens=131072, recompute=True, offload=True)}
+    plans = {name: model.memory_plan(vlm, **how) for name, how in settings.items()}
+    print(f"{args.model}, GB{'':14}" + "".join(f"{name:>14}" for name in plans))
+    for part in next(iter(plans.values())):
+        print(f"{part:32}" + "".join(f"{p[part] / 1e9:10.1f}" + (" CPU" if part == "optimizer" and settings[name].get("offload") else "    ") for name, p in plans.items()))
+    print(json.dumps({name: round(p["peak"] / 1e9, 1) for name, p in plans.items()}))
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["rollout", "search"])
+    parser.add_argument("what", choices=["rollout", "search", "train", "plan"])
     parser.add_argument("--model", default="tiny"), parser.add_argument("--random", action="store_true"), parser.add_argument("--device", default="auto")
     parser.add_argument("--prompts", type=int, default=16), parser.add_argument("--group", type=int, default=8)
     parser.add_argument("--image-tokens", type=int, default=0), parser.add_argument("--new-tokens", type=int, default=48)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=3), parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--micro-tokens", type=int, default=10 ** 9), parser.add_argument("--recompute", action="store_true")
+    parser.add_argument("--step", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    search(args) if args.what == "search" else rollout(args)
+    {"rollout": rollout, "search": search, "train": train, "plan": plan}[args.what](args)
 
 
 if __name__ == "__main__":

@@ -259,7 +259,7 @@ def same_run(a, b):
     a_weights, b_weights = weights_of(a), weights_of(b)
     assert a_weights.keys() == b_weights.keys() and len(a_weights) > 100
     assert not [k for k, v in a_weights.items() if not torch.equal(v, b_weights[k])]
-    timeless = lambda row: {k: v for k, v in row.items() if "seconds" not in k and "per_s" not in k}
+    timeless = lambda row: {k: v for k, v in row.items() if "seconds" not in k and "per_s" not in k and "share_" not in k}
     for name in ("metrics.jsonl", "episodes.jsonl"):
         assert [timeless(r) for r in read(f"{a}/{name}")] == [timeless(r) for r in read(f"{b}/{name}")], name
     assert timeless(read(f"{a}/summary.json")) == timeless(read(f"{b}/summary.json"))

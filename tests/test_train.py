@@ -1,0 +1,457 @@
+"""
+Training at size: a group's prompt computed once, many micro-batches, recomputed layers, several ranks, bad gradients, and runs that
+are killed. Each must give what the plain way gives. At the end MUTATIONS puts bugs into model.py and train_rl.py, one line each.
+
+    python -m pytest tests/test_train.py            # seconds
+    python -m pytest tests/test_train.py --slow     # and twenty SIGKILLs: minutes
+"""
+import copy, json, os, random, shlex, shutil, socket, subprocess, sys, time, traceback, zlib
+from unittest import mock
+
+import pytest
+import torch
+
+import data, evaluate, model, rewards, train_rl, train_sft, zoom_rollout
+import test_mutations, test_scripts
+from conftest import ROOT, check_mutation, close, names
+from test_model import picture, SIZES
+from test_scripts import script
+from zoom_rollout import Episode
+
+SMALL = "train_rl.py --num-prompts 4 --blind-prompts 1 --group-size 4 --max-new-tokens 40 --sft-n 16 --eval-n 4 --difficulty easy"
+
+# -----------------------------------------------------------------------------
+# a prompt computed once
+
+def group_of(vlm, members, images=1, turns=1, seed=0, forced=False):
+    """Episodes that continue one prompt: random turns, each but the last followed by a crop of a size of its own."""
+    rng, e = random.Random(seed), Episode(None, [], [], [], [])
+    views = [vlm.view(picture(SIZES[(seed + i) % 4], seed + i), i) for i in range(images)]
+    e.say(vlm, vlm.chat("user", "Look.", *views, f"Which is {seed}?") + vlm.chat("assistant", open=True), views=views, sampled=False)
+    if forced:
+        e.say(vlm, vlm.ids(data.FORCE), sampled=False)
+    out = []
+    for m in range(members):
+        out.append(Episode(None, list(e.ids), list(e.sampled), list(e.logprobs), list(e.views)))
+        for turn in range(turns if m else 1):                                          # the first has no crop at all
+            out[-1].say(vlm, [rng.randrange(vlm.im_start) for _ in range(rng.randrange(3, 12))] + [vlm.im_end])
+            if turn + 1 < turns and m:
+                side = vlm.factor * rng.randrange(1, 4)
+                crop = vlm.view(views[0].source, 0, (1, 2, 33, 34), (side, vlm.factor))
+                out[-1].say(vlm, vlm.chat("user", data.OBSERVE[0], crop) + vlm.chat("assistant", open=True), views=[crop], sampled=False)
+    return out
+
+def groups_of(vlm):
+    """Two groups (one of two images, three turns), an episode without an image, and all of them mixed."""
+    return random.Random(0).sample(a := group_of(vlm, 3, 2, 3, 1) + group_of(vlm, 4, 1, 2, 2, forced=True) + group_of(vlm, 1, 0, 1, 3), len(a))
+
+def gradient(vlm, loss):
+    return torch.cat([torch.zeros_like(p).flatten() if g is None else g.flatten()
+                      for p, g in zip(vlm.parameters(), torch.autograd.grad(loss, vlm.parameters(), allow_unused=True))])
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_shared_equals_plain(vlm64, float64, recompute):
+    """Bug: a continuation sees its neighbour, misses part of its prompt, has the wrong positions or crops; the prompt hears from one
+    member only; a recomputed layer is another one. Values and gradients against every episode by itself, in float64."""
+    episodes = groups_of(vlm64)
+    want, entropy, mask = vlm64.logprobs(episodes, 0.7, share=False)
+    weights = torch.rand(mask.shape)                                                   # every token pulls differently
+    expected = gradient(vlm64, (want * weights).sum())
+    sizes, vlm64.recompute = [], recompute
+    try:
+        real = vlm64.forward
+        vlm64.forward = lambda ids, *more: (sizes.append(ids.shape[1]), real(ids, *more))[1]
+        got, same_entropy, same_mask = vlm64.logprobs(episodes, 0.7, chunk=5)
+        found = gradient(vlm64, (got * weights).sum())
+    finally:
+        vlm64.recompute = False
+        del vlm64.forward
+    assert torch.equal(mask, same_mask) and [m[:len(e.ids)].tolist() for m, e in zip(mask, episodes)] == [e.sampled for e in episodes]
+    close(got, want, 1e-9), close(same_entropy, entropy, 1e-9), close(found, expected, 1e-9)
+    prompts = {tuple(e.ids[:e.sampled.index(True)]) for e in episodes}                 # and it is computed once
+    assert sizes == [sum(len(e.ids) - e.sampled.index(True) for e in episodes) + sum(map(len, prompts))]
+
+def test_what_counts_as_shared(vlm):
+    """Bug: equal ids are taken for an equal prompt though the image is another; the second image is not looked at."""
+    a, b, c = (group_of(vlm, 2, 2, 1, 4) for _ in range(3))
+    assert a[0].ids[:20] == b[0].ids[:20]
+    c[0].views[0], c[1].views[0] = a[0].views[0], a[0].views[0]                        # the first image is the same, the second is not
+    n = a[0].sampled.index(True)
+    assert vlm.shared(a + b + c) == [(n, [0, 1]), (n, [2, 3]), (n, [4, 5])]
+    assert vlm.shared([a[0], b[0], a[1]]) == [(n, [0, 2]), (len(b[0].ids), [1])]
+
+def test_micro_batches(vlm):
+    """Bug: an episode is lost or run twice; a part is larger than the memory that was granted; a group is torn though it fits."""
+    episodes = groups_of(vlm)
+    cost = lambda part: sum(n + sum(len(part[b].ids) - n for b in members) for n, members in vlm.shared(part))
+    for tokens in (1, 100, 300, cost(episodes) - 1, cost(episodes), 10 ** 6):
+        parts = vlm.micro_batches(episodes, tokens)
+        assert sorted(id(e) for part in parts for e in part) == sorted(map(id, episodes))
+        assert all(len(part) == 1 or cost(part) <= tokens for part in parts)
+        assert len(parts) == {1: 8, cost(episodes) - 1: 2, cost(episodes): 1, 10 ** 6: 1}.get(tokens, len(parts))
+    assert vlm.micro_batches([], 9) == []
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_shared_equals_plain_on_cuda(models, dtype):
+    """Bug: the GPU's attention kernel aligns the causal mask at the other corner."""
+    vlm = models["qwen2.5"]
+    vlm = model.VLM(copy.deepcopy(vlm.model).to("cuda", dtype), vlm.tokenizer, vlm.processor, vlm.name, vlm.spec)
+    episodes = groups_of(vlm)
+    want, _, mask = vlm.logprobs(episodes, share=False)
+    expected = gradient(vlm, want.sum() / mask.sum())
+    got, _, _ = vlm.logprobs(episodes)
+    tolerance = 1e-4 if dtype == torch.float32 else 0.05
+    close(got, want, tolerance), close(gradient(vlm, got.sum() / mask.sum()), expected, tolerance)
+
+# -----------------------------------------------------------------------------
+# memory
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_memory_plan(models, recompute):
+    """Claim: the plan's activations are what autograd keeps (its peak, of which one layer is recomputed at a time), within a third."""
+    vlm, episodes = models["qwen2.5"], group_of(models["qwen2.5"], 3, 2, 3, 1)
+    tokens, kept, vlm.recompute = 0, {}, recompute
+    def keep(x):
+        if x.untyped_storage().data_ptr() not in owned:
+            kept[x.untyped_storage().data_ptr()] = x
+        return x
+    owned = {p.untyped_storage().data_ptr() for p in vlm.model.parameters()}
+    try:
+        vlm.encode([v for e in episodes for v in e.views])
+        ids, positions, views, groups, _, _ = vlm.pack(episodes, vlm.shared(episodes))
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            h = vlm.forward(ids, positions, views, model.Packed(groups))
+    finally:
+        vlm.recompute = False
+    plan = model.memory_plan(vlm, ids.numel(), 0, recompute)
+    if recompute:                                                          # the inputs of the layers; 2 layers more while one is recomputed
+        plan["activations"] -= 2 / 3 * (model.memory_plan(vlm, ids.numel(), 0)["activations"])
+    total = sum(x.untyped_storage().nbytes() for x in kept.values())
+    assert 0.67 < total / plan["activations"] < 1.5, (total, plan["activations"])
+    trained = sum(p.numel() for p in vlm.parameters())
+    assert plan["gradients"] == 4 * trained and plan["optimizer"] == 8 * trained and plan["peak"] >= plan["weights"] + plan["optimizer"]
+
+def test_plan_of_a_3b(capsys, monkeypatch):
+    """Claim: the README's figures for Qwen2.5-VL-3B: 3.75 G parameters, 3.09 G of them trained; one 80 GB card, or, offloaded, 40 GB."""
+    import benchmark
+    vlm = benchmark.random_weights("qwen2.5-vl-3b", "meta")
+    n, trained = sum(p.numel() for p in vlm.model.parameters()), sum(p.numel() for p in vlm.parameters())
+    assert n == pytest.approx(3.754e9, rel=1e-3) and trained == pytest.approx(3.086e9, rel=1e-3)
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", "plan", "--model", "qwen2.5-vl-3b"])
+    benchmark.main()
+    peaks = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert peaks["80 GB card"] <= 70 and peaks["40 GB card"] <= 36
+    assert all(f"{p:.1f}" in open(os.path.join(ROOT, "README.md")).read() for p in peaks.values())
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_offload_is_the_same_optimizer(dtype):
+    """Bug: the weights on the device do not follow the masters on the CPU, or the gradients stay."""
+    made = []
+    for offload in (False, True):
+        p = torch.nn.Parameter(torch.linspace(-1, 1, 8, dtype=dtype))
+        optimizer = model.AdamW([p], 1e-2, offload=offload)
+        assert (optimizer.masters[0] is p) == (dtype == torch.float32 and not offload)
+        for i in range(5):
+            (p.float() ** 2 * (i + 1)).sum().backward()
+            optimizer.step(1e-2)
+            assert p.grad is None and optimizer.masters[0].grad is None
+        made.append((p.detach(), optimizer.tensors()["0.exp_avg"]))
+    assert torch.equal(made[0][0], made[1][0]) and torch.equal(made[0][1], made[1][1]) and (made[0][0] != torch.linspace(-1, 1, 8, dtype=dtype)).all()
+
+def test_micro_batches_add_up_in_fp32():
+    """Bug: bf16 gradients: after the first of 100 equal micro-batches, the 257th part of a sum is rounded away."""
+    p = torch.nn.Parameter(torch.ones(4, dtype=torch.bfloat16))
+    model.AdamW([p], 1e-2)
+    for _ in range(1000):
+        p.sum().backward()
+    assert (p.grad == 1000).all()
+
+def test_out_of_memory_is_answered(script, monkeypatch):
+    """Claim: not a traceback but the knobs, in the order in which they cost least."""
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+    monkeypatch.setattr(model.VLM, "logprobs", full)
+    said = test_scripts.refused(script(f"{SMALL}"), "out of memory", "2.00 GiB", "--resume")
+    assert said.index("--recompute") < said.index("--micro-tokens") < said.index("--max-batch-tokens") < said.index("--offload")
+
+# -----------------------------------------------------------------------------
+# bad gradients
+
+def test_bad_gradients_stop_the_run(models, capsys):
+    """Claim: a step whose gradient is not finite changes nothing and is shown; after five in a row the run says why it stops, and
+    the checkpoint is as it was. One bad step alone does not stop it."""
+    bad = iter([False, True, False] + [True] * 5)
+    def poisoned(self, lr, clip=1.0, real=model.AdamW.step):
+        if next(bad):
+            next(p for p in self.params if p.grad is not None).grad.fill_(float("nan"))
+        return real(self, lr, clip)
+    with test_mutations.in_a_new_folder(), mock.patch.object(model.AdamW, "step", poisoned):
+        model.replace_folder(models["qwen2.5"].save("random"), "random")
+        with pytest.raises(SystemExit):
+            test_mutations.main_of("--name bad --steps 20 --save-every 3")
+        out, err = capsys.readouterr()
+        assert "not finite in 5 steps in a row" in err and "--lr" in err and "step 6" in err and out.count("SKIPPED") == 6
+        rows = test_scripts.read("runs/bad/metrics.jsonl")
+        assert [row["skipped"] for row in rows] == [0, 1, 0, 1, 1, 1, 1, 1]
+        weights = model.load_file("runs/bad/checkpoint/model.safetensors")
+        assert json.load(open("runs/bad/checkpoint/state.json"))["step"] == 6 and all(w.isfinite().all() for w in weights.values())
+
+# -----------------------------------------------------------------------------
+# ranks
+
+def on_ranks(n, job, folder):
+    """job() in n processes that torchrun might have started -> what each returned (JSON)."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = str(s.getsockname()[1])
+    children = []
+    for rank in range(n):
+        if not (pid := os.fork()):
+            status = 1
+            try:
+                os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(n), MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+                model.start_ranks()
+                with open(os.path.join(folder, f"{n}.{rank}.json"), "w") as f:
+                    json.dump(job(), f)
+                status = 0
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stderr.flush()
+                os._exit(status)
+        children.append(pid)
+    assert [os.waitpid(pid, 0)[1] for pid in children] == [0] * n
+    return [json.load(open(os.path.join(folder, f"{n}.{rank}.json"))) for rank in range(n)]
+
+def fresh(vlm):
+    return model.VLM(copy.deepcopy(vlm.model), vlm.tokenizer, vlm.processor, vlm.name, vlm.spec)
+
+def score(sample, text, *more, real=rewards.score, **options):
+    """In the place of rewards.score: a number that the episode's own text decides."""
+    v = zlib.crc32(text.encode()) % 4 / 3
+    return {**real(sample, text, *more, **options), "reward": v, "accuracy": float(v > 0.5)}
+
+def one_step(vlm, micro_tokens=10 ** 6, prompts=5, **flags):
+    """A step of RL -> the clipped gradient (as Adam's first moment holds it), the metrics, the questions of this rank."""
+    vlm = fresh(vlm)
+    cfg = train_rl.Config(recipe="vigorl-zoom", group_size=4, blind_prompts=2, max_new_tokens=5, max_zooms=1, micro_tokens=micro_tokens, **flags)
+    optimizer = model.AdamW(vlm.parameters(), 1e-3)
+    with mock.patch.object(rewards, "score", score):
+        metrics, episodes = train_rl.train_step(vlm, vlm, optimizer, data.toy("search", "train", prompts), cfg, 3)
+    moment = torch.cat([optimizer.opt.state[m]["exp_avg"].flatten() for m in optimizer.masters])
+    return moment[::29].tolist(), metrics, [(e.sample.id, e.ids) for e in episodes]
+
+@pytest.mark.parametrize("flags", [dict(), pytest.param(dict(aggregate="sequence", kl_coef=0.1), marks=pytest.mark.slow)], ids=["token", "sequence, kl"])
+def test_ranks_and_micro_batches_change_nothing(models, tmp_path, flags):
+    """Bug: a normaliser of one rank's or one micro-batch's tokens, gradients clipped before they are added, a prompt that two ranks
+    ask, other random numbers on another rank, a metric of rank 0 alone."""
+    vlm = models["qwen2.5"]
+    (want, metrics, asked), (other, _, _) = one_step(vlm, **flags), one_step(vlm, micro_tokens=1, **flags)
+    shares = on_ranks(2, lambda: one_step(vlm, **flags), tmp_path)
+    close(torch.tensor(other), torch.tensor(want), 1e-4)
+    assert all(shares) and metrics["grad_norm"] > 1 and metrics["skipped"] == 0          # it was clipped
+    for got, same, _ in shares:
+        close(torch.tensor(got), torch.tensor(want), 1e-4)
+        for k in metrics:
+            if "_per_s" not in k and "share_" not in k and k != "seconds":
+                assert same[k] == pytest.approx(metrics[k], rel=1e-3, abs=1e-6), k
+    told = [(name, ids) for _, _, episodes in shares for name, ids in episodes]
+    assert sorted(map(repr, told)) == sorted(repr(tuple(e)) for e in asked) and len(told) == 20
+    assert all(len({name for name, _ in episodes}) in (2, 3) for _, _, episodes in shares)
+
+def test_two_ranks_fine_tune_as_one(models, tmp_path):
+    """Bug: each rank learns its half of the batch alone, or the reported loss is one rank's."""
+    vlm, rng = models["qwen2.5"], random.Random(0)
+    pairs = [(s, train_sft.oracle(vlm, s, rng)) for s in data.toy("search", "train", 5)]
+    def job():
+        own = fresh(vlm)
+        losses = train_sft.finetune(own, [zoom_rollout.replay(own, s, turns) for s, turns in pairs], 1e-4, batch=3, progress=False)
+        return losses, [p.detach().double().sum().item() for p in own.parameters()]
+    losses, sums = job()
+    for got, same in on_ranks(2, job, tmp_path):
+        assert got == pytest.approx(losses, rel=1e-4) and same == pytest.approx(sums, rel=1e-3, abs=1e-2)
+
+def torchrun(n, command, folder):
+    """`torchrun --nproc-per-node n command`"""
+    return subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n),
+                             *shlex.split(os.path.join(ROOT, command))], cwd=folder, env=test_scripts.environment(), text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+def test_two_ranks_are_one_run(models, tmp_path):
+    """Bug: both ranks write, none does, or what they wrote is not the run that one process makes."""
+    with test_mutations.in_a_new_folder():
+        model.replace_folder(models["qwen2.5"].save("random"), "random")
+        flags = "--steps 2 --kl-coef 0.3"
+        test_mutations.main_of(f"--name one {flags}")
+        on_ranks(2, lambda: test_mutations.main_of(f"--name two {flags}"), tmp_path)
+        one, two = (test_scripts.read(f"runs/{name}/metrics.jsonl") for name in ("one", "two"))
+        assert [row["step"] for row in two] == [0, 1] and two[0]["reward"] == pytest.approx(one[0]["reward"])
+        assert two[1]["grad_norm"] == pytest.approx(one[1]["grad_norm"], rel=1e-2)
+        assert len(test_scripts.read("runs/two/episodes.jsonl")) == 4 and os.listdir("runs/two/checkpoint") == os.listdir("runs/one/checkpoint")
+        a, b = (test_scripts.read(f"runs/{name}/summary.json") for name in ("one", "two"))
+        assert a.keys() == b.keys() and a["accuracy_before"] == b["accuracy_before"]
+
+def test_two_ranks_evaluate_as_one(models, tmp_path, monkeypatch):
+    """Bug: a question is asked twice or by nobody, the interval is of one rank's half, the last rank has nothing to ask and waits."""
+    monkeypatch.chdir(tmp_path)
+    model.replace_folder(models["qwen2.5"].save("random"), "random")
+    command = "--checkpoint random --batch 4 --temperature 1 --max-new-tokens 4 --max-zooms 0 --n 5 --out".split()
+    with mock.patch.object(rewards, "score", score):
+        one, two = evaluate.main([*command, "one"]), on_ranks(2, lambda: evaluate.main([*command, "two"]), tmp_path)
+    assert one["n"] == 5 and two == [one, one] == [test_scripts.read("two/summary.json")] * 2
+    rows = [sorted(test_scripts.read(f"{name}/episodes.jsonl"), key=lambda row: row["id"]) for name in ("one", "two")]
+    assert rows[0] == rows[1] and len(rows[0]) == 5
+
+@pytest.mark.slow
+def test_torchrun(tmp_path):
+    """Claim: `torchrun --nproc-per-node 2 train_rl.py` is one run: one line per step, one folder, whole files, two processes' work.
+    And a rank that dies ends it with its error, at once."""
+    status, out, err = test_scripts.finish(torchrun(2, f"{SMALL} --steps 2", tmp_path), timeout=300)
+    assert status == 0, err
+    run = tmp_path / "runs" / "rl"
+    assert len(test_scripts.STEP.findall(out)) == 2 and out.count("held-out accuracy") == 1 and "warm start" in out
+    assert [row["step"] for row in test_scripts.read(run / "metrics.jsonl")] == [0, 1] and (run / "summary.json").exists()
+    assert json.load(open(run / "checkpoint" / "state.json"))["step"] == 2
+    (tmp_path / "dies.py").write_text(f"""import os, sys; sys.path.insert(0, {ROOT!r})
+import grpo, train_rl
+if os.environ["RANK"] == "1":
+    def group_advantages(*_): raise RuntimeError("out of luck")
+    grpo.group_advantages = group_advantages
+train_rl.main()""")
+    began = time.time()
+    status, out, err = test_scripts.finish(torchrun(2, f"{tmp_path}/dies.py {SMALL[12:]}", tmp_path), timeout=300)
+    assert status != 0 and "out of luck" in err and not test_scripts.STEP.search(out) and time.time() - began < 200
+
+# -----------------------------------------------------------------------------
+# crashes
+
+class Crash(BaseException):
+    pass
+
+def crashing(monkeypatch, at):
+    """From now on the write number `at` happens by half, and then the process is gone."""
+    count = iter(range(10 ** 6))
+    def half(real, spoil):
+        def write(*args, **more):
+            if next(count) == at:
+                spoil(*args)
+                raise Crash
+            return real(*args, **more)
+        return write
+    def half_a_file(tensors, path, *_):
+        with open(path, "wb") as f:
+            f.write(b"half")
+    def half_a_folder(path, **_):
+        for name in sorted(os.listdir(path))[::2] if os.path.isdir(path) else ():
+            os.remove(os.path.join(path, name))
+    nothing = lambda *_, **__: None
+    monkeypatch.setattr(model, "save_file", half(model.save_file, half_a_file))
+    monkeypatch.setattr(shutil, "rmtree", half(shutil.rmtree, half_a_folder))
+    for name in ("rename", "replace"):
+        monkeypatch.setattr(os, name, half(getattr(os, name), nothing))
+    return count
+
+def test_a_checkpoint_survives_a_crash_at_any_write(models, tmp_path, monkeypatch):
+    """Bug: between two writes there is a moment in which no whole checkpoint can be found."""
+    vlm, folder = fresh(models["qwen2.5"]), str(tmp_path / "checkpoint")
+    weight, optimizer = vlm.parameters()[0], model.AdamW(vlm.parameters(), 1e-3)
+    def mark(step):
+        with torch.no_grad():
+            weight.fill_(step)
+        model.save_checkpoint(folder, vlm, optimizer, {"step": step})
+    mark(0)
+    seen = set()
+    for at in range(100):
+        with monkeypatch.context() as patch:
+            count = crashing(patch, at)
+            try:
+                mark(at + 1)
+                break                                                                  # there are no more writes than that
+            except Crash:
+                pass
+        model.settle(folder)
+        resumed = model.load(folder, quiet=True)
+        state = model.load_checkpoint(folder, model.AdamW(resumed.parameters(), 1e-3))
+        assert state["step"] in (max(seen | {0}), at + 1) and (resumed.parameters()[0] == state["step"]).all()
+        seen.add(state["step"])
+    assert at >= 6 and len(seen) >= 2 and os.listdir(tmp_path) == ["checkpoint"]
+
+def test_rows_survive_a_crash(tmp_path, monkeypatch):
+    """Bug: metrics.jsonl is emptied first and written again afterwards."""
+    path = str(tmp_path / "rows.jsonl")
+    model.append_rows(path, [{"step": i} for i in range(5)])
+    with open(path, "a") as f:
+        f.write('{"step": 5, "re')
+    with monkeypatch.context() as patch:
+        crashing(patch, 0)
+        with pytest.raises(Crash):
+            model.keep_rows(path, 3)
+    assert len(open(path).readlines()) == 6
+    model.keep_rows(path, 3)
+    assert test_scripts.read(path) == [{"step": i} for i in range(3)]
+    model.keep_rows(path, 0)
+    assert test_scripts.read(path) == []
+
+@pytest.mark.slow
+def test_twenty_kills(tmp_path):
+    """Claim: SIGKILL at twenty random moments, each followed by --resume, costs at most one checkpoint interval each, and in the end
+    nothing: the weights are those of a run that nobody killed."""
+    command, rng = f"{SMALL} --steps 24 --save-every 3", random.Random(0)
+    whole = test_scripts.start(f"{command} --name whole", tmp_path)
+    began = time.time()
+    assert test_scripts.finish(whole)[0] == 0
+    whole, run, kills = time.time() - began, tmp_path / "runs" / "rl", 0
+    state = lambda: json.load(open(run / "checkpoint" / "state.json"))["step"] if (run / "checkpoint").exists() else -1
+    while kills < 20:
+        process = test_scripts.start(f"{command} --name rl {'--resume' if state() >= 0 else ''}", tmp_path)
+        time.sleep(rng.uniform(0, whole))
+        process.kill()
+        out, err = process.communicate()
+        assert "error" not in err, err
+        kills += 1
+        steps = [int(line.split()[1].split("/")[0]) for line in out.splitlines() if test_scripts.STEP.match(line)]
+        model.settle(str(run / "checkpoint"))
+        assert not steps or state() >= steps[-1] // 3 * 3 and state() <= steps[-1] + 1
+        if (run / "summary.json").exists():                                            # done: the next ones kill a new run
+            test_scripts.same_run(tmp_path / "runs" / "whole", run)
+            shutil.rmtree(run)
+    status, _, err = test_scripts.finish(test_scripts.start(f"{command} --name rl {'--resume' if state() >= 0 else ''}", tmp_path))
+    assert status == 0, err
+    test_scripts.same_run(tmp_path / "runs" / "whole", run)
+
+# -----------------------------------------------------------------------------
+# do the tests bite?
+
+MUTATIONS = [
+    ("model", "causal_lower_right(q.shape[2], k.shape[2])", "None", test_shared_equals_plain, dict(recompute=False)),
+    ("model", "x.expand(len(tails), -1, -1, -1)", "x.detach().expand(len(tails), -1, -1, -1)", test_shared_equals_plain, dict(recompute=False)),
+    ("model", "views + e.views[seen:]", "views + e.views", test_shared_equals_plain, dict(recompute=False)),
+    ("model", "positions + [p[:, n:]]", "positions + [p[:, :len(e.ids) - n]]", test_shared_equals_plain, dict(recompute=False)),
+    ("model", "*range(len(ids), len(ids) + len(e.ids) - n)]", "*range(prompt + n, prompt + len(e.ids))]", test_shared_equals_plain, dict(recompute=False)),
+    ("model", "(tuple(e.ids[:n]), *map(id, views))", "(tuple(e.ids[:n]),)", test_what_counts_as_shared, {}),
+    ("model", "if not parts or prompt + tail > room", "if not parts or prompt + tail >= room", test_micro_batches, {}),
+    ("model", "room - prompt - tail, 0", "room - tail, 0", test_micro_batches, {}),
+    ("model", "p.grad_dtype = torch.float32 if p.dtype == torch.bfloat16 else p.dtype", "pass", test_micro_batches_add_up_in_fp32, {}),
+    ("model", "                        p.copy_(m)", "                        pass", test_offload_is_the_same_optimizer, dict(dtype=torch.bfloat16)),
+    ("model", "        dist.all_reduce(p.grad)", "        pass", test_ranks_and_micro_batches_change_nothing, dict(flags={})),
+    ("train_rl", 'count, = model.total(sum(sum(e.sampled) for e in batch) if cfg.aggregate == "token" else len(batch))', "count = sum(sum(e.sampled) for e in batch)",
+     test_ranks_and_micro_batches_change_nothing, dict(flags={})),
+    ("train_rl", "zoom=zoom, skip=mine.start", "zoom=zoom", test_ranks_and_micro_batches_change_nothing, dict(flags={})),
+    ("train_rl", "mine = model.mine(len(samples))", "mine = slice(0, len(samples))", test_ranks_and_micro_batches_change_nothing, dict(flags={})),
+    ("model", "os.rename(folder, old)", "shutil.rmtree(folder)", test_a_checkpoint_survives_a_crash_at_any_write, {}),
+    ("model", "        os.rename(old, folder)\n    meet()", "        pass\n    meet()", test_a_checkpoint_survives_a_crash_at_any_write, {}),
+    ("model", '    if os.path.exists(folder):\n        shutil.rmtree(old', '    if True:\n        shutil.rmtree(old', test_a_checkpoint_survives_a_crash_at_any_write, {}),
+    ("model", "if before and os.path.exists(path) else []\n        with open(path + \".tmp\", \"w\")", "if before and os.path.exists(path) else []\n        with open(path, \"w\")",
+     test_rows_survive_a_crash, {}),
+]
+
+@pytest.mark.parametrize("module, old, new, test, arguments", MUTATIONS, ids=[f"{m}: {old.strip()} -> {new.strip()}" for m, old, new, *_ in MUTATIONS])
+def test_mutations_turn_a_test_red(module, old, new, test, arguments, models, models64, tmp_path, capsys, monkeypatch):
+    """Bug: a test that no bug can turn red."""
+    def again(made, v):
+        return getattr(made, "VLM", model.VLM)(v.model, v.tokenizer, v.processor, v.name, v.spec)
+    check_mutation(module, old, new, test, arguments, lambda made: {
+        "models": lambda: {k: again(made, v) for k, v in models.items()}, "vlm": lambda: again(made, models["qwen2.5"]),
+        "vlm64": lambda: again(made, models64["qwen2.5"]), "float64": lambda: None, "tmp_path": lambda: tmp_path, "capsys": lambda: capsys,
+        "monkeypatch": lambda: monkeypatch}, monkeypatch)
