@@ -414,11 +414,19 @@ def read_jsonl(path, images=None):
     return samples
 
 
+def check_writable(path):
+    try:
+        os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+        open(path + ".tmp", "w").close()
+        os.remove(path + ".tmp")
+    except OSError as e:
+        raise DataError(f"cannot write {path}: {e.strerror}") from e
+
+
 def write_jsonl(path, samples):
     """Normalised rows, all or none; images that are no files yet (PIL, or the bytes of one) are written beside it."""
-    stem, _ = os.path.splitext(os.path.abspath(path))
-    os.makedirs(os.path.dirname(stem), exist_ok=True)
-    lines = []
+    check_writable(path)
+    stem, lines = os.path.splitext(os.path.abspath(path))[0], []
     for n, s in enumerate(samples):
         row, row["images"] = asdict(Sample(**{**vars(s), "images": []})), []
         for i, im in enumerate(s.images):
@@ -822,9 +830,10 @@ def main():
     p.add_argument("--check", action="store_true", help="hold rows, images and boxes to what was published; write OUT.gold.jsonl")
     args = parser.parse_args()
     if args.command == "draw":
-        samples = toy(args.task, args.split, args.n, args.seed, args.difficulty, args.side)
-        write_jsonl(os.path.join(args.out, f"{args.task}.jsonl"), samples)
-        print(f"{len(samples)} {args.task} samples in {args.out}/{args.task}.jsonl")
+        out = os.path.join(args.out, f"{args.task}.jsonl")
+        check_writable(out)                                                    # before the work, not after it
+        write_jsonl(out, toy(args.task, args.split, args.n, args.seed, args.difficulty, args.side))
+        print(f"{args.n} {args.task} samples in {out}")
     elif args.command == "show":
         samples = read_jsonl(args.file, args.images)
         print("\n\n".join(prompt(samples[0])), "\n")
@@ -836,6 +845,7 @@ def main():
         source, out = os.path.realpath(args.path), os.path.realpath(args.out)
         if os.path.isdir(out) or out == source or out.startswith(os.path.join(source, "")):
             raise DataError(f"{args.out} is a folder, or is part of what is converted; expected another file to write")
+        check_writable(args.out)
         samples, counts, missing = convert(args.name, args.path, args.images, args.skip_missing, args.only)
         if args.check:
             check(args.name, samples, counts)

@@ -525,6 +525,8 @@ def main(argv=None):
         return evaluate(config)
     except data.DataError as e:
         model.fail(str(e))
+    except KeyboardInterrupt:
+        model.fail("interrupted; the same command goes on from there")
 
 
 # ----------------------------------------------------------------------------------------------------------------------

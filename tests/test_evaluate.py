@@ -512,7 +512,7 @@ def test_a_stopped_run_goes_on_and_ends_the_same(tmp_path, monkeypatch, capsys):
     assert [seed for _, seed, _, _ in calls] == [3, 5, 7, 9] and whole["correct"] == 2
     calls.clear()
     stop.append(1)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(SystemExit):
         evaluate.main(command("cut"))
     path = tmp_path / "cut" / "episodes.jsonl"
     assert [json.loads(line)["id"] for line in open(path)] == ["c0", "c1", "c2", "c3"] and not (tmp_path / "cut" / "summary.json").exists()

@@ -419,7 +419,7 @@ def test_help_comes_from_the_comments(config, capsys):
     said = " ".join(capsys.readouterr().out.split())
     assert e.value.code == 0 and "First line." in said and "Second" not in said
     with open(__file__ if config is Config else train_sft.__file__, encoding="utf-8") as f:
-        source = f.read().split("class Config:")[1].split("\n\n")[0]
+        source = f.read().split("class Config:")[1].split("\n\n\n")[0]
     for field in dataclasses.fields(config):
         comment = next(line for line in source.split("\n") if line.startswith(f"    {field.name}:")).split("# ")[1]
         assert "--" + field.name.replace("_", "-") in said and " ".join(comment.split()) in said and f"(default: {field.default!r})" in said

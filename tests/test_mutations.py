@@ -220,7 +220,7 @@ def test_papo_pushes_away_from_the_blindfolded(vlm):
 
 def test_shares_of_easy_and_hard(vlm):
     """Figure 3 of UniVG-R1: by the mean IoU of the group, not by episodes."""
-    assert train_rl.shares(torch.tensor([0.71, 0.7, 0.3, 0.29, 0.0])) == pytest.approx({"easy": 0.2, "medium": 0.4, "hard": 0.4})
+    assert train_rl.shares(torch.tensor([0.71, 0.7, 0.3, 0.29, 0.0])) == {"easy": (1, 5), "medium": (2, 5), "hard": (2, 5)}
     boxes = data.toy("boxes", "train", 2)
     it = iter([1.0, 0.0, 1.0, 0.9, 0.0, 0.5, 0.0, 0.0])
     score = lambda *_, **__: (lambda v: {"reward": v, "accuracy": v, "iou": v, "format": 1.0})(next(it))
@@ -501,7 +501,7 @@ MUTATIONS = [
     ("train_sft", "o = rng.choice(objects) if rng.random() < 0.33 else objects[0]", "o = objects[0]", test_oracle_of_the_other_tasks, dict(task="point")),
     ("train_sft", "option = rng.choice(sample.options)", "option = sample.options[sample.answer]", test_oracle_of_the_other_tasks, dict(task="relation")),
     ("train_sft", 'by_id[str(row["id"])]', "samples[len(out)]", test_traces_belong_to_their_questions, {}),
-    ("train_sft", 'data.toy(task, "train", n, f"sft{seed}"', 'data.toy(task, "test", n, f"sft{seed}"', test_warm_start_is_decided_by_its_seed, {}),
+    ("train_sft", 'rng, cfg.max_zooms)) for s in data.toy(cfg.task, "train"', 'rng, cfg.max_zooms)) for s in data.toy(cfg.task, "test"', test_warm_start_is_decided_by_its_seed, {}),
     ("train_sft", "replay(vlm, s, turns, style, max_zooms) for s", "replay(vlm, s, turns, style) for s", test_warm_start_is_decided_by_its_seed, {}),
 ]
 

@@ -75,6 +75,7 @@ def test_flags_exist():
     """Bug: prose that names a flag which no script has."""
     flags = {f"--{f.name.replace('_', '-')}" for m in (train_rl, train_sft, evaluate) for f in dataclasses.fields(m.Config)}
     flags |= set(re.findall(r'"(--[a-z-]+)"', inspect.getsource(data.main) + text_of("tests/benchmark.py"))) | {"--slow", "--help"}
+    flags |= {"--nproc-per-node", "--nnodes", "--rdzv-backend", "--rdzv-endpoint"}     # torchrun's
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", README))
     assert len(named) > 8 and not named - flags
 

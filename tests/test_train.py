@@ -296,7 +296,7 @@ def test_two_ranks_evaluate_as_one(models, tmp_path, monkeypatch):
     """Bug: a question is asked twice or by nobody, the interval is of one rank's half, the last rank has nothing to ask and waits."""
     monkeypatch.chdir(tmp_path)
     model.replace_folder(models["qwen2.5"].save("random"), "random")
-    command = "--checkpoint random --batch 4 --temperature 1 --max-new-tokens 4 --max-zooms 0 --n 5 --out".split()
+    command = "--checkpoint random --batch 4 --max-new-tokens 4 --max-zooms 0 --n 5 --out".split()
     with mock.patch.object(rewards, "score", score):
         one, two = evaluate.main([*command, "one"]), on_ranks(2, lambda: evaluate.main([*command, "two"]), tmp_path)
     assert one["n"] == 5 and two == [one, one] == [test_scripts.read("two/summary.json")] * 2
@@ -435,7 +435,7 @@ MUTATIONS = [
     ("model", "p.grad_dtype = torch.float32 if p.dtype == torch.bfloat16 else p.dtype", "pass", test_micro_batches_add_up_in_fp32, {}),
     ("model", "                        p.copy_(m)", "                        pass", test_offload_is_the_same_optimizer, dict(dtype=torch.bfloat16)),
     ("model", "        dist.all_reduce(p.grad)", "        pass", test_ranks_and_micro_batches_change_nothing, dict(flags={})),
-    ("train_rl", 'count, = model.total(sum(sum(e.sampled) for e in batch) if cfg.aggregate == "token" else len(batch))', "count = sum(sum(e.sampled) for e in batch)",
+    ("train_rl", 'count, = model.total({', 'count, = (lambda n: [n])({',
      test_ranks_and_micro_batches_change_nothing, dict(flags={})),
     ("train_rl", "zoom=zoom, skip=mine.start", "zoom=zoom", test_ranks_and_micro_batches_change_nothing, dict(flags={})),
     ("train_rl", "mine = model.mine(len(samples))", "mine = slice(0, len(samples))", test_ranks_and_micro_batches_change_nothing, dict(flags={})),
