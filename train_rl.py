@@ -40,7 +40,7 @@ class Config:
     max_pixels: int = 0             # of a prompt image as fed; 0: the model's default (448 x 448 for a real model in the toy world)
     crop_from: Literal["source", "seen"] = "source"     # what a zoom cuts from: the stored image, or the shrunken copy (ViGoRL)
 
-    traces: str = "oracle"          # warm start: "oracle" (toy world), "mcts" (tree search), a JSONL file of traces, or "" for none
+    traces: str = "mcts"            # warm start: "mcts" (tree search by the policy itself), "oracle" (knows the toy world), a JSONL file, or "" for none
     sft_n: int = 1200               # traces of the toy world
     sft_epochs: int = 1             # passes over them
     sft_batch: int = 8              # traces per optimizer step
@@ -86,7 +86,7 @@ class Config:
 
 
 # Other defaults for models that are not tiny. Papers: ViGoRL 1e-6 for both, 128 prompts of 5 episodes on eight GPUs.
-REAL = dict(num_prompts=8, blind_prompts=1, max_new_tokens=512, lr=1e-6, sft_lr=5e-6, recompute=True)
+REAL = dict(traces="oracle", num_prompts=8, blind_prompts=1, max_new_tokens=512, lr=1e-6, sft_lr=5e-6, recompute=True)
 
 # What --recipe sets: the papers' settings where they differ from Config's. The second dict goes with 3B to 7B parameters: a tiny model
 # keeps its own step size and lengths. Sources: ViGoRL tables A2, A3 and its script; UniVG-R1's script and trainer.
@@ -95,7 +95,7 @@ PAPERS = {
                dict(num_prompts=128, num_minibatches=2, steps=500, lr=1e-6, sft_lr=1e-6, max_new_tokens=2048)),
     "vigorl-zoom": (dict(task="search", blind_prompts=0, distinct_bonus=0.2, loss="dual-clip", kl_coef=0.01),
                     dict(num_prompts=128, num_minibatches=16, steps=500, lr=1e-6, sft_lr=1e-6, clip_grad=0.2, max_zooms=4, max_new_tokens=1024)),
-    "univg-r1": (dict(task="boxes", difficulty="mixed", difficulty_weight="exp", clip_high=0.2, aggregate="sequence", kl_coef=0.04),
+    "univg-r1": (dict(task="boxes", difficulty="mixed", steps=150, difficulty_weight="exp", clip_high=0.2, aggregate="sequence", kl_coef=0.04),
                  dict(num_prompts=16, steps=625, lr=1e-6, sft_lr=5e-6, max_new_tokens=256)),
 }
 
@@ -113,6 +113,7 @@ def presets(cfg):
     if cfg.resume:
         return {k: v for k, v in saved_state(os.path.join("runs", cfg.name, "checkpoint"))["config"].items() if k not in ("resume", "name")}
     algorithm, scale = PAPERS.get(cfg.recipe, ({}, {}))
+    algorithm = train_sft.searchable(cfg) | algorithm
     return algorithm if model.is_tiny(cfg.model) else REAL | algorithm | scale
 
 

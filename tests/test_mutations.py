@@ -236,9 +236,9 @@ def test_recipes_hold_the_papers_numbers(capsys):
     tiny = config("--recipe", "univg-r1")
     assert "difficulty_weight = 'exp'" in capsys.readouterr().out
     assert (tiny.task, tiny.difficulty, tiny.kl_coef, tiny.kl, tiny.clip_low, tiny.clip_high, tiny.aggregate, tiny.advantage_scale, tiny.group_size,
-            tiny.num_minibatches, tiny.lr) == ("boxes", "mixed", 0.04, "k3", 0.2, 0.2, "sequence", "std", 8, 1, train_rl.Config.lr)
+            tiny.num_minibatches, tiny.lr, tiny.steps) == ("boxes", "mixed", 0.04, "k3", 0.2, 0.2, "sequence", "std", 8, 1, train_rl.Config.lr, 150)
     large = config("--recipe", "univg-r1", "--model", "qwen2.5-vl-7b")
-    assert (large.lr, large.num_prompts, large.max_new_tokens, large.sft_lr, large.temperature, large.kl_coef) == (1e-6, 16, 256, 5e-6, 1, 0.04)
+    assert (large.lr, large.num_prompts, large.max_new_tokens, large.sft_lr, large.temperature, large.kl_coef, large.steps) == (1e-6, 16, 256, 5e-6, 1, 0.04, 625)
     zoom, single = (config("--recipe", recipe, "--model", "qwen2.5-vl-3b") for recipe in ("vigorl-zoom", "vigorl"))
     assert all((c.lr, c.num_prompts, c.kl_coef, c.clip_low, c.clip_high, c.loss, c.aggregate, c.steps) == (1e-6, 128, 0.01, 0.2, 0.28, "dual-clip", "token", 500)
                for c in (zoom, single))

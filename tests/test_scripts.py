@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 import data, evaluate, grpo, model, rewards, train_rl, train_sft, zoom_rollout
 from conftest import ROOT
 
-SMALL = "--num-prompts 4 --blind-prompts 1 --group-size 4 --max-new-tokens 40 --sft-n 32 --eval-n 4 --difficulty easy"
+SMALL = "--num-prompts 4 --blind-prompts 1 --group-size 4 --max-new-tokens 40 --sft-n 32 --eval-n 4 --difficulty easy --traces oracle"
 STEP = re.compile(r"^step +\d", re.M)
 
 # -----------------------------------------------------------------------------

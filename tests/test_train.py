@@ -18,7 +18,7 @@ from test_model import picture, SIZES
 from test_scripts import script
 from zoom_rollout import Episode
 
-SMALL = "train_rl.py --num-prompts 4 --blind-prompts 1 --group-size 4 --max-new-tokens 40 --sft-n 16 --eval-n 4 --difficulty easy"
+SMALL = "train_rl.py --num-prompts 4 --blind-prompts 1 --group-size 4 --max-new-tokens 40 --sft-n 16 --eval-n 4 --difficulty easy --traces oracle"
 
 # -----------------------------------------------------------------------------
 # a prompt computed once
