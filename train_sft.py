@@ -211,7 +211,7 @@ def searched(vlm, style, cfg, questions=None, side=data.SIDE, log=""):
             counts["trees"], counts["solved"] = counts["trees"] + 1, counts["solved"] + any(kind == "direct" for kind, _, _ in chains)
             out += [(s, to_turns(steps, answer, style, cfg.max_zooms, cfg.min_distance, cfg.reorder, rng), kind) for kind, steps, answer in chains]
         counts["seconds"] = round(time.time() - began, 1)
-        bar.n = (k + 1) * cfg.trees if questions else len(out)
+        bar.n = min((k + 1) * cfg.trees, len(questions)) if questions else len(out)
         bar.set_postfix_str(f"{counts['solved']} of {counts['trees']} questions solved")
     bar.close()
     if not out:

@@ -378,7 +378,7 @@ def test_traces_that_fit_nothing(files, script, trainer):
     refused(script(f"{trainer} --data {files}/questions.jsonl --traces nowhere.jsonl"), "nowhere.jsonl")
     refused(script(f"{trainer} --data {files}/questions.jsonl --traces {files}/empty.jsonl"), "empty.jsonl holds no traces")
     refused(script(f"{trainer} --traces {files}/traces.jsonl"), "--data")       # traces of a file, but no file of questions
-    refused(script(f"{trainer} --data {files}/questions.jsonl"), "--traces")    # the oracle knows the toy world only
+    refused(script(f"{trainer} --data {files}/questions.jsonl --traces oracle"), "--traces")    # the oracle knows the toy world only
 
 BAD_MODELS = {"no-card": ["no-card", "vlm.json"], "broken-card": ["broken-card", "vlm.json"], "short-card": ["short-card", "vlm.json"],
               "no-weights": ["cannot load", "no-weights"], "half-weights": ["cannot load", "half-weights"], "bert": ["cannot load", "bert"],
