@@ -415,18 +415,18 @@ def read_jsonl(path, images=None):
 
 
 def check_writable(path):
-    try:
-        os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-        open(path + ".tmp", "w").close()
-        os.remove(path + ".tmp")
-    except OSError as e:
-        raise DataError(f"cannot write {path}: {e.strerror}") from e
+    folder = os.path.dirname(os.path.abspath(path))
+    while not os.path.exists(folder):
+        folder = os.path.dirname(folder)
+    if not os.path.isdir(folder) or not os.access(folder, os.W_OK):
+        raise DataError(f"cannot write {path}: {folder} is no folder that can be written into")
 
 
 def write_jsonl(path, samples):
     """Normalised rows, all or none; images that are no files yet (PIL, or the bytes of one) are written beside it."""
     check_writable(path)
     stem, lines = os.path.splitext(os.path.abspath(path))[0], []
+    os.makedirs(os.path.dirname(stem), exist_ok=True)
     for n, s in enumerate(samples):
         row, row["images"] = asdict(Sample(**{**vars(s), "images": []})), []
         for i, im in enumerate(s.images):

@@ -151,7 +151,7 @@ def test_parse_choice_and_text(text, value):
 HOSTILE = ["<think>", "</think><answer>", "<answer></answer>", "(", "(1,", "(1,1)", "(1,1),(", '"bbox_2d":[', "9", " "]
 
 @pytest.mark.parametrize("unit", HOSTILE)
-@pytest.mark.parametrize("wrap", ["<think></think>{}", "<think>{}</think>", "<think></think><answer>({}</answer>"])
+@pytest.mark.parametrize("wrap", ["<think></think>{}", *(pytest.param(w, marks=pytest.mark.slow) for w in ("<think>{}</think>", "<think></think><answer>({}</answer>"))])
 def test_time_is_linear_on_10_megabytes(unit, wrap):
     """Bug: patterns like <think>.*?</think>\\s*<answer>.*?</answer> take quadratic time on what a policy may write."""
     for size, seconds in [(100_000, 0.5), (10_000_000, 2)]:  # the small one first: it fails soon where the large one would hang

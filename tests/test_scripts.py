@@ -171,7 +171,7 @@ def test_a_checkpoint_is_a_model(whole, script):
     works(script(f"train_rl.py {SMALL} --model {run}/checkpoint --traces '' --steps 1 --name more"))
     assert len(read("runs/more/metrics.jsonl")) == 1 and os.path.exists("runs/more/report.html")
 
-@pytest.mark.parametrize("task", data.TASKS)
+@pytest.mark.parametrize("task", [t if t in ("search", "boxes") else pytest.param(t, marks=pytest.mark.slow) for t in data.TASKS])
 def test_every_toy_task(script, task):
     """Claim: two steps of each task run from the command line, with the recipe that suits the task."""
     out = works(script(f"train_rl.py --task {task} --steps 2 --num-prompts 8 --group-size 4 --max-new-tokens 40 --eval-n 4 --sft-n 48 --sft-epochs 4 "
@@ -206,6 +206,7 @@ def test_warm_start_by_itself(files, script):
         assert torch.equal(weights[1][k].float(), base.float()) == ("visual" in k), k
     assert any(not torch.equal(weights[1][k], weights[2][k]) for k in weights[1])
 
+@pytest.mark.slow
 def test_pretraining_makes_a_model(tmp_path, monkeypatch, capsys):
     """Claim: --pretrain writes a model folder with a card, into whatever --out names. Four steps teach nothing, but all is run."""
     monkeypatch.chdir(tmp_path)
@@ -264,6 +265,7 @@ def same_run(a, b):
         assert [timeless(r) for r in read(f"{a}/{name}")] == [timeless(r) for r in read(f"{b}/{name}")], name
     assert timeless(read(f"{a}/summary.json")) == timeless(read(f"{b}/summary.json"))
 
+@pytest.mark.slow
 def test_resume_after_a_kill(whole, tmp_path):
     """Bug: a run killed between two checkpoints goes on with the rows of the lost step counted twice, with other prompts, another
     learning rate, or an optimizer that forgot. The checkpoint is of step 4; the kill comes in step 7, before the next one."""
@@ -280,7 +282,7 @@ def test_resume_after_a_kill(whole, tmp_path):
 RESUMED = {"kl, minibatches": "--kl-coef 0.5 --num-minibatches 2 --aggregate sequence --difficulty-weight exp",
            "bf16, own data": "--dtype bfloat16 --data {files}/questions.jsonl --traces {files}/traces.jsonl --lr 1e-3"}
 
-@pytest.mark.parametrize("flags", RESUMED.values(), ids=RESUMED)
+@pytest.mark.parametrize("flags", [RESUMED["kl, minibatches"], pytest.param(RESUMED["bf16, own data"], marks=pytest.mark.slow)], ids=RESUMED)
 def test_resume_is_bit_exact(files, script, flags):
     """Bug: after a resume the KL reference is the trained policy, the fp32 masters are the rounded weights, the order of the file's
     rows begins again."""
