@@ -1044,6 +1044,8 @@ def main():
                     positive=("n", "epochs", "batch", "steps", "simulations", "children", "tries", "rollouts", "rollout_steps", "max_new_tokens",
                               "trees", "chains", "teacher_tokens", "timeout"))
     if cfg.pretrain:
+        if model.world() > 1:
+            model.fail("--pretrain runs in one process: start it without torchrun")
         folder = cfg.out or model.MODELS["tiny"].path
         model.make_dir(os.path.dirname(os.path.abspath(folder)))
         return pretrain(folder, cfg.steps, cfg.seed)
