@@ -613,7 +613,7 @@ def card(album, e, side=640):
     return f"""<article class="{state}" tabindex="-1" {for_script}>
 <header>{f'<span class="badge">{state}</span>' if state else ""}<b>{esc(s.id, 120)}</b>{facts}</header>
 <div class="columns"><div class="pictures{" many" if len(s.images) > 1 else ""}">{pictures}</div>
-<div><p class="question">{esc(s.question)}</p>{f'<ul class="options">{options}</ul>' if options else ""}{turns}
+<div><p class="question">{esc(data.question(s, e.frames))}</p>{f'<ul class="options">{options}</ul>' if options else ""}{turns}
 <div class="result"><p class="said">answered <b>{esc(said, 200)}</b></p><p>expected <b>{esc(gold(s), 200)}</b></p>
 <table class="parts"><tr>{names}</tr><tr>{values}</tr></table></div>{tokens(e)}</div></div></article>"""
 

@@ -316,10 +316,24 @@ def test_mig_images(folder, name, scale):
             for task, question, info, _ in MIG]
     for s, (task, _, _, image) in zip(convert(name, put(folder, "mig.json", rows)), MIG, strict=True):
         w, h = SIZES[images[image]]
-        agree(s, dict(category=[task], targets=box(w / 4, h / 2, w / 2, h, image), meta={"benchmark": name}))
+        quoted = {"question_boxes": box(451 * 0.2, 265 * 0.1, 519 * 0.2, 388 * 0.1)} if "box_start" in s.question else {}
+        agree(s, dict(category=[task], targets=box(w / 4, h / 2, w / 2, h, image), meta={"benchmark": name, **quoted}))
     assert {task for task, *_ in MIG} == set(data.MIG) and sum(data.MIG.values()) == 4295
     unnamed, = data.convert(name, put(folder, "mig.json", [{**rows[6], "question": "Locate what these 2 images share."}]))[0]
     assert unnamed.targets[0]["image"] == 3 and unnamed.meta.get("image_unnamed")       # marked, and counted by --check
+
+def test_boxes_in_a_question(folder):
+    """Bug: a question quotes a box on 0-1000, and a model that reads pixels looks for it in another place; or in another image."""
+    quote = "<|box_start|>({},{}),({},{})<|box_end|>".format
+    row = dict(ROWS["univg-r1"][0], question=f"{quote(500, 200, 750, 400)} is in the first image, and in the second image{quote(0, 0, 100, 500)}. Where?")
+    s, = convert("univg-r1", put(folder, "rl.json", [row]))
+    assert s.meta["question_boxes"] == box(100, 20, 150, 40) + box(0, 0, 40, 150, 1)
+    asked = "{} is in the first image, and in the second image{}. Where?".format
+    pixels, thousand = [(2, 1, 200, 100), (4, 5, 400, 300)], [(0.2, 0.1, 200, 100), (0.4, 0.3, 400, 300)]
+    assert data.question(s) == asked("(100, 20),(150, 40)", "(0, 0),(40, 150)")
+    assert data.question(s, pixels) == asked("(50, 20),(75, 40)", "(0, 0),(10, 30)")
+    assert asked("(500, 200),(750, 400)", "(0, 0),(100, 500)") in data.prompt(s, "boxes", thousand)[1]
+    assert data.question(dataclasses.replace(s, meta={})) == s.question == row["question"].replace("<image>\n", "")
 
 def test_mig_inverted(folder, capsys):
     """Bug: the five published boxes that are inverted fail the file, go unnamed, or leave the denominator."""
@@ -509,6 +523,10 @@ MUTATIONS = [
     ('str(row.get("additional_info")) if task == "group_grounding" else question', "question", test_mig_images, dict(name="mig_bench", scale=1)),
     ("for i in reversed(index) if", "for i in index if", test_mig_images, dict(name="mig_bench_revised", scale=1000)),
     ("rd|th)? image\\b|", "rd|th)? image|", test_mig_images, dict(name="mig_bench", scale=1)),
+    ("named_image(question[:box.start()], len(paths)) or 0", "0", test_boxes_in_a_question, {}),
+    ('"norm_box": [int(v) / 1000 for v in box.groups()]', '"box": [int(v) for v in box.groups()]', test_boxes_in_a_question, {}),
+    ("zip(t[\"box\"], (*scale, *scale))", "zip(t[\"box\"], (1, 1, 1, 1))", test_boxes_in_a_question, {}),
+    ("question(sample, frames)\n    if", "sample.question\n    if", test_boxes_in_a_question, {}),
     ('{"image_unnamed": True} if image is None else {}', "{}", test_mig_images, dict(name="mig_bench", scale=1)),
     ("{} if x1 < x2 and y1 < y2 else", "{} if True else", test_mig_inverted, {}),
     ('if beyond[-1] > 0.05:', "if False:", test_boxes_off_the_image, {}),
