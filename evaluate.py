@@ -136,15 +136,18 @@ def count(rows):
 def summarise(rows):
     """rows: dicts with id, category (a list), accuracy, wrong_format, where they apply iou, benchmark, of (see arrange), zooms and
     what behaviour() found -> count() in all and per category, and the average by the benchmark's own definition."""
-    names = dict.fromkeys(name for r in rows for name in r["category"])
-    out = count(rows) | {"categories": {name: count([r for r in rows if name in r["category"]]) for name in names}}
     copies = {str(r.get("benchmark") or "").removesuffix("_parquet") for r in rows}      # another file of the same benchmark
-    if len(copies) == 1 and (name := copies.pop()):
-        levels, expected = CELLS.get(name, (0, 1))
-        cells = {}
-        for r in rows:
-            if not r.get("hidden"):
-                cells.setdefault(tuple(r["category"][:levels]), []).append(is_right(r, name))
+    name = copies.pop() if len(copies) == 1 else ""
+    levels, expected = CELLS.get(name, (0, 1))
+    cells, parts = {}, {}
+    for r in rows:
+        cell = tuple(r["category"][:levels])
+        if not r.get("hidden"):
+            cells.setdefault(cell, []).append(is_right(r, name))
+        for label in dict.fromkeys([*r["category"], *([", ".join(cell)] if levels > 1 else [])]):
+            parts.setdefault(label, []).append(r)
+    out = count(rows) | {"categories": {label: count(part) for label, part in parts.items()}}
+    if name:
         out |= {"benchmark": name, "average": mean([mean(c) for c in cells.values()]) if cells else 0.0,
                 "average_of": f"{len(cells)}{f' of {expected}' if expected else ''} cells" if levels else "all questions"}
     rotations = {}
@@ -303,14 +306,15 @@ def read_predictions(path, samples):
     return texts
 
 
-def from_predictions(samples, texts, convention="source", max_pixels=0):
-    """Scored episodes of one turn each. A sample without a prediction is an answer that cannot be read."""
+def from_predictions(samples, texts, convention="source", max_pixels=0, factor=28):
+    """Scored episodes of one turn each. A sample without a prediction is an answer that cannot be read. max_pixels and factor: of an
+    image as fed, how many pixels and of what its sides are multiples (Qwen2.5-VL: 28, Qwen3-VL: 32)."""
     episodes = []
     for s in samples:
         frames = []                                                            # source pixels: no image need be opened
         for im in s.images if convention != "source" else ():
             w, h = im.size if isinstance(im, Image.Image) else data.open_image(im, f"sample {s.id}: ", size_only=True)
-            fed_h, fed_w = model.smart_resize(h, w, 28, 4 * 28 ** 2, max_pixels) if convention == "fed" else (1, 1)
+            fed_h, fed_w = model.smart_resize(h, w, factor, 4 * factor ** 2, max_pixels) if convention == "fed" else (1, 1)
             unit_w, unit_h = {"fed": (fed_w, fed_h), "0-1000": (1000, 1000), "0-1": (1, 1)}[convention]
             frames.append((w / unit_w, h / unit_h, w, h))
         e = Episode(s, [], [], [], [], [Turn(texts.get(s.id, ""))], "prediction" if s.id in texts else "no prediction", frames)
@@ -433,11 +437,14 @@ def episodes_of(config, samples):
 
     if config.predictions:
         known, texts = model.MODELS.get(config.model), read_predictions(config.predictions, samples)
-        if config.convention == "fed" and not (config.max_pixels or known):
+        limit, factor = config.max_pixels or (known.max_pixels if known else 0), 32 if known and known.convention == "thousand" else 28
+        if config.convention == "fed" and not limit:
             raise data.DataError("--convention fed needs --max-pixels, or a --model whose images are of known size")
+        print("coordinates of the predictions: " + {"source": "pixels of the stored image", "0-1000": "0 to 1000", "0-1": "0 to 1",
+                                                    "fed": f"pixels of the image as fed to {config.model}, {limit:,} at most"}[config.convention])
         if len(texts) < len(samples):
             print(f"{len(samples) - len(texts)} of {len(samples)} samples have no prediction: counted as wrong format")
-        episodes = from_predictions(samples, texts, config.convention, config.max_pixels or (known.max_pixels if known else 0))
+        episodes = from_predictions(samples, texts, config.convention, limit, factor)
         left_over(config)                                                      # refuses to overwrite what a model took long to say
         open(os.path.join(config.out, "episodes.jsonl"), "w").close()
         write("predictions", episodes)
@@ -541,7 +548,7 @@ def report(path, title, episodes, curves=None, table=None, settings=None, drawn=
     """Write the run as one HTML file that can be opened anywhere.
 
     episodes: [(label, list[Episode])], a section each. curves: the rows of metrics.jsonl. table: [(label, cells)], its first
-    row the head, its cells text or summarise()'s dicts. settings: a dict. At most `drawn` episodes of a section, the first
+    row the head, its cells text or summarise()'s dicts; of a long one, rows with an indented label are folded away. settings: a dict. At most `drawn` episodes of a section, the first
     ones and not the best, and at most `max_bytes` of them in all."""
     album, cards, states, size = {}, [[] for _ in episodes], [], 0
     side = 640 if sum(min(len(group), drawn) for _, group in episodes) <= 200 else 448             # many pictures are stored smaller
@@ -565,8 +572,11 @@ def report(path, title, episodes, curves=None, table=None, settings=None, drawn=
     body = f"<h1>{esc(title)}</h1>"
     body += f'<p class="settings">{" ".join(f"<span>{esc(k)} <b>{esc(v, 400)}</b></span>" for k, v in (settings or {}).items())}</p>'
     if table:
-        head, *rows = [f"<tr><th>{esc(label)}</th>{''.join(map(cell, cells))}</tr>" for label, cells in table]
-        body += f'<div class="scroll"><table class="numbers"><thead>{head.replace("td>", "th>")}</thead>{"".join(rows)}</table></div>'
+        (_, head), *rows = [(label, f"<tr><th>{esc(label)}</th>{''.join(map(cell, cells))}</tr>") for label, cells in table]
+        grid = lambda rows: f'<div class="scroll"><table class="numbers"><thead>{head.replace("td>", "th>")}</thead>{"".join(rows)}</table></div>'
+        body += grid(row for label, row in rows if len(rows) <= 12 or not label.startswith(" "))
+        if len(rows) > 12 and any(label.startswith(" ") for label, _ in rows):
+            body += f"<details><summary>by category</summary>{grid(row for _, row in rows)}</details>"
     if lines := charts(curves or []):
         body += f'<h2>Learning curves</h2><div class="dim">By step. Faint: the values; bold: their running mean, whose end is the number.</div>{lines}'
     if sections:
@@ -708,13 +718,19 @@ def picture(album, e, i, side):
     many = len(e.sample.images) > 1
     unit, marks = max(w, h) / (60 if many else 100), []                        # several images are drawn smaller
 
+    def mark(tag, shape, kind):                                                # on a darker copy of itself: seen on any ground
+        marks.append(f'<{tag} class="under of-{kind}" {shape}/><{tag} class="{kind}" {shape}/>')
+
     def rect(box, kind):
         (x1, x2), (y1, y2) = sorted(box[0::2]), sorted(box[1::2])
-        shape = f'x="{x1:.6g}" y="{y1:.6g}" width="{x2 - x1:.6g}" height="{y2 - y1:.6g}"'
-        marks.append(f'<rect class="under of-{kind}" {shape}/><rect class="{kind}" {shape}/>')
+        mark("rect", f'x="{x1:.6g}" y="{y1:.6g}" width="{x2 - x1:.6g}" height="{y2 - y1:.6g}"', kind)
 
+    outlines = {tuple(t["box"]): t["polygon"] for t in e.sample.targets if "polygon" in t}
     for box in boxes_in(e.sample, i):
-        rect(box, "gold")
+        if outline := outlines.get(tuple(box)):
+            mark("path", f'd="M{"L".join(f"{x:.6g} {y:.6g}" for x, y in outline)}Z"', "gold")
+        else:
+            rect(box, "gold")
     looks = list(enumerate(e.turns, 1)) if i == 0 else []
     for n, t in looks:
         if t.crop:
@@ -729,8 +745,7 @@ def picture(album, e, i, side):
         rect([min(max(v, 0), side) for v, side in zip(said, (w, h, w, h))], "said")
     if i == image and e.sample.answer_type == "point" and said and 0 <= said[0] <= w and 0 <= said[1] <= h:
         (x, y), r = said, 2.2 * unit
-        cross = f'd="M{x - r:.6g} {y - r:.6g}l{2 * r:.6g} {2 * r:.6g}m0 {-2 * r:.6g}l{-2 * r:.6g} {2 * r:.6g}"'
-        marks.append(f'<path class="under of-said" {cross}/><path class="said" {cross}/>')
+        mark("path", f'd="M{x - r:.6g} {y - r:.6g}l{2 * r:.6g} {2 * r:.6g}m0 {-2 * r:.6g}l{-2 * r:.6g} {2 * r:.6g}"', "said")
     caption = f"<small>image {i + 1}</small>" if many else ""
     return (f'<div><svg class="picture" viewBox="0 0 {w} {h}" role="img" aria-label="image {i + 1}"><use href="#{name}"/>'
             f'{"".join(marks)}</svg>{caption}</div>')
@@ -765,7 +780,7 @@ def charts(curves, first=8):
 
 
 LEGEND = """<p class="dim">Numbers are the points that the model named to zoom into, rectangles of the same color what each crop showed it; the
-dashed box is where the answer lies, a cross or a thick box what the model answered. Coordinates inside a text are the model's own, all others
+dashed outline is where the answer lies, a cross or a thick box what the model answered. Coordinates inside a text are the model's own, all others
 are pixels of the stored image. Keys: j and k for the next and the last episode, tab and arrows for all else.</p>"""
 
 CSS = """
@@ -856,7 +871,7 @@ function download() {
   const said = (turn, what) => turn.querySelector('.' + what + ':checked')?.value ?? null
   const ratings = [...document.querySelectorAll('.turn:has(:checked)')].map(turn => ({
     section: turn.closest('section').querySelector('h2').textContent, id: turn.closest('article').dataset.id,
-    turn: +turn.querySelector('.number').textContent, right: said(turn, 'right'), helps: +said(turn, 'helps') || null}))
+    episode: [...turn.closest('section').querySelectorAll('article')].indexOf(turn.closest('article')) + 1, turn: +turn.querySelector('.number').textContent, right: said(turn, 'right'), helps: +said(turn, 'helps') || null}))
   const file = new Blob([JSON.stringify({report: document.title, ratings}, null, 1)], {type: 'application/json'})
   make('a', {href: URL.createObjectURL(file), download: 'ratings.json'}).click()
 }
