@@ -561,11 +561,12 @@ def report(path, title, episodes, curves=None, table=None, settings=None, drawn=
         states.append(verdict(e))
         size += len(cards[i][-1]) + sum(len(element[-1]) for element in list(album.values())[known:])
 
-    links, sections = "", ""
+    links, filters, sections = "", "", ""
     for i, (label, group) in enumerate(episodes):
         hits = [verdict(e) == "right" for e in group if verdict(e)]
         low, high = wilson(sum(hits), len(hits))
-        score = f"{sum(hits)} of {len(hits)} right ({mean(hits):.1%}, 95 % interval {low:.1%} to {high:.1%}). " if hits else ""
+        interval = f", 95 % interval {low:.1%} to {high:.1%}" if len({e.sample.id for e in group}) > 1 else ""     # of questions, not of tries
+        score = f"{sum(hits)} of {len(hits)} right ({mean(hits):.1%}{interval}). " if hits else ""
         rest = f"The first {len(cards[i])} are drawn, {len(group) - len(cards[i])} are left out." if len(cards[i]) < len(group) else ""
         links += f'<a href="#s{i}">{esc(label, 60)}</a>'
         sections += f'<section id="s{i}"><h2>{esc(label)}</h2><div class="dim">{score}{rest}</div>{"".join(cards[i])}</section>'
@@ -582,8 +583,8 @@ def report(path, title, episodes, curves=None, table=None, settings=None, drawn=
     if sections:
         for state, n in (("all", len(states)), ("right", states.count("right")), ("wrong", states.count("wrong"))):
             body += f'<input type="radio" name="show" id="{state}"{" checked" if state == "all" else ""} aria-label="show {state}">'
-            links += f'<label for="{state}">{state} {n}</label>'
-        body += f"<nav>{links}</nav>{LEGEND}{sections}"
+            filters += f'<label for="{state}">{state} {n}</label>'
+        body += f"<nav><div>{links}</div><div>{filters}</div></nav>{LEGEND}{sections}"
     digest = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
     policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
     pictures = "".join(element for *_, element in album.values())
@@ -805,9 +806,8 @@ h1 { font:600 2.3rem/1.15 var(--serif); letter-spacing:-.01em; margin:0 } h2 { f
 .chart polyline { fill:none; stroke:var(--accent); stroke-linejoin:round } .chart .raw { opacity:.3 } .chart .smooth { stroke-width:1.9 }
 summary { cursor:pointer; color:var(--accent); margin-top:1rem; font-size:.9rem }
 input[name=show], .album { position:absolute; opacity:0 }
-nav { position:sticky; top:0; z-index:2; display:flex; flex-wrap:wrap; gap:.3rem .8rem; align-items:center; margin:2.6rem -1.5rem 1rem;
-  padding:.7rem 1.5rem; background:var(--page); border-bottom:1px solid var(--line); font-size:.9rem }
-nav a + label { margin-left:auto } nav label { cursor:pointer; color:var(--dim); padding:.15rem .6rem; border-radius:99px }
+nav { position:sticky; top:0; z-index:2; margin:2.6rem -1.5rem 1rem; padding:.7rem 1.5rem; background:var(--page); border-bottom:1px solid var(--line); font-size:.9rem }
+nav, nav div { display:flex; flex-wrap:wrap; gap:.3rem .8rem; align-items:center } nav div + div { margin-left:auto } nav label { cursor:pointer; color:var(--dim); padding:.15rem .6rem; border-radius:99px }
 select, button { font:inherit; color:inherit; background:var(--card); border:1px solid var(--line); border-radius:7px; padding:.15rem .6rem }
 #all:checked ~ nav [for=all], #right:checked ~ nav [for=right], #wrong:checked ~ nav [for=wrong] { background:var(--ink); color:var(--page) }
 input:focus-visible ~ nav label, article:focus { box-shadow:0 0 0 1.5px var(--accent); outline:0 }
@@ -833,7 +833,7 @@ pre { margin:.1rem 0 0; font:.82rem/1.55 var(--mono); white-space:pre-wrap } .ta
 .crop { width:136px; border-radius:6px; border:2px solid var(--hue); background:#000; display:block } .small { image-rendering:pixelated }
 .note, fieldset { grid-column:2 / -1; justify-self:start; font-size:.84rem; padding:.25rem .7rem; border:0; border-radius:7px; background:var(--warn-soft); color:var(--warn) }
 fieldset { background:var(--soft); color:var(--ink) } fieldset label { margin-left:.8rem } legend { float:left } body:not(.rating) fieldset { display:none }
-.rating :is(.badge, .tick, .result, details, .picture .gold, .picture .said, .of-gold, .of-said) { display:none }
+.rating :is(header span, .tick, .result, details, .picture .gold, .picture .said, .of-gold, .of-said) { display:none }
 .rating article:not(:has(fieldset)) { display:none } .rating .options .gold { border-color:var(--line); color:inherit }
 .tokens i { font-style:normal; border-bottom:2px solid var(--line) } .p0 { background:#f0604080 } .p1 { background:#f0904066 } .p2 { background:#f0b04050 } .p3 { background:#f0d04033 }
 .result { display:flex; flex-wrap:wrap; gap:.5rem 1.4rem; align-items:center; border-top:1px solid var(--line); padding-top:.7rem; font-size:.84rem; color:var(--dim) }
@@ -846,7 +846,7 @@ fieldset { background:var(--soft); color:var(--ink) } fieldset label { margin-le
 # The page's only script, allowed by its hash: menus for category and zooms, j and k, and the rating mode, which hides what
 # would sway the rater and asks what ViGoRL's human study asked. It builds elements from text and never reads text as HTML.
 SCRIPT = r"""
-const cards = [...document.querySelectorAll('article')], bar = document.querySelector('nav'), tests = []
+const cards = [...document.querySelectorAll('article')], bar = document.querySelector('nav div + div'), tests = []
 const make = (tag, props, ...inside) => { const made = Object.assign(document.createElement(tag), props); made.append(...inside); return made }
 function menu(what, of) {
   const values = [...new Set(cards.flatMap(of))].sort()
