@@ -775,7 +775,8 @@ def charts(curves, first=8):
         for name, value in row.items():
             if number(value) and name != "step":
                 series.setdefault(name, []).append((row.get("step", i), value))
-    drawn = [chart(name, points) for name, points in series.items() if len(points) > 1]
+    flat = lambda item: len({value for _, value in item[1]}) == 1              # what never changes comes last
+    drawn = [chart(name, points) for name, points in sorted(series.items(), key=flat) if len(points) > 1]
     more = f'<details><summary>{len(drawn) - first} more</summary><div class="charts">{"".join(drawn[first:])}</div></details>' if len(drawn) > first else ""
     return f'<div class="charts">{"".join(drawn[:first])}</div>{more}' if drawn else ""
 

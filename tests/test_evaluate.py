@@ -763,7 +763,7 @@ def test_filter_counts_and_sections(tmp_path):
 def test_curves(tmp_path):
     rows = [{"step": 10 * i, "reward": i / 4, "flat": 0.0, "note": "text", "rare": i if i % 2 else None, "bad": float("nan")} for i in range(9)]
     p = page(tmp_path, [], curves=rows + [{"step": 90, "reward": float("inf")}])
-    assert [re.match(r"[a-z]+", f)[0] for f in p.source.split("<figcaption>")[1:]] == ["reward", "flat", "rare"]
+    assert [re.match(r"[a-z]+", f)[0] for f in p.source.split("<figcaption>")[1:]] == ["reward", "rare", "flat"]
     raw, smooth = p.all("polyline")[:2]
     xy = [tuple(map(float, q.split(","))) for q in raw["points"].split()]
     assert len(xy) == 9 and [x for x, _ in xy] == sorted(x for x, _ in xy) and [y for _, y in xy] == sorted((y for _, y in xy), reverse=True)
