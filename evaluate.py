@@ -49,11 +49,11 @@ class Config:
     convention: Literal["source", "fed", "0-1000", "0-1"] = "source"  # of --predictions: pixels as stored, pixels as fed to --model, relative
     compare: str = ""                                       # two --out folders, A B: who is right where the other is not
     zoom: Literal["on", "off", "black", "all"] = "on"       # allowed, forbidden, answered with black crops; all: the three in turn
-    style: Literal["", "zoom", "think", "boxes"] = ""       # of the prompt; empty: what suits the toy task, zoom for --data
+    style: Literal["", "zoom", "think", "boxes"] = ""       # of the prompt; empty: what suits the toy task or, of --data, boxes where all ask for one, else zoom
     crop_from: Literal["source", "seen"] = "source"         # crops from the stored image, or from the copy that the model was fed
     temperature: float = 0.0                                # 0: greedy
     max_zooms: int = 3                                      # after so many the answer is forced
-    max_new_tokens: int = 64                                # per turn
+    max_new_tokens: int = 64                                # per turn; 512 for a real model
     max_pixels: int = 0                                     # of an image as fed; 0: the model's own
     batch: int = 64                                         # episodes at a time; halved whenever the GPU's memory does not hold them
     seed: int = 0                                           # of the toy scenes, of the order of options and of sampling
@@ -490,8 +490,9 @@ def evaluate(config):
         if len(folders := config.compare.split(os.pathsep)) != 2:
             raise data.DataError("--compare needs two folders, as in --compare runs/a runs/b")
         return compare(*folders, config.out)
-    config.style = config.style or ("zoom" if config.data else data.STYLES[data.RECIPES[config.task]])
     samples, what = samples_of(config)
+    of_data = "boxes" if all(s.answer_type == "box" for s in samples) else "zoom"                        # a box may be in any image, a crop is of the first
+    config.style = config.style or (of_data if config.data else data.STYLES[data.RECIPES[config.task]])
     model.make_dir(config.out)                                                 # before the work, not after it
     runs = episodes_of(config, samples)
     summary, parts = summary_of_runs(runs)
@@ -527,9 +528,9 @@ def main(argv=None):
         i = argv.index("--compare")
         argv[i + 1:i + 3] = [os.pathsep.join(argv[i + 1:i + 3])]
     model.start_ranks()
-    config = model.cli(Config, argv, __doc__)
     try:
-        return evaluate(config)
+        longer = lambda config: {} if model.is_tiny(config.checkpoint or config.model) else {"max_new_tokens": 512}
+        return evaluate(model.cli(Config, argv, __doc__, presets=longer))
     except data.DataError as e:
         model.fail(str(e))
     except KeyboardInterrupt:

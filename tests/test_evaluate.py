@@ -566,6 +566,29 @@ def test_options_are_permuted_unless_told_otherwise(tmp_path, monkeypatch):
     assert len({json.loads(line)["id"] for line in open(tmp_path / "circular" / "episodes.jsonl")}) == 90
 
 
+def test_a_real_model_may_say_more(tmp_path, monkeypatch, capsys):
+    """Bug: a thought of a real model is cut off after the 64 tokens that the tiny one needs, and counts as unreadable."""
+    monkeypatch.setattr(evaluate.model, "load", lambda *_, **__: Eyes())
+    calls, file = fake_rollout(monkeypatch), choices(tmp_path)
+    for n, (more, length) in enumerate([([], 64), (["--model", "qwen3-vl-2b"], 512), (["--model", "qwen3-vl-2b", "--max-new-tokens", "9"], 9)]):
+        evaluate.main(["--data", file, "--out", str(tmp_path / str(n)), *more])
+        assert calls.pop()[3]["max_new_tokens"] == length
+    assert "max_new_tokens = 512" in capsys.readouterr().out
+
+
+def test_boxes_are_asked_for_without_zooms(tmp_path, monkeypatch):
+    """Bug: a benchmark of boxes across images is asked to zoom, which the tool can do in the first image alone."""
+    monkeypatch.setattr(evaluate.model, "load", lambda *_, **__: Eyes())
+    calls = fake_rollout(monkeypatch, lambda s, zoom: "(1, 2),(3, 4)")
+    photo().save(tmp_path / "a.png")
+    box = Sample("b", ["a.png"], "Box it.", "box", targets=[{"image": 0, "box": [100, 50, 120, 60]}])
+    for n, (samples, more, style) in enumerate([([box], [], "boxes"), ([box], ["--style", "zoom"], "zoom"), ([box, point(image="a.png")], [], "zoom")]):
+        data.write_jsonl(str(tmp_path / "d.jsonl"), samples)
+        evaluate.main(["--data", str(tmp_path / "d.jsonl"), "--zoom", "all", "--out", str(tmp_path / str(n)), *more])
+        assert {options["style"] for *_, options in calls} == {style} and len(calls) == (1 if style == "boxes" else 3)
+        calls.clear()
+
+
 def test_zoom_gain_and_harm(tmp_path, monkeypatch):
     """Right only with zoom; right only without; and black crops beside them."""
     monkeypatch.setattr(evaluate.model, "load", lambda *_, **__: Eyes())
@@ -807,6 +830,8 @@ MUTATIONS = [
     ('parts["accuracy"] >= 1 - 1e-6', 'parts["accuracy"] > 0', test_summarise_boxes_partial_credit_hidden_gold_and_nothing, {}),
     ('[r["iou"] for r in scored if "iou" in r]', '[r["iou"] for r in scored if is_right(r)]', test_summarise_boxes_partial_credit_hidden_gold_and_nothing, {}),
     ('dict.fromkeys([*r["category"],', 'dict.fromkeys([*r["category"][:1],', test_summarise_counts_by_category, {}),
+    ('{"max_new_tokens": 512}', "{}", test_a_real_model_may_say_more, {}),
+    ('"boxes" if all(', '"zoom" if all(', test_boxes_are_asked_for_without_zooms, {}),
     ("seed=seed + i,", "seed=seed,", test_run_scores_in_order_and_keeps_memory_small, {}),
     ("views=views and views[i:i + batch]", "views=views", test_run_scores_in_order_and_keeps_memory_small, {}),
     ("e.views if views else []", "e.views", test_run_scores_in_order_and_keeps_memory_small, {}),
