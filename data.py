@@ -396,7 +396,7 @@ def parse_row(row, where, root):
         raise DataError(f"{where}field 'targets' is empty; a {answer_type} question needs at least one target box")
     for t in s.targets + (need(s.meta, "question_boxes", list, where) if "question_boxes" in s.meta else []):
         index = t.get("image", 0) if isinstance(t, dict) else None
-        if index not in range(len(paths)):
+        if type(index) is not int or index not in range(len(paths)):
             raise DataError(f"{where}box {t!r:.60} names no image of this row; expected {{'image': 0..{len(paths) - 1}, 'box': [x1, y1, x2, y2]}}")
         w, h = open_image(s.images[index], where, size_only=True) if {"norm_box", "norm_polygon"} & set(t) else (1, 1)
         if "norm_box" in t:                                                    # 0-1 of the image: needs its size
@@ -810,7 +810,7 @@ def check(name, samples, counts):
     wrong = [(s, why) for s in samples if (why := impossible(s)) not in ("", "hidden")]
     hidden = sum(impossible(s) == "hidden" for s in samples)
     for s in samples:
-        for t in s.targets:
+        for t in s.targets + s.meta.get("question_boxes", []):
             (w, h), (x1, y1, x2, y2) = sizes[s.images[t["image"]]], t["box"]
             beyond.append(max(-x1 / w, -y1 / h, x2 / w - 1, y2 / h - 1))
             if beyond[-1] > 0.05:                                              # MIG-Bench's worst is 0.048

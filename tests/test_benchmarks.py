@@ -229,6 +229,16 @@ def test_robospatial_place(folder):
     slanted, = convert("robospatial", put(folder, "r.json", [{**ROWS["robospatial"][0], "answer": "[(0, 0), (1, 0), (1, 1)]"}]))
     assert [rewards.score(slanted, f"({x}, {y})", [], "accuracy")["reward"] for x, y in [(150, 20), (50, 80)]] == [1, 0]
 
+def test_robospatial_parquet(folder):
+    """Bug: the pictures of the parquet file (the photo, a depth map, for context a mask) are not read, or another than the photo."""
+    picture = lambda name: {"bytes": FILES[name], "path": None}
+    row = lambda case, mask: {**ROWS[case][0], "img": picture(A), "depth_image": picture(C), "mask": mask}
+    put_parquet(folder, "robo/data/configuration-00000-of-00001.parquet", [row("robospatial yes", None)])
+    put_parquet(folder, "robo/data/context-00000-of-00001.parquet", [row("robospatial", picture(B))])
+    asked, place = convert("robospatial", str(folder / "robo"))
+    agree(asked, ROWS["robospatial yes"][1]), agree(place, ROWS["robospatial"][1])
+    assert data.image(asked, 0).size == data.image(place, 0).size == SIZES[A] and place.targets[0]["box"] == [50, 50, 150, 100]
+
 def test_revos(folder):
     """Bug: frames sorted as text (10 before 2), a stray file counted as one, or another frame than the third asked about."""
     for name in ["10.jpg", "2.jpg", "1.jpg", "0.jpg", ".DS_Store1", "notes"]:
@@ -245,10 +255,19 @@ REFS = [{"ref_id": 5, "ann_id": 9, "category_id": 1, "image_id": 16, "file_name"
 INSTANCES = {"images": [{"id": 16, "file_name": "COCO_train2014_000000000016.jpg", "width": 400, "height": 300}],
              "annotations": [{"id": 9, "image_id": 16, "bbox": [10, 20, 100.5, 50], "category_id": 1}], "categories": []}
 
-def test_refcoco_pickle(folder):
+def python2(value):
+    """A pickle as Python 2 wrote it: its strings are bytes."""
+    if isinstance(value, dict):
+        return b"(d" + b"".join(python2(k) + python2(v) + b"s" for k, v in value.items())
+    if isinstance(value, list):
+        return b"(l" + b"".join(python2(v) + b"a" for v in value)
+    return (f"I{value}" if isinstance(value, int) else f"S{value!r}").encode("latin1") + b"\n"
+
+@pytest.mark.parametrize("content", [pickle.dumps(REFS, 2), python2(REFS) + b"."], ids=["python 3", "python 2"])
+def test_refcoco_pickle(folder, content):
     """Bug: the file name of the pickle, which exists nowhere; one row per object; width and height taken for a corner."""
     coco(folder), put(folder, "instances.json", INSTANCES)
-    path = put(folder, "refs(unc).p", pickle.dumps(REFS, 2))
+    path = put(folder, "refs(unc).p", content)
     one, two = convert("refcoco", path)
     agree(one, dict(id="5_1", question="the man", answer_type="box", targets=box(10, 20, 110.5, 70), category=["val"]))
     assert two.id == "5_2" and one.images[0].endswith("000016.jpg")
@@ -517,7 +536,8 @@ MUTATIONS = [
     ('-?\\d+(?:\\.\\d+)?", boxes[2])', '\\d+", boxes[2])', test_row, dict(case="reasonvos")),
     ('        raise DataError(f"it asks for {module}.{name}; expected nothing but lists, dicts, strings and numbers")',
      "        return super().find_class(module, name)", test_hostile_pickle, dict(content=pickle.dumps([collections.OrderedDict()], 2), said="asks for")),
-    ('"image": image.get("file_name")', '"image": ref.get("file_name")', test_refcoco_pickle, {}),
+    ('"image": image.get("file_name")', '"image": ref.get("file_name")', test_refcoco_pickle, dict(content=python2(REFS) + b".")),
+    ('encoding="latin1"', 'encoding="bytes"', test_refcoco_pickle, dict(content=python2(REFS) + b".")),
     ('row.get("image") or name}', 'row.get("image") or row["file_name"]}', test_row, dict(case="refcoco_parquet")),
     ('"view_diff": 1, "refer_grounding": 1}', '"view_diff": 0, "refer_grounding": 1}', test_mig_images, dict(name="mig_bench", scale=1)),
     ('str(row.get("additional_info")) if task == "group_grounding" else question', "question", test_mig_images, dict(name="mig_bench", scale=1)),

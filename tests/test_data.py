@@ -327,6 +327,7 @@ def test_commands(folder, monkeypatch, capsys):
     ({"answer_type": "point"}, "'targets' is empty"), ({"answer_type": "box", "targets": []}, "at least one target box"),
     ({"meta": {"question_boxes": 5}}, "expected list"), ({"meta": {"question_boxes": [{"image": 3}]}}, "names no image"),
     ({"targets": 5}, "expected list"), ({"targets": {"image": 0}}, "expected list"), ({"targets": [5]}, "names no image"),
+    ({"targets": [{"image": 0.0, "box": [1, 2, 3, 4]}]}, "names no image"),
     ({"targets": [{"image": 1, "box": [1, 2, 3, 4]}]}, "names no image of this row; expected {'image': 0..0"),
     ({"targets": [{"image": 0}]}, "box is None; expected 4 numbers"), ({"targets": [{"box": [1, 2, 3]}]}, "expected 4 numbers"),
     ({"targets": [{"box": [1, 2, 3, "4"]}]}, "4 numbers"), ({"targets": [{"box": [1, 2, 3, float("nan")]}]}, "4 numbers"),
