@@ -514,7 +514,7 @@ def from_vigorl(row, where, layout="xyxy px"):
         problem, answer = (need(turn, "value", str, where) for turn in said)
         row = {**row, "problem": problem, "answer": answer, "images": [row.get("image")]}
     text, answer = need(row, "problem", str, where).replace("<image>", "").strip(), need(row, "answer", str, where)
-    out = {"id": row.get("id"), "images": need(row, "images", list, where)}
+    out = {"id": row.get("id"), "images": need(row, either(row, "images", "image_paths"), list, where)}
     head, *tail = re.split(r"\n(?:Answer Choices:\n)?(?=\(?A[.)] )", text, maxsplit=1)
     box = re.fullmatch(r"\(\s*(-?\d+),\s*(-?\d+),\s*(-?\d+),\s*(-?\d+)\s*\)", answer.strip())
     if tail:
@@ -632,7 +632,7 @@ def from_univg(row, where, layout="xyxy 0-1000"):
     image = implied.get(str(task), named_image(str(row.get("additional_info")) if task == "group_grounding" else question, len(paths)))
     place = target(row, "answer", layout, where, len(paths) - 1 if image is None else image)
     x1, y1, x2, y2 = place["norm_box"]
-    meta = {"image_unnamed": True} if image is None else {}                    # the last one: a guess, and marked as one
+    meta = {"image_unnamed": True} if image is None and len(paths) > 1 else {} # the last one: a guess, and marked as one
     meta |= {} if x1 < x2 and y1 < y2 else {"published_wrong": "its box is inverted"}
     quoted = [{"image": named_image(question[:box.start()], len(paths)) or 0, "norm_box": [int(v) / 1000 for v in box.groups()]}
               for box in QUESTION_BOX.finditer(question)]

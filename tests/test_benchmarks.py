@@ -88,6 +88,7 @@ ROWS = {
     "vigorl box": ({"id": 3, "image": A, "conversations": turns("<image>\nDescription: the cart", "(10, 20, 30, 40)")},
                    dict(id="3", question="the cart", answer_type="point", targets=box(10, 20, 30, 40))),
     "vigorl rl": ({"problem": "<image>\n" + LETTERED, "answer": "C", "images": [A]}, dict(question="How many cups?", answer=2)),
+    "vigorl paths": ({"problem": "<image>\n" + LETTERED, "answer": "C", "image_paths": [A]}, dict(question="How many cups?", answer=2)),
     "vigorl web": ({"problem": "<image>\nOBJECTIVE: buy\n\nPREVIOUS ACTIONS: \n1. type  [INPUT] [] [red]\n\nIMAGE:\n", "answer": "type [4] [red [x]]",
                     "images": [A]}, dict(answer_type="text", answer=["type [4] [red [x]]"])),
     "univg-r1": ({"question": "<image>\n<image>\nFind it in the first image.", "answer": [100, 200, 500, 1000], "images": [A, B]},
@@ -340,6 +341,8 @@ def test_mig_images(folder, name, scale):
     assert {task for task, *_ in MIG} == set(data.MIG) and sum(data.MIG.values()) == 4295
     unnamed, = data.convert(name, put(folder, "mig.json", [{**rows[6], "question": "Locate what these 2 images share."}]))[0]
     assert unnamed.targets[0]["image"] == 3 and unnamed.meta.get("image_unnamed")       # marked, and counted by --check
+    single, = data.convert(name, put(folder, "mig.json", [{**rows[6], "question": "Locate the cup.", "images": [A]}]))[0]
+    assert "image_unnamed" not in single.meta                                       # of one image there is nothing to guess
 
 def test_boxes_in_a_question(folder):
     """Bug: a question quotes a box on 0-1000, and a model that reads pixels looks for it in another place; or in another image."""
@@ -547,7 +550,8 @@ MUTATIONS = [
     ('"norm_box": [int(v) / 1000 for v in box.groups()]', '"box": [int(v) for v in box.groups()]', test_boxes_in_a_question, {}),
     ("zip(t[\"box\"], (*scale, *scale))", "zip(t[\"box\"], (1, 1, 1, 1))", test_boxes_in_a_question, {}),
     ("question(sample, frames)\n    if", "sample.question\n    if", test_boxes_in_a_question, {}),
-    ('{"image_unnamed": True} if image is None else {}', "{}", test_mig_images, dict(name="mig_bench", scale=1)),
+    ("if image is None and len(paths) > 1", "if image is None", test_mig_images, dict(name="mig_bench", scale=1)),
+    ('{"image_unnamed": True} if image is None and len(paths) > 1 else {}', "{}", test_mig_images, dict(name="mig_bench", scale=1)),
     ("{} if x1 < x2 and y1 < y2 else", "{} if True else", test_mig_inverted, {}),
     ('if beyond[-1] > 0.05:', "if False:", test_boxes_off_the_image, {}),
     ("for s, why in wrong if ", "for s, why in wrong if False and ", test_faults, dict(case="lisa", change={"boxes": [[30, 20, 10, 40]]}, fault="inverted")),
