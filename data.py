@@ -255,9 +255,26 @@ PHRASES = [*SYSTEM.values(), *FORMAT.values(), TOOL_OPEN, TOOL_CLOSE, *OBSERVE, 
            "system\n", "user\n", "assistant\n", "\nAnswer Choices:\n", "What is the pattern of the"]
 
 
-def prompt(sample, style="zoom"):
-    """-> (system text, user text that follows the images). style: a key of SYSTEM."""
-    text = sample.question
+QUESTION_BOX = re.compile(r"<\|box_start\|>\((\d+),\s*(\d+)\),\s*\((\d+),\s*(\d+)\)<\|box_end\|>")
+
+
+def question(sample, frames=None):
+    """The question as this model reads it: a box that it quotes (meta "question_boxes") stands in it as the model writes boxes.
+    frames: (sx, sy, ...) of each image, a source pixel being (x * sx, y * sy); None: source pixels."""
+    boxes = iter(sample.meta.get("question_boxes", []))
+
+    def write(quoted):
+        t = next(boxes, None)
+        if t is None:
+            return quoted[0]
+        scale = frames[t["image"]][:2] if frames else (1, 1)
+        return "({}, {}),({}, {})".format(*(round(v / k) for v, k in zip(t["box"], (*scale, *scale))))
+    return QUESTION_BOX.sub(write, sample.question)
+
+
+def prompt(sample, style="zoom", frames=None):
+    """-> (system text, user text that follows the images). style: a key of SYSTEM. frames: see `question`."""
+    text = question(sample, frames)
     if sample.options:
         text += "\nAnswer Choices:\n" + "\n".join(f"{chr(65 + i)}. {o}" for i, o in enumerate(sample.options))
     return SYSTEM[style], text + "\n" + FORMAT[sample.answer_type] + NAME_IMAGE * bool(sample.meta.get("name_image"))
@@ -377,10 +394,10 @@ def parse_row(row, where, root):
         raise DataError(f"{where}answer is {s.answer!r:.60} with {len(s.options)} options; expected an index into at least two options")
     if answer_type in ("point", "box") and not s.targets:
         raise DataError(f"{where}field 'targets' is empty; a {answer_type} question needs at least one target box")
-    for t in s.targets:
+    for t in s.targets + (need(s.meta, "question_boxes", list, where) if "question_boxes" in s.meta else []):
         index = t.get("image", 0) if isinstance(t, dict) else None
-        if index not in range(len(paths)):
-            raise DataError(f"{where}target {t!r:.60} names no image of this row; expected {{'image': 0..{len(paths) - 1}, 'box': [x1, y1, x2, y2]}}")
+        if type(index) is not int or index not in range(len(paths)):
+            raise DataError(f"{where}box {t!r:.60} names no image of this row; expected {{'image': 0..{len(paths) - 1}, 'box': [x1, y1, x2, y2]}}")
         w, h = open_image(s.images[index], where, size_only=True) if {"norm_box", "norm_polygon"} & set(t) else (1, 1)
         if "norm_box" in t:                                                    # 0-1 of the image: needs its size
             t["box"] = [v * k for v, k in zip(numbers(t.pop("norm_box"), 4, where, "norm_box"), (w, h, w, h))]
@@ -390,7 +407,7 @@ def parse_row(row, where, root):
             t.pop(key)
             t["polygon"] = [[x * w, y * h] for x, y in corners]
             t["box"] = [f(axis) for f in (min, max) for axis in zip(*t["polygon"])]
-        t["image"], t["box"] = index, numbers(t.get("box"), 4, where, "target box")
+        t["image"], t["box"] = index, numbers(t.get("box"), 4, where, "box")
     return s
 
 
@@ -497,7 +514,7 @@ def from_vigorl(row, where, layout="xyxy px"):
         problem, answer = (need(turn, "value", str, where) for turn in said)
         row = {**row, "problem": problem, "answer": answer, "images": [row.get("image")]}
     text, answer = need(row, "problem", str, where).replace("<image>", "").strip(), need(row, "answer", str, where)
-    out = {"id": row.get("id"), "images": need(row, "images", list, where)}
+    out = {"id": row.get("id"), "images": need(row, either(row, "images", "image_paths"), list, where)}
     head, *tail = re.split(r"\n(?:Answer Choices:\n)?(?=\(?A[.)] )", text, maxsplit=1)
     box = re.fullmatch(r"\(\s*(-?\d+),\s*(-?\d+),\s*(-?\d+),\s*(-?\d+)\s*\)", answer.strip())
     if tail:
@@ -607,15 +624,19 @@ def named_image(text, n):
 
 
 def from_univg(row, where, layout="xyxy 0-1000"):
-    """UniVG-R1's RL rows and MIG-Bench. Which image the box is in follows from the task (MIG-Bench), or from the words."""
+    """UniVG-R1's RL rows and MIG-Bench. Which image the box is in follows from the task (MIG-Bench), or from the words. Boxes that
+    a question quotes are on 0-1000 in all these files; they lie in the image that was named last, mostly the first."""
     question, paths = need(row, "question", str, where).replace("<image>", "").strip(), need(row, "images", list, where)
     task = row.get("task")
     implied = {"region": 0, "correspondence": 1, "diff": 1, "view_diff": 1, "refer_grounding": 1}
     image = implied.get(str(task), named_image(str(row.get("additional_info")) if task == "group_grounding" else question, len(paths)))
     place = target(row, "answer", layout, where, len(paths) - 1 if image is None else image)
     x1, y1, x2, y2 = place["norm_box"]
-    meta = {"image_unnamed": True} if image is None else {}                    # the last one: a guess, and marked as one
+    meta = {"image_unnamed": True} if image is None and len(paths) > 1 else {} # the last one: a guess, and marked as one
     meta |= {} if x1 < x2 and y1 < y2 else {"published_wrong": "its box is inverted"}
+    quoted = [{"image": named_image(question[:box.start()], len(paths)) or 0, "norm_box": [int(v) / 1000 for v in box.groups()]}
+              for box in QUESTION_BOX.finditer(question)]
+    meta |= {"question_boxes": quoted} if quoted else {}
     return {"id": row.get("id"), "images": paths, "question": question, "answer_type": "box", "category": [task] if task else [],
             "targets": [place], "meta": meta}
 
@@ -789,7 +810,7 @@ def check(name, samples, counts):
     wrong = [(s, why) for s in samples if (why := impossible(s)) not in ("", "hidden")]
     hidden = sum(impossible(s) == "hidden" for s in samples)
     for s in samples:
-        for t in s.targets:
+        for t in s.targets + s.meta.get("question_boxes", []):
             (w, h), (x1, y1, x2, y2) = sizes[s.images[t["image"]]], t["box"]
             beyond.append(max(-x1 / w, -y1 / h, x2 / w - 1, y2 / h - 1))
             if beyond[-1] > 0.05:                                              # MIG-Bench's worst is 0.048

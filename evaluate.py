@@ -49,11 +49,11 @@ class Config:
     convention: Literal["source", "fed", "0-1000", "0-1"] = "source"  # of --predictions: pixels as stored, pixels as fed to --model, relative
     compare: str = ""                                       # two --out folders, A B: who is right where the other is not
     zoom: Literal["on", "off", "black", "all"] = "on"       # allowed, forbidden, answered with black crops; all: the three in turn
-    style: Literal["", "zoom", "think", "boxes"] = ""       # of the prompt; empty: what suits the toy task, zoom for --data
+    style: Literal["", "zoom", "think", "boxes"] = ""       # of the prompt; empty: what suits the toy task or, of --data, boxes where all ask for one, else zoom
     crop_from: Literal["source", "seen"] = "source"         # crops from the stored image, or from the copy that the model was fed
     temperature: float = 0.0                                # 0: greedy
     max_zooms: int = 3                                      # after so many the answer is forced
-    max_new_tokens: int = 64                                # per turn
+    max_new_tokens: int = 64                                # per turn; 512 for a real model
     max_pixels: int = 0                                     # of an image as fed; 0: the model's own
     batch: int = 64                                         # episodes at a time; halved whenever the GPU's memory does not hold them
     seed: int = 0                                           # of the toy scenes, of the order of options and of sampling
@@ -136,15 +136,18 @@ def count(rows):
 def summarise(rows):
     """rows: dicts with id, category (a list), accuracy, wrong_format, where they apply iou, benchmark, of (see arrange), zooms and
     what behaviour() found -> count() in all and per category, and the average by the benchmark's own definition."""
-    names = dict.fromkeys(name for r in rows for name in r["category"])
-    out = count(rows) | {"categories": {name: count([r for r in rows if name in r["category"]]) for name in names}}
     copies = {str(r.get("benchmark") or "").removesuffix("_parquet") for r in rows}      # another file of the same benchmark
-    if len(copies) == 1 and (name := copies.pop()):
-        levels, expected = CELLS.get(name, (0, 1))
-        cells = {}
-        for r in rows:
-            if not r.get("hidden"):
-                cells.setdefault(tuple(r["category"][:levels]), []).append(is_right(r, name))
+    name = copies.pop() if len(copies) == 1 else ""
+    levels, expected = CELLS.get(name, (0, 1))
+    cells, parts = {}, {}
+    for r in rows:
+        cell = tuple(r["category"][:levels])
+        if not r.get("hidden"):
+            cells.setdefault(cell, []).append(is_right(r, name))
+        for label in dict.fromkeys([*r["category"], *([", ".join(cell)] if levels > 1 else [])]):
+            parts.setdefault(label, []).append(r)
+    out = count(rows) | {"categories": {label: count(part) for label, part in parts.items()}}
+    if name:
         out |= {"benchmark": name, "average": mean([mean(c) for c in cells.values()]) if cells else 0.0,
                 "average_of": f"{len(cells)}{f' of {expected}' if expected else ''} cells" if levels else "all questions"}
     rotations = {}
@@ -310,14 +313,15 @@ def read_predictions(path, samples):
     return texts
 
 
-def from_predictions(samples, texts, convention="source", max_pixels=0):
-    """Scored episodes of one turn each. A sample without a prediction is an answer that cannot be read."""
+def from_predictions(samples, texts, convention="source", max_pixels=0, factor=28):
+    """Scored episodes of one turn each. A sample without a prediction is an answer that cannot be read. max_pixels and factor: of an
+    image as fed, how many pixels and of what its sides are multiples (Qwen2.5-VL: 28, Qwen3-VL: 32)."""
     episodes = []
     for s in samples:
         frames = []                                                            # source pixels: no image need be opened
         for im in s.images if convention != "source" else ():
             w, h = im.size if isinstance(im, Image.Image) else data.open_image(im, f"sample {s.id}: ", size_only=True)
-            fed_h, fed_w = model.smart_resize(h, w, 28, 4 * 28 ** 2, max_pixels) if convention == "fed" else (1, 1)
+            fed_h, fed_w = model.smart_resize(h, w, factor, 4 * factor ** 2, max_pixels) if convention == "fed" else (1, 1)
             unit_w, unit_h = {"fed": (fed_w, fed_h), "0-1000": (1000, 1000), "0-1": (1, 1)}[convention]
             frames.append((w / unit_w, h / unit_h, w, h))
         e = Episode(s, [], [], [], [], [Turn(texts.get(s.id, ""))], "prediction" if s.id in texts else "no prediction", frames)
@@ -441,11 +445,14 @@ def episodes_of(config, samples):
 
     if config.predictions:
         known, texts = model.MODELS.get(config.model), read_predictions(config.predictions, samples)
-        if config.convention == "fed" and not (config.max_pixels or known):
+        limit, factor = config.max_pixels or (known.max_pixels if known else 0), 32 if known and known.convention == "thousand" else 28
+        if config.convention == "fed" and not limit:
             raise data.DataError("--convention fed needs --max-pixels, or a --model whose images are of known size")
+        print("coordinates of the predictions: " + {"source": "pixels of the stored image", "0-1000": "0 to 1000", "0-1": "0 to 1",
+                                                    "fed": f"pixels of the image as fed to {config.model}, {limit:,} at most"}[config.convention])
         if len(texts) < len(samples):
             print(f"{len(samples) - len(texts)} of {len(samples)} samples have no prediction: counted as wrong format")
-        episodes = from_predictions(samples, texts, config.convention, config.max_pixels or (known.max_pixels if known else 0))
+        episodes = from_predictions(samples, texts, config.convention, limit, factor)
         left_over(config)                                                      # refuses to overwrite what a model took long to say
         if model.rank() == 0:
             open(os.path.join(config.out, "episodes.jsonl"), "w").close()
@@ -493,8 +500,9 @@ def evaluate(config):
         if len(folders := config.compare.split(os.pathsep)) != 2:
             raise data.DataError("--compare needs two folders, as in --compare runs/a runs/b")
         return compare(*folders, config.out)
-    config.style = config.style or ("zoom" if config.data else data.STYLES[data.RECIPES[config.task]])
     samples, what = samples_of(config)
+    of_data = "boxes" if all(s.answer_type == "box" for s in samples) else "zoom"                        # a box may be in any image, a crop is of the first
+    config.style = config.style or (of_data if config.data else data.STYLES[data.RECIPES[config.task]])
     model.make_dir(config.out)                                                 # before the work, not after it
     runs = episodes_of(config, samples)
     summary, parts = summary_of_runs(runs)
@@ -530,9 +538,9 @@ def main(argv=None):
         i = argv.index("--compare")
         argv[i + 1:i + 3] = [os.pathsep.join(argv[i + 1:i + 3])]
     model.start_ranks()
-    config = model.cli(Config, argv, __doc__)
     try:
-        return evaluate(config)
+        longer = lambda config: {} if model.is_tiny(config.checkpoint or config.model) else {"max_new_tokens": 512}
+        return evaluate(model.cli(Config, argv, __doc__, presets=longer))
     except data.DataError as e:
         model.fail(str(e))
     except KeyboardInterrupt:
@@ -551,7 +559,7 @@ def report(path, title, episodes, curves=None, table=None, settings=None, drawn=
     """Write the run as one HTML file that can be opened anywhere.
 
     episodes: [(label, list[Episode])], a section each. curves: the rows of metrics.jsonl. table: [(label, cells)], its first
-    row the head, its cells text or summarise()'s dicts. settings: a dict. At most `drawn` episodes of a section, the first
+    row the head, its cells text or summarise()'s dicts; of a long one, rows with an indented label are folded away. settings: a dict. At most `drawn` episodes of a section, the first
     ones and not the best, and at most `max_bytes` of them in all."""
     album, cards, states, size = {}, [[] for _ in episodes], [], 0
     side = 640 if sum(min(len(group), drawn) for _, group in episodes) <= 200 else 448             # many pictures are stored smaller
@@ -564,26 +572,30 @@ def report(path, title, episodes, curves=None, table=None, settings=None, drawn=
         states.append(verdict(e))
         size += len(cards[i][-1]) + sum(len(element[-1]) for element in list(album.values())[known:])
 
-    links, sections = "", ""
+    links, filters, sections = "", "", ""
     for i, (label, group) in enumerate(episodes):
         hits = [verdict(e) == "right" for e in group if verdict(e)]
         low, high = wilson(sum(hits), len(hits))
-        score = f"{sum(hits)} of {len(hits)} right ({mean(hits):.1%}, 95 % interval {low:.1%} to {high:.1%}). " if hits else ""
+        interval = f", 95 % interval {low:.1%} to {high:.1%}" if len({e.sample.id for e in group}) > 1 else ""     # of questions, not of tries
+        score = f"{sum(hits)} of {len(hits)} right ({mean(hits):.1%}{interval}). " if hits else ""
         rest = f"The first {len(cards[i])} are drawn, {len(group) - len(cards[i])} are left out." if len(cards[i]) < len(group) else ""
         links += f'<a href="#s{i}">{esc(label, 60)}</a>'
         sections += f'<section id="s{i}"><h2>{esc(label)}</h2><div class="dim">{score}{rest}</div>{"".join(cards[i])}</section>'
     body = f"<h1>{esc(title)}</h1>"
     body += f'<p class="settings">{" ".join(f"<span>{esc(k)} <b>{esc(v, 400)}</b></span>" for k, v in (settings or {}).items())}</p>'
     if table:
-        head, *rows = [f"<tr><th>{esc(label)}</th>{''.join(map(cell, cells))}</tr>" for label, cells in table]
-        body += f'<div class="scroll"><table class="numbers"><thead>{head.replace("td>", "th>")}</thead>{"".join(rows)}</table></div>'
+        (_, head), *rows = [(label, f"<tr><th>{esc(label)}</th>{''.join(map(cell, cells))}</tr>") for label, cells in table]
+        grid = lambda rows: f'<div class="scroll"><table class="numbers"><thead>{head.replace("td>", "th>")}</thead>{"".join(rows)}</table></div>'
+        body += grid(row for label, row in rows if len(rows) <= 12 or not label.startswith(" "))
+        if len(rows) > 12 and any(label.startswith(" ") for label, _ in rows):
+            body += f"<details><summary>by category</summary>{grid(row for _, row in rows)}</details>"
     if lines := charts(curves or []):
         body += f'<h2>Learning curves</h2><div class="dim">By step. Faint: the values; bold: their running mean, whose end is the number.</div>{lines}'
     if sections:
         for state, n in (("all", len(states)), ("right", states.count("right")), ("wrong", states.count("wrong"))):
             body += f'<input type="radio" name="show" id="{state}"{" checked" if state == "all" else ""} aria-label="show {state}">'
-            links += f'<label for="{state}">{state} {n}</label>'
-        body += f"<nav>{links}</nav>{LEGEND}{sections}"
+            filters += f'<label for="{state}">{state} {n}</label>'
+        body += f"<nav><div>{links}</div><div>{filters}</div></nav>{LEGEND}{sections}"
     digest = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
     policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
     pictures = "".join(element for *_, element in album.values())
@@ -623,7 +635,7 @@ def card(album, e, side=640):
     return f"""<article class="{state}" tabindex="-1" {for_script}>
 <header>{f'<span class="badge">{state}</span>' if state else ""}<b>{esc(s.id, 120)}</b>{facts}</header>
 <div class="columns"><div class="pictures{" many" if len(s.images) > 1 else ""}">{pictures}</div>
-<div><p class="question">{esc(s.question)}</p>{f'<ul class="options">{options}</ul>' if options else ""}{turns}
+<div><p class="question">{esc(data.question(s, e.frames))}</p>{f'<ul class="options">{options}</ul>' if options else ""}{turns}
 <div class="result"><p class="said">answered <b>{esc(said, 200)}</b></p><p>expected <b>{esc(gold(s), 200)}</b></p>
 <table class="parts"><tr>{names}</tr><tr>{values}</tr></table></div>{tokens(e)}</div></div></article>"""
 
@@ -718,13 +730,19 @@ def picture(album, e, i, side):
     many = len(e.sample.images) > 1
     unit, marks = max(w, h) / (60 if many else 100), []                        # several images are drawn smaller
 
+    def mark(tag, shape, kind):                                                # on a darker copy of itself: seen on any ground
+        marks.append(f'<{tag} class="under of-{kind}" {shape}/><{tag} class="{kind}" {shape}/>')
+
     def rect(box, kind):
         (x1, x2), (y1, y2) = sorted(box[0::2]), sorted(box[1::2])
-        shape = f'x="{x1:.6g}" y="{y1:.6g}" width="{x2 - x1:.6g}" height="{y2 - y1:.6g}"'
-        marks.append(f'<rect class="under of-{kind}" {shape}/><rect class="{kind}" {shape}/>')
+        mark("rect", f'x="{x1:.6g}" y="{y1:.6g}" width="{x2 - x1:.6g}" height="{y2 - y1:.6g}"', kind)
 
+    outlines = {tuple(t["box"]): t["polygon"] for t in e.sample.targets if "polygon" in t}
     for box in boxes_in(e.sample, i):
-        rect(box, "gold")
+        if outline := outlines.get(tuple(box)):
+            mark("path", f'd="M{"L".join(f"{x:.6g} {y:.6g}" for x, y in outline)}Z"', "gold")
+        else:
+            rect(box, "gold")
     looks = list(enumerate(e.turns, 1)) if i == 0 else []
     for n, t in looks:
         if t.crop:
@@ -739,8 +757,7 @@ def picture(album, e, i, side):
         rect([min(max(v, 0), side) for v, side in zip(said, (w, h, w, h))], "said")
     if i == image and e.sample.answer_type == "point" and said and 0 <= said[0] <= w and 0 <= said[1] <= h:
         (x, y), r = said, 2.2 * unit
-        cross = f'd="M{x - r:.6g} {y - r:.6g}l{2 * r:.6g} {2 * r:.6g}m0 {-2 * r:.6g}l{-2 * r:.6g} {2 * r:.6g}"'
-        marks.append(f'<path class="under of-said" {cross}/><path class="said" {cross}/>')
+        mark("path", f'd="M{x - r:.6g} {y - r:.6g}l{2 * r:.6g} {2 * r:.6g}m0 {-2 * r:.6g}l{-2 * r:.6g} {2 * r:.6g}"', "said")
     caption = f"<small>image {i + 1}</small>" if many else ""
     return (f'<div><svg class="picture" viewBox="0 0 {w} {h}" role="img" aria-label="image {i + 1}"><use href="#{name}"/>'
             f'{"".join(marks)}</svg>{caption}</div>')
@@ -769,13 +786,14 @@ def charts(curves, first=8):
         for name, value in row.items():
             if number(value) and name != "step":
                 series.setdefault(name, []).append((row.get("step", i), value))
-    drawn = [chart(name, points) for name, points in series.items() if len(points) > 1]
+    flat = lambda item: len({value for _, value in item[1]}) == 1              # what never changes comes last
+    drawn = [chart(name, points) for name, points in sorted(series.items(), key=flat) if len(points) > 1]
     more = f'<details><summary>{len(drawn) - first} more</summary><div class="charts">{"".join(drawn[first:])}</div></details>' if len(drawn) > first else ""
     return f'<div class="charts">{"".join(drawn[:first])}</div>{more}' if drawn else ""
 
 
 LEGEND = """<p class="dim">Numbers are the points that the model named to zoom into, rectangles of the same color what each crop showed it; the
-dashed box is where the answer lies, a cross or a thick box what the model answered. Coordinates inside a text are the model's own, all others
+dashed outline is where the answer lies, a cross or a thick box what the model answered. Coordinates inside a text are the model's own, all others
 are pixels of the stored image. Keys: j and k for the next and the last episode, tab and arrows for all else.</p>"""
 
 CSS = """
@@ -800,9 +818,8 @@ h1 { font:600 2.3rem/1.15 var(--serif); letter-spacing:-.01em; margin:0 } h2 { f
 .chart polyline { fill:none; stroke:var(--accent); stroke-linejoin:round } .chart .raw { opacity:.3 } .chart .smooth { stroke-width:1.9 }
 summary { cursor:pointer; color:var(--accent); margin-top:1rem; font-size:.9rem }
 input[name=show], .album { position:absolute; opacity:0 }
-nav { position:sticky; top:0; z-index:2; display:flex; flex-wrap:wrap; gap:.3rem .8rem; align-items:center; margin:2.6rem -1.5rem 1rem;
-  padding:.7rem 1.5rem; background:var(--page); border-bottom:1px solid var(--line); font-size:.9rem }
-nav a + label { margin-left:auto } nav label { cursor:pointer; color:var(--dim); padding:.15rem .6rem; border-radius:99px }
+nav { position:sticky; top:0; z-index:2; margin:2.6rem -1.5rem 1rem; padding:.7rem 1.5rem; background:var(--page); border-bottom:1px solid var(--line); font-size:.9rem }
+nav, nav div { display:flex; flex-wrap:wrap; gap:.3rem .8rem; align-items:center } nav div + div { margin-left:auto } nav label { cursor:pointer; color:var(--dim); padding:.15rem .6rem; border-radius:99px }
 select, button { font:inherit; color:inherit; background:var(--card); border:1px solid var(--line); border-radius:7px; padding:.15rem .6rem }
 #all:checked ~ nav [for=all], #right:checked ~ nav [for=right], #wrong:checked ~ nav [for=wrong] { background:var(--ink); color:var(--page) }
 input:focus-visible ~ nav label, article:focus { box-shadow:0 0 0 1.5px var(--accent); outline:0 }
@@ -828,7 +845,7 @@ pre { margin:.1rem 0 0; font:.82rem/1.55 var(--mono); white-space:pre-wrap } .ta
 .crop { width:136px; border-radius:6px; border:2px solid var(--hue); background:#000; display:block } .small { image-rendering:pixelated }
 .note, fieldset { grid-column:2 / -1; justify-self:start; font-size:.84rem; padding:.25rem .7rem; border:0; border-radius:7px; background:var(--warn-soft); color:var(--warn) }
 fieldset { background:var(--soft); color:var(--ink) } fieldset label { margin-left:.8rem } legend { float:left } body:not(.rating) fieldset { display:none }
-.rating :is(.badge, .tick, .result, details, .picture .gold, .picture .said, .of-gold, .of-said) { display:none }
+.rating :is(header span, .tick, .result, details, .picture .gold, .picture .said, .of-gold, .of-said) { display:none }
 .rating article:not(:has(fieldset)) { display:none } .rating .options .gold { border-color:var(--line); color:inherit }
 .tokens i { font-style:normal; border-bottom:2px solid var(--line) } .p0 { background:#f0604080 } .p1 { background:#f0904066 } .p2 { background:#f0b04050 } .p3 { background:#f0d04033 }
 .result { display:flex; flex-wrap:wrap; gap:.5rem 1.4rem; align-items:center; border-top:1px solid var(--line); padding-top:.7rem; font-size:.84rem; color:var(--dim) }
@@ -841,7 +858,7 @@ fieldset { background:var(--soft); color:var(--ink) } fieldset label { margin-le
 # The page's only script, allowed by its hash: menus for category and zooms, j and k, and the rating mode, which hides what
 # would sway the rater and asks what ViGoRL's human study asked. It builds elements from text and never reads text as HTML.
 SCRIPT = r"""
-const cards = [...document.querySelectorAll('article')], bar = document.querySelector('nav'), tests = []
+const cards = [...document.querySelectorAll('article')], bar = document.querySelector('nav div + div'), tests = []
 const make = (tag, props, ...inside) => { const made = Object.assign(document.createElement(tag), props); made.append(...inside); return made }
 function menu(what, of) {
   const values = [...new Set(cards.flatMap(of))].sort()
@@ -866,7 +883,7 @@ function download() {
   const said = (turn, what) => turn.querySelector('.' + what + ':checked')?.value ?? null
   const ratings = [...document.querySelectorAll('.turn:has(:checked)')].map(turn => ({
     section: turn.closest('section').querySelector('h2').textContent, id: turn.closest('article').dataset.id,
-    turn: +turn.querySelector('.number').textContent, right: said(turn, 'right'), helps: +said(turn, 'helps') || null}))
+    episode: [...turn.closest('section').querySelectorAll('article')].indexOf(turn.closest('article')) + 1, turn: +turn.querySelector('.number').textContent, right: said(turn, 'right'), helps: +said(turn, 'helps') || null}))
   const file = new Blob([JSON.stringify({report: document.title, ratings}, null, 1)], {type: 'application/json'})
   make('a', {href: URL.createObjectURL(file), download: 'ratings.json'}).click()
 }

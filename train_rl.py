@@ -399,6 +399,8 @@ def main():
         if stopping:
             print(f"stopped and saved; go on with: --name {cfg.name} --resume")
             return
+    if cfg.steps > first:
+        sections.append((f"one group of step {cfg.steps}", shown_group(vlm, episodes, cfg)))
     finish(vlm, cfg, run, settings, held_out, before, sections, spent - began, plan["peak"])
 
 
@@ -416,6 +418,15 @@ def resumable(checkpoint, settings):
     if differ:
         model.fail(f"{checkpoint} was made with other settings: {', '.join(differ)}")
     return state
+
+
+def shown_group(vlm, episodes, cfg):
+    """The report's look at training: one question and all that was tried, of the group whose advantages differ most."""
+    G, of = cfg.group_size, lambda i: [e.advantage for e in episodes[i:i + cfg.group_size]]
+    at = max(range(0, len(episodes), G), key=lambda i: max(of(i)) - min(of(i)))
+    for e in episodes[at:at + G]:
+        e.pieces, e.looked = evaluate.pieces(vlm, e), {"crop_from": cfg.crop_from, "fed": e.views[0].fed}
+    return episodes[at:at + G]
 
 
 def split(cfg, vlm, rows):

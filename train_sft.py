@@ -525,7 +525,7 @@ def taught(vlm, style, cfg, questions=None, side=data.SIDE, log=""):
         views[s.id] = [vlm.view(data.image(s, i), i) for i in range(len(s.images))]
         asked = s.targets[0]["image"] if s.targets else 0
         w, h = (1000, 1000) if vlm.spec.convention == "thousand" else views[s.id][asked].fed
-        text = s.question + "".join(f"\n{chr(65 + i)}. {o}" for i, o in enumerate(s.options))
+        text = data.question(s, [v.scale for v in views[s.id]]) + "".join(f"\n{chr(65 + i)}. {o}" for i, o in enumerate(s.options))
         prompts[s.id] = dict(images="the image" if len(s.images) == 1 else f"all {len(s.images)} images", question=text, gold=gold(s, views[s.id]), w=w, h=h,
                              how=HOW[s.answer_type])
     jobs = [(f"{s.id}/chain{k}", views[s.id], TEACH.format(**prompts[s.id])) for s in samples for k in range(cfg.chains)]

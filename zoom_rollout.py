@@ -61,8 +61,9 @@ def begin(vlm, sample, style="zoom", views=None):
         views = views or [vlm.view(data.image(sample, i), i) for i in range(len(sample.images))]
     except ValueError as e:                                                        # an image of 1 x 1000 pixels, say
         raise data.DataError(str(e) if isinstance(e, data.DataError) else f"sample {sample.id}: {e}") from None
-    system, text = data.prompt(sample, style)
-    e = Episode(sample, [], [], [], [], frames=[(*v.scale, *v.source.size) for v in views])
+    frames = [(*v.scale, *v.source.size) for v in views]
+    system, text = data.prompt(sample, style, frames)
+    e = Episode(sample, [], [], [], [], frames=frames)
     e.say(vlm, vlm.chat("system", system) + vlm.chat("user", *views, text) + vlm.chat("assistant", open=True), views=views, sampled=False)
     return e
 

@@ -88,6 +88,7 @@ ROWS = {
     "vigorl box": ({"id": 3, "image": A, "conversations": turns("<image>\nDescription: the cart", "(10, 20, 30, 40)")},
                    dict(id="3", question="the cart", answer_type="point", targets=box(10, 20, 30, 40))),
     "vigorl rl": ({"problem": "<image>\n" + LETTERED, "answer": "C", "images": [A]}, dict(question="How many cups?", answer=2)),
+    "vigorl paths": ({"problem": "<image>\n" + LETTERED, "answer": "C", "image_paths": [A]}, dict(question="How many cups?", answer=2)),
     "vigorl web": ({"problem": "<image>\nOBJECTIVE: buy\n\nPREVIOUS ACTIONS: \n1. type  [INPUT] [] [red]\n\nIMAGE:\n", "answer": "type [4] [red [x]]",
                     "images": [A]}, dict(answer_type="text", answer=["type [4] [red [x]]"])),
     "univg-r1": ({"question": "<image>\n<image>\nFind it in the first image.", "answer": [100, 200, 500, 1000], "images": [A, B]},
@@ -229,6 +230,16 @@ def test_robospatial_place(folder):
     slanted, = convert("robospatial", put(folder, "r.json", [{**ROWS["robospatial"][0], "answer": "[(0, 0), (1, 0), (1, 1)]"}]))
     assert [rewards.score(slanted, f"({x}, {y})", [], "accuracy")["reward"] for x, y in [(150, 20), (50, 80)]] == [1, 0]
 
+def test_robospatial_parquet(folder):
+    """Bug: the pictures of the parquet file (the photo, a depth map, for context a mask) are not read, or another than the photo."""
+    picture = lambda name: {"bytes": FILES[name], "path": None}
+    row = lambda case, mask: {**ROWS[case][0], "img": picture(A), "depth_image": picture(C), "mask": mask}
+    put_parquet(folder, "robo/data/configuration-00000-of-00001.parquet", [row("robospatial yes", None)])
+    put_parquet(folder, "robo/data/context-00000-of-00001.parquet", [row("robospatial", picture(B))])
+    asked, place = convert("robospatial", str(folder / "robo"))
+    agree(asked, ROWS["robospatial yes"][1]), agree(place, ROWS["robospatial"][1])
+    assert data.image(asked, 0).size == data.image(place, 0).size == SIZES[A] and place.targets[0]["box"] == [50, 50, 150, 100]
+
 def test_revos(folder):
     """Bug: frames sorted as text (10 before 2), a stray file counted as one, or another frame than the third asked about."""
     for name in ["10.jpg", "2.jpg", "1.jpg", "0.jpg", ".DS_Store1", "notes"]:
@@ -245,10 +256,19 @@ REFS = [{"ref_id": 5, "ann_id": 9, "category_id": 1, "image_id": 16, "file_name"
 INSTANCES = {"images": [{"id": 16, "file_name": "COCO_train2014_000000000016.jpg", "width": 400, "height": 300}],
              "annotations": [{"id": 9, "image_id": 16, "bbox": [10, 20, 100.5, 50], "category_id": 1}], "categories": []}
 
-def test_refcoco_pickle(folder):
+def python2(value):
+    """A pickle as Python 2 wrote it: its strings are bytes."""
+    if isinstance(value, dict):
+        return b"(d" + b"".join(python2(k) + python2(v) + b"s" for k, v in value.items())
+    if isinstance(value, list):
+        return b"(l" + b"".join(python2(v) + b"a" for v in value)
+    return (f"I{value}" if isinstance(value, int) else f"S{value!r}").encode("latin1") + b"\n"
+
+@pytest.mark.parametrize("content", [pickle.dumps(REFS, 2), python2(REFS) + b"."], ids=["python 3", "python 2"])
+def test_refcoco_pickle(folder, content):
     """Bug: the file name of the pickle, which exists nowhere; one row per object; width and height taken for a corner."""
     coco(folder), put(folder, "instances.json", INSTANCES)
-    path = put(folder, "refs(unc).p", pickle.dumps(REFS, 2))
+    path = put(folder, "refs(unc).p", content)
     one, two = convert("refcoco", path)
     agree(one, dict(id="5_1", question="the man", answer_type="box", targets=box(10, 20, 110.5, 70), category=["val"]))
     assert two.id == "5_2" and one.images[0].endswith("000016.jpg")
@@ -316,10 +336,26 @@ def test_mig_images(folder, name, scale):
             for task, question, info, _ in MIG]
     for s, (task, _, _, image) in zip(convert(name, put(folder, "mig.json", rows)), MIG, strict=True):
         w, h = SIZES[images[image]]
-        agree(s, dict(category=[task], targets=box(w / 4, h / 2, w / 2, h, image), meta={"benchmark": name}))
+        quoted = {"question_boxes": box(451 * 0.2, 265 * 0.1, 519 * 0.2, 388 * 0.1)} if "box_start" in s.question else {}
+        agree(s, dict(category=[task], targets=box(w / 4, h / 2, w / 2, h, image), meta={"benchmark": name, **quoted}))
     assert {task for task, *_ in MIG} == set(data.MIG) and sum(data.MIG.values()) == 4295
     unnamed, = data.convert(name, put(folder, "mig.json", [{**rows[6], "question": "Locate what these 2 images share."}]))[0]
     assert unnamed.targets[0]["image"] == 3 and unnamed.meta.get("image_unnamed")       # marked, and counted by --check
+    single, = data.convert(name, put(folder, "mig.json", [{**rows[6], "question": "Locate the cup.", "images": [A]}]))[0]
+    assert "image_unnamed" not in single.meta                                       # of one image there is nothing to guess
+
+def test_boxes_in_a_question(folder):
+    """Bug: a question quotes a box on 0-1000, and a model that reads pixels looks for it in another place; or in another image."""
+    quote = "<|box_start|>({},{}),({},{})<|box_end|>".format
+    row = dict(ROWS["univg-r1"][0], question=f"{quote(500, 200, 750, 400)} is in the first image, and in the second image{quote(0, 0, 100, 500)}. Where?")
+    s, = convert("univg-r1", put(folder, "rl.json", [row]))
+    assert s.meta["question_boxes"] == box(100, 20, 150, 40) + box(0, 0, 40, 150, 1)
+    asked = "{} is in the first image, and in the second image{}. Where?".format
+    pixels, thousand = [(2, 1, 200, 100), (4, 5, 400, 300)], [(0.2, 0.1, 200, 100), (0.4, 0.3, 400, 300)]
+    assert data.question(s) == asked("(100, 20),(150, 40)", "(0, 0),(40, 150)")
+    assert data.question(s, pixels) == asked("(50, 20),(75, 40)", "(0, 0),(10, 30)")
+    assert asked("(500, 200),(750, 400)", "(0, 0),(100, 500)") in data.prompt(s, "boxes", thousand)[1]
+    assert data.question(dataclasses.replace(s, meta={})) == s.question == row["question"].replace("<image>\n", "")
 
 def test_mig_inverted(folder, capsys):
     """Bug: the five published boxes that are inverted fail the file, go unnamed, or leave the denominator."""
@@ -503,13 +539,19 @@ MUTATIONS = [
     ('-?\\d+(?:\\.\\d+)?", boxes[2])', '\\d+", boxes[2])', test_row, dict(case="reasonvos")),
     ('        raise DataError(f"it asks for {module}.{name}; expected nothing but lists, dicts, strings and numbers")',
      "        return super().find_class(module, name)", test_hostile_pickle, dict(content=pickle.dumps([collections.OrderedDict()], 2), said="asks for")),
-    ('"image": image.get("file_name")', '"image": ref.get("file_name")', test_refcoco_pickle, {}),
+    ('"image": image.get("file_name")', '"image": ref.get("file_name")', test_refcoco_pickle, dict(content=python2(REFS) + b".")),
+    ('encoding="latin1"', 'encoding="bytes"', test_refcoco_pickle, dict(content=python2(REFS) + b".")),
     ('row.get("image") or name}', 'row.get("image") or row["file_name"]}', test_row, dict(case="refcoco_parquet")),
     ('"view_diff": 1, "refer_grounding": 1}', '"view_diff": 0, "refer_grounding": 1}', test_mig_images, dict(name="mig_bench", scale=1)),
     ('str(row.get("additional_info")) if task == "group_grounding" else question', "question", test_mig_images, dict(name="mig_bench", scale=1)),
     ("for i in reversed(index) if", "for i in index if", test_mig_images, dict(name="mig_bench_revised", scale=1000)),
     ("rd|th)? image\\b|", "rd|th)? image|", test_mig_images, dict(name="mig_bench", scale=1)),
-    ('{"image_unnamed": True} if image is None else {}', "{}", test_mig_images, dict(name="mig_bench", scale=1)),
+    ("named_image(question[:box.start()], len(paths)) or 0", "0", test_boxes_in_a_question, {}),
+    ('"norm_box": [int(v) / 1000 for v in box.groups()]', '"box": [int(v) for v in box.groups()]', test_boxes_in_a_question, {}),
+    ("zip(t[\"box\"], (*scale, *scale))", "zip(t[\"box\"], (1, 1, 1, 1))", test_boxes_in_a_question, {}),
+    ("question(sample, frames)\n    if", "sample.question\n    if", test_boxes_in_a_question, {}),
+    ("if image is None and len(paths) > 1", "if image is None", test_mig_images, dict(name="mig_bench", scale=1)),
+    ('{"image_unnamed": True} if image is None and len(paths) > 1 else {}', "{}", test_mig_images, dict(name="mig_bench", scale=1)),
     ("{} if x1 < x2 and y1 < y2 else", "{} if True else", test_mig_inverted, {}),
     ('if beyond[-1] > 0.05:', "if False:", test_boxes_off_the_image, {}),
     ("for s, why in wrong if ", "for s, why in wrong if False and ", test_faults, dict(case="lisa", change={"boxes": [[30, 20, 10, 40]]}, fault="inverted")),

@@ -152,6 +152,9 @@ def test_each_benchmark_averages_by_its_own_rule():
     spot = rows("screenspot", (["web", "icon"], 1, 1), (["web", "text"], 3, 0), (["mobile", "icon"], 0, 1), (["mobile", "text"], 1, 0))
     assert evaluate.summarise(spot)["average"] == pytest.approx((0.5 + 1 + 0 + 1) / 4) and evaluate.summarise(spot)["average_of"] == "4 of 6 cells"
     assert evaluate.summarise([{**r, "benchmark": "screenspot_parquet"} for r in spot])["average_of"] == "4 of 6 cells"
+    cells = evaluate.summarise(spot)["categories"]
+    assert [(name, part["n"], part["correct"]) for name, part in cells.items() if part["n"] < 6] == [
+        ("web", 5, 4), ("icon", 3, 1), ("web, icon", 2, 1), ("text", 4, 4), ("web, text", 3, 3), ("mobile", 2, 1), ("mobile, icon", 1, 0), ("mobile, text", 1, 1)]
     assert evaluate.summarise([{**r, "benchmark": "refcoco"} for r in spot])["average_of"] == "2 cells"
     for micro in ("screenspot_v2", "screenspot_pro", "vstar", "sat"):
         s = evaluate.summarise([{**r, "benchmark": micro} for r in spot])
@@ -395,6 +398,19 @@ def test_convention_is_a_flag_and_never_guessed(bench, convention, p1, p2):
         assert (s["correct"], s["wrong_format"]) == (1, 0)                     # the choice has no coordinates; the points miss
 
 
+def test_fed_pixels_are_those_of_the_family(tmp_path, monkeypatch, capsys):
+    """Bug: sides rounded to multiples of 28 for a model whose patches make it 32. A photo of 900 x 500 is fed as 896 x 504, or as 896 x 512."""
+    photo(900, 500).save(tmp_path / "a.png")
+    data.write_jsonl(str(tmp_path / "b.jsonl"), [point(image="a.png")])
+    (tmp_path / "t.jsonl").write_text(json.dumps({"id": "p", "text": "(110, 55)"}))
+    heights = {}
+    for name in ("qwen2.5-vl-3b", "qwen3-vl-2b"):
+        monkeypatch.setattr(evaluate, "record", lambda e: heights.update({name: e.frames[0][1]}) or {})
+        evaluate.main(["--data", str(tmp_path / "b.jsonl"), "--predictions", str(tmp_path / "t.jsonl"), "--convention", "fed", "--model", name, "--out", str(tmp_path / name)])
+        assert f"pixels of the image as fed to {name}, 2,850,000 at most" in capsys.readouterr().out
+    assert heights == {"qwen2.5-vl-3b": 500 / 504, "qwen3-vl-2b": 500 / 512}
+
+
 def test_missing_and_unreadable_predictions_count_as_wrong_format(bench, capsys):
     _, run = bench
     s = run([{"id": "p2", "text": "(315, 15)"}, {"id": "p1", "text": "somewhere on the left"}])
@@ -548,6 +564,29 @@ def test_options_are_permuted_unless_told_otherwise(tmp_path, monkeypatch):
     circular = command("circular", "--circular")
     assert (circular["n"], circular["correct"], circular["chance"]) == (90, 30, pytest.approx(1 / 3))
     assert len({json.loads(line)["id"] for line in open(tmp_path / "circular" / "episodes.jsonl")}) == 90
+
+
+def test_a_real_model_may_say_more(tmp_path, monkeypatch, capsys):
+    """Bug: a thought of a real model is cut off after the 64 tokens that the tiny one needs, and counts as unreadable."""
+    monkeypatch.setattr(evaluate.model, "load", lambda *_, **__: Eyes())
+    calls, file = fake_rollout(monkeypatch), choices(tmp_path)
+    for n, (more, length) in enumerate([([], 64), (["--model", "qwen3-vl-2b"], 512), (["--model", "qwen3-vl-2b", "--max-new-tokens", "9"], 9)]):
+        evaluate.main(["--data", file, "--out", str(tmp_path / str(n)), *more])
+        assert calls.pop()[3]["max_new_tokens"] == length
+    assert "max_new_tokens = 512" in capsys.readouterr().out
+
+
+def test_boxes_are_asked_for_without_zooms(tmp_path, monkeypatch):
+    """Bug: a benchmark of boxes across images is asked to zoom, which the tool can do in the first image alone."""
+    monkeypatch.setattr(evaluate.model, "load", lambda *_, **__: Eyes())
+    calls = fake_rollout(monkeypatch, lambda s, zoom: "(1, 2),(3, 4)")
+    photo().save(tmp_path / "a.png")
+    box = Sample("b", ["a.png"], "Box it.", "box", targets=[{"image": 0, "box": [100, 50, 120, 60]}])
+    for n, (samples, more, style) in enumerate([([box], [], "boxes"), ([box], ["--style", "zoom"], "zoom"), ([box, point(image="a.png")], [], "zoom")]):
+        data.write_jsonl(str(tmp_path / "d.jsonl"), samples)
+        evaluate.main(["--data", str(tmp_path / "d.jsonl"), "--zoom", "all", "--out", str(tmp_path / str(n)), *more])
+        assert {options["style"] for *_, options in calls} == {style} and len(calls) == (1 if style == "boxes" else 3)
+        calls.clear()
 
 
 def test_zoom_gain_and_harm(tmp_path, monkeypatch):
@@ -747,7 +786,7 @@ def test_filter_counts_and_sections(tmp_path):
 def test_curves(tmp_path):
     rows = [{"step": 10 * i, "reward": i / 4, "flat": 0.0, "note": "text", "rare": i if i % 2 else None, "bad": float("nan")} for i in range(9)]
     p = page(tmp_path, [], curves=rows + [{"step": 90, "reward": float("inf")}])
-    assert [re.match(r"[a-z]+", f)[0] for f in p.source.split("<figcaption>")[1:]] == ["reward", "flat", "rare"]
+    assert [re.match(r"[a-z]+", f)[0] for f in p.source.split("<figcaption>")[1:]] == ["reward", "rare", "flat"]
     raw, smooth = p.all("polyline")[:2]
     xy = [tuple(map(float, q.split(","))) for q in raw["points"].split()]
     assert len(xy) == 9 and [x for x, _ in xy] == sorted(x for x, _ in xy) and [y for _, y in xy] == sorted((y for _, y in xy), reverse=True)
@@ -765,6 +804,22 @@ def test_table_of_summaries(tmp_path):
     assert p.all("rect", class_="range")[0] | {"height": ""} == {"class": "range", "x": "40.38", "width": "19.23", "height": ""}
 
 
+def test_a_long_table_is_folded(tmp_path):
+    """Bug: a hundred rows of categories before the first episode."""
+    table = lambda n: [("", ["accuracy"]), ("zoom allowed", ["50"]), *((f"  kind {i}", ["50"]) for i in range(n))]
+    assert not page(tmp_path, [], table=table(11)).all("details")
+    long = page(tmp_path, [], table=table(12))
+    before, after = long.source.split("<details>")
+    assert "zoom allowed" in before and "kind 3" not in before and "zoom allowed" in after and "kind 11" in after and len(long.all("table")) == 2
+
+
+def test_a_polygon_is_drawn_as_one(tmp_path):
+    corners = [[20.0, 10.0], [60.0, 10.0], [80.0, 40.0]]
+    s = Sample("free", [photo()], "Where is room?", "point", targets=[{"image": 0, "box": [20.0, 10.0, 80.0, 40.0], "polygon": corners}])
+    p = page(tmp_path, [episode(s, Turn("<answer> (900, 900) </answer>"))])
+    assert [path["d"] for path in p.all("path", class_="gold")] == ["M20 10L60 10L80 40Z"] and not p.all("rect", class_="gold")
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Do the tests bite? Each line puts one bug into evaluate.py; the named test must fail.
 
@@ -774,7 +829,9 @@ MUTATIONS = [
     ('parts["iou"] >= 0.5 - 1e-6', 'parts["iou"] > 0.4', test_right_means_the_same_for_every_recipe, {}),
     ('parts["accuracy"] >= 1 - 1e-6', 'parts["accuracy"] > 0', test_summarise_boxes_partial_credit_hidden_gold_and_nothing, {}),
     ('[r["iou"] for r in scored if "iou" in r]', '[r["iou"] for r in scored if is_right(r)]', test_summarise_boxes_partial_credit_hidden_gold_and_nothing, {}),
-    ('if name in r["category"]])', 'if r["category"][0] == name])', test_summarise_counts_by_category, {}),
+    ('dict.fromkeys([*r["category"],', 'dict.fromkeys([*r["category"][:1],', test_summarise_counts_by_category, {}),
+    ('{"max_new_tokens": 512}', "{}", test_a_real_model_may_say_more, {}),
+    ('"boxes" if all(', '"zoom" if all(', test_boxes_are_asked_for_without_zooms, {}),
     ("seed=seed + start * block,", "seed=seed,", test_run_scores_in_order_and_keeps_memory_small, {}),
     ("views=views and views[i:i + n]", "views=views", test_run_scores_in_order_and_keeps_memory_small, {}),
     ("e.views if views else []", "e.views", test_run_scores_in_order_and_keeps_memory_small, {}),
@@ -784,6 +841,10 @@ MUTATIONS = [
     ("term * (m - k) // (k + 1)", "term * (m - k) / (k + 1)", test_paired_against_hand_numbers, {}),
     ("min(1.0, 2 * tail / 2 ** m)", "min(1.0, tail / 2 ** m)", test_paired_against_hand_numbers, {}),
     ('"screenspot": (2, 6)', '"screenspot": (1, 3)', test_each_benchmark_averages_by_its_own_rule, {}),
+    ('[", ".join(cell)] if levels > 1', '[", ".join(cell)] if levels > 2', test_each_benchmark_averages_by_its_own_rule, {}),
+    ("len(rows) <= 12 or not label.startswith(\" \")", "True", test_a_long_table_is_folded, {}),
+    ('if outline := outlines.get(tuple(box)):', "if outline := None:", test_a_polygon_is_drawn_as_one, {}),
+    ('32 if known and known.convention == "thousand" else 28', "28", test_fed_pixels_are_those_of_the_family, {}),
     ('"blink": (1, 14)', '"blink": (0, 1)', test_each_benchmark_averages_by_its_own_rule, {}),
     ('if benchmark == "vlm-r1" else', "if False else", test_overlap_of_exactly_one_half_and_at_each_threshold, {}),
     ('len({r.get("of", i) for i, r in enumerate(scored)})', "n", test_rotations_of_a_question_are_one_piece_of_evidence, {}),
@@ -806,6 +867,7 @@ MUTATIONS = [
 
 
 @pytest.mark.parametrize("old, new, test, arguments", MUTATIONS, ids=names(MUTATIONS))
-def test_mutations(old, new, test, arguments, tmp_path, monkeypatch):
+def test_mutations(old, new, test, arguments, tmp_path, monkeypatch, capsys):
     """Bug: a test that no bug can turn red."""
-    check_mutation("evaluate", old, new, test, arguments, lambda _: {"tmp_path": lambda: tmp_path, "monkeypatch": lambda: monkeypatch}, monkeypatch)
+    fixtures = {"tmp_path": tmp_path, "monkeypatch": monkeypatch, "capsys": capsys}
+    check_mutation("evaluate", old, new, test, arguments, lambda _: {k: lambda v=v: v for k, v in fixtures.items()}, monkeypatch)

@@ -160,6 +160,8 @@ def test_a_run_leaves_its_record(whole):
     assert (config["num_prompts"], config["lr"], config["recipe"]) == (4, train_rl.Config.lr, "vigorl-zoom")
     report = (run / "report.html").read_text()
     assert "before RL" in report and report.count("after RL") >= 4 and "<polyline" in report
+    group = report.split("<h2>one group of step 6</h2>")[1].split("</section>")[0]                     # with what it was worth, token by token
+    assert group.count("<article") == config["group_size"] and group.count("each with advantage") >= 2 and "<s>" in group
     assert f"{summary['accuracy_after']:.1%}" in out and f"{summary['accuracy_no_zoom']:.1%}" in out
 
 def test_a_checkpoint_is_a_model(whole, script):
