@@ -310,6 +310,8 @@ def read_predictions(path, samples):
         if name in texts:
             raise data.DataError(f"{where}id {name!r} has a prediction already; expected one row per id")
         texts[name] = text
+    if not texts:
+        raise data.DataError(f"{path} holds no predictions")
     return texts
 
 
@@ -373,9 +375,8 @@ def left_over(config):
         file = os.path.join(now[name], "model.safetensors") if name in ("checkpoint", "model") else now[name]
         if now[name] and os.path.isfile(file):
             now[f"the file of --{name}"] = [os.path.getsize(file), os.path.getmtime(file)]
-    if os.path.exists(path) and os.path.exists(saved) and not config.fresh:
-        with open(saved) as f:
-            then = json.load(f)
+    if os.path.exists(saved) and os.path.exists(path) and os.path.getsize(path) and not config.fresh:      # an empty file has nothing to lose
+        then = model.read_json(saved)
         differ = [f"{k} ({then.get(k)!r} there, {now.get(k)!r} here)" for k in dict.fromkeys([*now, *then]) if then.get(k) != now.get(k)]
         if differ and not then.get("predictions"):
             raise data.DataError(f"{config.out} holds a run with other settings: {', '.join(differ[:3])}; name another --out, or overwrite it with --fresh")

@@ -338,6 +338,8 @@ def main():
     cfg.recipe = cfg.recipe or ("vigorl-zoom" if cfg.data else data.RECIPES[cfg.task])
     if cfg.data and cfg.traces == "oracle":
         model.fail("the oracle knows the toy world only: --data needs --traces mcts, --traces FILE.jsonl, or --traces '' for none")
+    if cfg.group_size < 2:
+        model.fail("in a group of one nobody is better than the mean, so nothing is learned; expected --group-size 2 or more")
     if (seeing := cfg.num_prompts - blind_prompts(cfg, cfg.num_prompts)) < model.world():
         model.fail(f"{seeing} prompts that may zoom cannot be shared by {model.world()} ranks; expected --num-prompts {model.world() + cfg.blind_prompts} or more")
     rows = data.read_jsonl(cfg.data, cfg.images or None) if cfg.data else []

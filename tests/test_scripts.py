@@ -72,10 +72,10 @@ def works(result):
     return out
 
 def refused(result, *said):
-    """A non-zero status, one line (argparse: its usage, then one line) that says all of `said`, and no step taken."""
+    """Status 2, one line (argparse: its usage, then one line) that says all of `said`, and no step taken."""
     status, out, err = result
     lines = err.strip().splitlines()
-    assert status not in (0, None) and lines and "Traceback" not in err, err
+    assert status == 2 and lines and "Traceback" not in err, err
     if lines[0].startswith("usage:"):
         assert ": error: " in lines[-1]
     else:
