@@ -102,20 +102,19 @@ PAPERS = {
 
 POSITIVE = ("num_prompts", "group_size", "num_minibatches", "max_new_tokens", "temperature", "save_every", "sft_n", "sft_batch", "sft_epochs",
             "eval_n", "max_batch_tokens", "micro_tokens")
-
-
 FREE = ("resume", "steps", "name", "save_every", "max_batch_tokens", "micro_tokens", "recompute", "offload")      # may differ from the run that is resumed
 PATIENCE = 5                        # steps in a row without a finite gradient, then the run stops
 
 
 def presets(cfg):
-    """Defaults that depend on what was asked for: a run that is resumed keeps its settings, a recipe and a real model have their own."""
+    """Defaults that depend on what was asked for: a run that is resumed keeps its settings, a recipe and a real model have their own,
+    and a real model's own questions have no warm start: who has traces of them names the file."""
     if cfg.resume:
         model.settle(checkpoint := os.path.join("runs", cfg.name, "checkpoint"))
         return {k: v for k, v in saved_state(checkpoint)["config"].items() if k not in ("resume", "name")}
     algorithm, scale = PAPERS.get(cfg.recipe, ({}, {}))
-    algorithm = train_sft.searchable(cfg) | algorithm
-    return algorithm if model.is_tiny(cfg.model) else REAL | algorithm | scale
+    defaults = train_sft.searchable(cfg) | algorithm if model.is_tiny(cfg.model) else REAL | algorithm | scale
+    return defaults | ({"traces": ""} if cfg.data and "traces" in defaults else {})      # there the oracle knows nothing
 
 
 def questions(cfg, vlm, step, again=0):

@@ -116,7 +116,10 @@ def random_weights(name, device):
              "qwen2.5-vl-7b": dict(hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4,
                                    vocab_size=152064, tie_word_embeddings=False),
              "mid": dict(hidden_size=512, intermediate_size=1536, num_hidden_layers=8, num_attention_heads=8, num_key_value_heads=2,
-                         vocab_size=len(tiny.tokenizer), tie_word_embeddings=True)}[name]
+                         vocab_size=len(tiny.tokenizer), tie_word_embeddings=True)}
+    if name not in sizes:
+        model.fail(f"random weights and memory plans are for {', '.join(sizes)}, not for {name!r}: choose one with --model")
+    sizes = sizes[name]
     section = [8, 12, 12] if name == "mid" else [16, 24, 24]
     t, text = tiny.model.config, dict(sizes, rope_parameters={"rope_type": "default", "mrope_section": section, "rope_theta": 1e6},
                                       max_position_embeddings=128_000, bos_token_id=None, eos_token_id=tiny.im_end)
@@ -400,6 +403,9 @@ def main():
     parser.add_argument("--step", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    for name, least in {**dict.fromkeys(("prompts", "group", "new_tokens", "rounds", "turns", "micro_tokens"), 1), "image_tokens": 0}.items():
+        if getattr(args, name) < least:
+            parser.error(f"--{name.replace('_', '-')} is {getattr(args, name)}; expected {least} or more")
     {"rollout": rollout, "search": search, "train": train, "plan": plan}[args.what](args)
 
 

@@ -245,6 +245,8 @@ def test_recipes_hold_the_papers_numbers(capsys):
     assert (zoom.group_size, single.group_size, zoom.num_minibatches, single.num_minibatches, zoom.clip_grad, single.clip_grad) == (8, 5, 16, 2, 0.2, 1)
     assert (zoom.distinct_bonus, zoom.max_zooms) == (0.2, 4)
     assert config("--recipe", "univg-r1", "--kl-coef", "0", "--task", "search").kl_coef == 0
+    own = [config("--data", "q.jsonl", *flags).traces for flags in ((), ("--model", "qwen2.5-vl-3b"), ("--model", "qwen2.5-vl-3b", "--traces", "t.jsonl"))]
+    assert own == ["mcts", "", "t.jsonl"] and config("--model", "qwen2.5-vl-3b").traces == "oracle"            # which knows the toy world only
     assert config() == train_rl.Config() and all(set(a) | set(b) <= set(vars(tiny)) for a, b in train_rl.PAPERS.values())
 
 def test_metrics_count_what_happened(vlm):
