@@ -215,7 +215,7 @@ def searched(vlm, style, cfg, questions=None, side=data.SIDE, log=""):
         bar.set_postfix_str(f"{counts['solved']} of {counts['trees']} questions solved")
     bar.close()
     if not out:
-        raise data.DataError(f"tree search found no right answer to any of {counts['trees']} questions: search more (--simulations, --children) or ask easier ones")
+        raise data.DataError(f"tree search found no right answer to any of {counts['trees']} questions: search more (train_sft.py --simulations, --children) or ask easier ones")
     return out[:cfg.n] if not questions else out, counts
 
 

@@ -480,7 +480,7 @@ MUTATIONS = [
     ("train_rl", '"easy": iou > 0.7', '"easy": iou > 0.5', test_shares_of_easy_and_hard, {}),
     ("train_rl", "cfg.difficulty_weight, cfg.difficulty_normalize)", "cfg.difficulty_weight)", test_difficulty_weight_multiplies_the_groups_advantages, {}),
     ("train_rl", "REAL | algorithm | scale", "REAL | algorithm", test_recipes_hold_the_papers_numbers, {}),
-    ("train_rl", "return algorithm if model.is_tiny", "return algorithm | scale if model.is_tiny", test_recipes_hold_the_papers_numbers, {}),
+    ("train_rl", "searchable(cfg) | algorithm if", "searchable(cfg) | algorithm | scale if", test_recipes_hold_the_papers_numbers, {}),
     ("train_rl", 'random.Random(f"{cfg.seed}/{epoch}")', "random.Random(cfg.seed)", test_questions_depend_on_seed_and_step_only, {}),
     ("train_rl", "return rows[:n], rows[n:] or rows", "return rows[:n], rows", test_held_out_rows_are_not_trained_on, {}),
     ("train_rl", "data.toy(cfg.task, \"test\"", "data.toy(cfg.task, \"train\"", test_held_out_rows_are_not_trained_on, {}),

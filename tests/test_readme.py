@@ -91,7 +91,7 @@ def test_every_field_is_explained(module, capsys):
 
 def test_the_traces_and_models_are_the_defaults():
     """Bug: the default changes, the README's number stays."""
-    said = {int(n.replace(",", "")) for n in re.findall(r"([\d,]+) traces", README)}
+    said = {int(n.replace(",", "")) for n in re.findall(r"on ([\d,]+) traces", README)}
     assert said == {train_rl.Config.sft_n}
     assert all(f"`{name}`" in README for name in model.MODELS if name != "tiny")
 
