@@ -211,6 +211,8 @@ def toy(task, split, n, seed=0, difficulty="medium", side=SIDE):
         raise DataError(f"unknown toy task {task!r}: expected one of {', '.join(TASKS)}")
     if difficulty not in DIFFICULTIES:
         raise DataError(f"unknown difficulty {difficulty!r}: expected one of {', '.join(DIFFICULTIES)}")
+    if side < 28:
+        raise DataError(f"a scene of {side} x {side} pixels has no room for its objects; expected sides of 28 or more")
     rng, level, samples = random.Random(f"{task}/{split}/{seed}"), difficulty, []
     new_scene = lambda names=None, made=None: split_scene(rng, split, made, **DIFFICULTY[level], side=side, names=names)
     for i in range(n):
@@ -854,6 +856,8 @@ def main():
     p.add_argument("--skip-missing", action="store_true", help="leave out the rows whose images are not there")
     p.add_argument("--check", action="store_true", help="hold rows, images and boxes to what was published; write OUT.gold.jsonl")
     args = parser.parse_args()
+    if getattr(args, "n", 1) < 1:
+        parser.error(f"n is {args.n}; expected 1 or more")
     if args.command == "draw":
         out = os.path.join(args.out, f"{args.task}.jsonl")
         check_writable(out)                                                    # before the work, not after it
@@ -888,4 +892,5 @@ if __name__ == "__main__":
     try:
         main()
     except (DataError, OSError) as e:
-        sys.exit(f"error: {e}")
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(2)

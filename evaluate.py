@@ -259,21 +259,28 @@ def pieces(vlm, e):
 
 
 def run(vlm, samples, zoom="on", style="zoom", recipe="vigorl-zoom", temperature=0.0, seed=0, batch=64, progress=True,
-        max_zooms=3, views=None, save=None, keep=DRAWN, **options):
+        max_zooms=3, views=None, save=None, keep=DRAWN, numbers=None, **options):
     """One scored episode per sample. zoom: a key of MODES; save(episodes) is called with every batch; the tokens of the first
     `keep` are kept as text for the report; options: rollout's. -> list[Episode] in the order of the samples; of several ranks
-    each has its share of them."""
-    mine = model.mine(len(samples))
-    samples, views, seed, episodes, score = samples[mine], views and views[mine], seed + mine.start, [], 0
+    each has its share of them.
+    numbers: those of the samples, where others come before or between them. A sample's number and the first `batch` decide its
+    random numbers, so that ranks, a resume and smaller batches change nothing."""
+    mine, block = model.mine(len(samples)), batch
+    numbers = list(numbers or range(len(samples)))[mine]
+    samples, views, episodes, score = samples[mine], views and views[mine], [], 0
     with tqdm(total=len(samples), desc=MODES[zoom], unit=" questions", disable=None if progress else True) as bar:
         while (i := len(episodes)) < len(samples):
+            start, skip = divmod(numbers[i], block)
+            n = 1                                                              # neighbours that belong to one block
+            while n < min(batch, block - skip) and numbers[i + n:i + n + 1] == [numbers[i] + n]:
+                n += 1
             try:
-                new = zoom_rollout.rollout(vlm, samples[i:i + batch], 1, zoom=zoom, style=style, temperature=temperature, seed=seed + i,
-                                           max_zooms=max_zooms, views=views and views[i:i + batch], **options)
+                new = zoom_rollout.rollout(vlm, samples[i:i + n], 1, zoom=zoom, style=style, temperature=temperature, seed=seed + start * block,
+                                           skip=skip, max_zooms=max_zooms, views=views and views[i:i + n], **options)
             except torch.cuda.OutOfMemoryError:
-                if batch == 1:
+                if n == 1:
                     raise
-                new, batch = [], batch // 2
+                new, batch = [], n // 2
             if not new:                                                        # here nothing refers to what the failed batch held
                 torch.cuda.empty_cache()
                 continue
@@ -304,6 +311,8 @@ def read_predictions(path, samples):
         if name in texts:
             raise data.DataError(f"{where}id {name!r} has a prediction already; expected one row per id")
         texts[name] = text
+    if not texts:
+        raise data.DataError(f"{path} holds no predictions")
     return texts
 
 
@@ -367,9 +376,8 @@ def left_over(config):
         file = os.path.join(now[name], "model.safetensors") if name in ("checkpoint", "model") else now[name]
         if now[name] and os.path.isfile(file):
             now[f"the file of --{name}"] = [os.path.getsize(file), os.path.getmtime(file)]
-    if os.path.exists(path) and os.path.exists(saved) and not config.fresh:
-        with open(saved) as f:
-            then = json.load(f)
+    if os.path.exists(saved) and os.path.exists(path) and os.path.getsize(path) and not config.fresh:      # an empty file has nothing to lose
+        then = model.read_json(saved)
         differ = [f"{k} ({then.get(k)!r} there, {now.get(k)!r} here)" for k in dict.fromkeys([*now, *then]) if then.get(k) != now.get(k)]
         if differ and not then.get("predictions"):
             raise data.DataError(f"{config.out} holds a run with other settings: {', '.join(differ[:3])}; "
@@ -383,6 +391,7 @@ def left_over(config):
             f.writelines(json.dumps(row) + "\n" for group in rows.values() for row in group)
         os.replace(path + ".tmp", path)
         model.meet()
+    model.meet()                                                               # none adds a row before all have read
     return rows
 
 
@@ -451,20 +460,22 @@ def episodes_of(config, samples):
             print(f"{len(samples) - len(texts)} of {len(samples)} samples have no prediction: counted as wrong format")
         episodes = from_predictions(samples, texts, config.convention, limit, factor)
         left_over(config)                                                      # refuses to overwrite what a model took long to say
-        open(os.path.join(config.out, "episodes.jsonl"), "w").close()
-        write("predictions", episodes)
+        if model.rank() == 0:
+            open(os.path.join(config.out, "episodes.jsonl"), "w").close()
+            write("predictions", episodes)
         return {"predictions": episodes}
     runs, rows, vlm = {}, left_over(config), None
     for zoom in MODES if config.zoom == "all" and config.style == "zoom" else ["on" if config.zoom == "all" else config.zoom]:
         label = MODES[zoom]
         done = {row["id"]: row for row in rows.get(label, [])}
-        rest = [s for s in samples if s.id not in done]
+        numbers = [i for i, s in enumerate(samples) if s.id not in done]
+        rest = [samples[i] for i in numbers]
         if done:
             print(f"{label}: {len(done)} episodes are in {config.out} already, {len(rest)} are left")
         if rest and not vlm:
             data.check_images(rest)
             vlm = model.load(config.checkpoint or config.model, max_pixels=config.max_pixels)
-        new = rest and run(vlm, rest, zoom, config.style, RECIPES[config.style], config.temperature, config.seed + len(done), config.batch,
+        new = rest and run(vlm, rest, zoom, config.style, RECIPES[config.style], config.temperature, config.seed, config.batch, numbers=numbers,
                            max_zooms=config.max_zooms, max_new_tokens=config.max_new_tokens, crop_from=config.crop_from,
                            save=functools.partial(write, label), keep=config.drawn - len(done))
         done |= {row["id"]: row for row in model.gather([record(e) for e in new])}

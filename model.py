@@ -853,7 +853,8 @@ def make_dir(path):
 def cli(Config, argv=None, description="", presets=None, positive=()):
     """A flat dataclass -> its instance from the command line. Flags are the field names with dashes; the trailing comment
     of a field is its help; a flag that no field has is an error; what differs from the default is printed.
-    presets(config) -> other defaults {field: value}, once it is known what was asked for. positive: fields that must be > 0."""
+    presets(config) -> other defaults {field: value}, once it is known what was asked for. positive: fields that must be > 0; the
+    other numbers must be >= 0."""
     helps = dict(re.findall(r"^    (\w+):[^#\n]*# (.*)$", inspect.getsource(Config), re.M))
     parser = argparse.ArgumentParser(description=description.strip().split("\n")[0], allow_abbrev=False)
     for f in dataclasses.fields(Config):
@@ -868,9 +869,9 @@ def cli(Config, argv=None, description="", presets=None, positive=()):
     if presets:
         parser.set_defaults(**presets(config))
         config = Config(**vars(parser.parse_args(argv)))
-    for name in positive:
-        if not getattr(config, name) > 0:
-            parser.error(f"--{name.replace('_', '-')} is {getattr(config, name)}; expected a value above 0")
+    for name, value in vars(config).items():                               # no quantity here is ever negative, infinite or nan
+        if isinstance(value, (int, float)) and not (0 <= value < math.inf and (value or name not in positive)):
+            parser.error(f"--{name.replace('_', '-')} is {value}; expected a value {'above 0' if name in positive else 'of 0 or more'}")
     changed = {f.name: getattr(config, f.name) for f in dataclasses.fields(Config) if getattr(config, f.name) != f.default}
     print("settings: " + (", ".join(f"{k} = {v!r}" for k, v in changed.items()) or "all at their defaults"))
     return config

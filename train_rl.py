@@ -40,7 +40,7 @@ class Config:
     max_pixels: int = 0             # of a prompt image as fed; 0: the model's default (448 x 448 for a real model in the toy world)
     crop_from: Literal["source", "seen"] = "source"     # what a zoom cuts from: the stored image, or the shrunken copy (ViGoRL)
 
-    traces: str = "oracle"          # warm start: "oracle" (toy world), "mcts" (tree search), a JSONL file of traces, or "" for none
+    traces: str = "mcts"            # warm start: "mcts" (tree search by the policy itself), "oracle" (knows the toy world), a JSONL file, or "" for none
     sft_n: int = 1200               # traces of the toy world
     sft_epochs: int = 1             # passes over them
     sft_batch: int = 8              # traces per optimizer step
@@ -86,7 +86,7 @@ class Config:
 
 
 # Other defaults for models that are not tiny. Papers: ViGoRL 1e-6 for both, 128 prompts of 5 episodes on eight GPUs.
-REAL = dict(num_prompts=8, blind_prompts=1, max_new_tokens=512, lr=1e-6, sft_lr=5e-6, recompute=True)
+REAL = dict(traces="oracle", num_prompts=8, blind_prompts=1, max_new_tokens=512, lr=1e-6, sft_lr=5e-6, recompute=True)
 
 # What --recipe sets: the papers' settings where they differ from Config's. The second dict goes with 3B to 7B parameters: a tiny model
 # keeps its own step size and lengths. Sources: ViGoRL tables A2, A3 and its script; UniVG-R1's script and trainer.
@@ -95,7 +95,7 @@ PAPERS = {
                dict(num_prompts=128, num_minibatches=2, steps=500, lr=1e-6, sft_lr=1e-6, max_new_tokens=2048)),
     "vigorl-zoom": (dict(task="search", blind_prompts=0, distinct_bonus=0.2, loss="dual-clip", kl_coef=0.01),
                     dict(num_prompts=128, num_minibatches=16, steps=500, lr=1e-6, sft_lr=1e-6, clip_grad=0.2, max_zooms=4, max_new_tokens=1024)),
-    "univg-r1": (dict(task="boxes", difficulty="mixed", difficulty_weight="exp", clip_high=0.2, aggregate="sequence", kl_coef=0.04),
+    "univg-r1": (dict(task="boxes", difficulty="mixed", steps=150, difficulty_weight="exp", clip_high=0.2, aggregate="sequence", kl_coef=0.04),
                  dict(num_prompts=16, steps=625, lr=1e-6, sft_lr=5e-6, max_new_tokens=256)),
 }
 
@@ -111,8 +111,10 @@ PATIENCE = 5                        # steps in a row without a finite gradient, 
 def presets(cfg):
     """Defaults that depend on what was asked for: a run that is resumed keeps its settings, a recipe and a real model have their own."""
     if cfg.resume:
-        return {k: v for k, v in saved_state(os.path.join("runs", cfg.name, "checkpoint"))["config"].items() if k not in ("resume", "name")}
+        model.settle(checkpoint := os.path.join("runs", cfg.name, "checkpoint"))
+        return {k: v for k, v in saved_state(checkpoint)["config"].items() if k not in ("resume", "name")}
     algorithm, scale = PAPERS.get(cfg.recipe, ({}, {}))
+    algorithm = train_sft.searchable(cfg) | algorithm
     return algorithm if model.is_tiny(cfg.model) else REAL | algorithm | scale
 
 
@@ -144,11 +146,13 @@ def train_step(vlm, ref, optimizer, samples, cfg, step):
     blind = blind_prompts(cfg, len(samples))                              # without a zoom: to answer when told to must stay learned
     unseeing, seeing = roll(samples[:blind], "off"), roll(samples[blind:], "on")
     episodes, P = unseeing + seeing, (len(unseeing) + len(seeing)) // G
-    rolled, work = model.clock(), {k: v - work[k] for k, v in vlm.work.items()}
+    rolling = model.clock() - began
 
     # 3. reward: rules on the text and on what the calls led to
     score(episodes, cfg)
-    resampled = refill(vlm, episodes, len(unseeing), cfg, step)
+    scored = model.clock()
+    dropped = refill(vlm, episodes, len(unseeing), cfg, step)
+    rolling, work = rolling + model.clock() - scored, {k: v - work[k] for k, v in vlm.work.items()}
     seeing = episodes[len(unseeing):]
     of_each = lambda f: torch.tensor([float(f(e)) for e in episodes]).view(P, G)
     per_group = lambda part: of_each(lambda e: e.parts[part])
@@ -176,12 +180,15 @@ def train_step(vlm, ref, optimizer, samples, cfg, step):
         e.advantage = a
 
     # 5. loss, over micro-batches; a group of equal rewards has no gradient (without a KL term) and is not run at all
-    learn = [e for e in episodes if e.advantage != 0 or cfg.kl_coef > 0 or cfg.papo_coef > 0]
-    learn = random.Random(step).sample(learn, len(learn))
+    asked = [p for of in (range(blind), range(blind, len(samples))) for p in of[model.mine(len(of))]]               # this rank's prompts
+    number = [p * G + g for p in asked for g in range(G)]                                # of its episodes among those of all ranks
+    learn = {i: e for i, e in zip(number, episodes) if e.advantage != 0 or cfg.kl_coef > 0 or cfg.papo_coef > 0}
+    order = sorted(model.gather(list(learn)))
+    order = random.Random(step).sample(order, len(order))
     log = {"clipfrac": 0.0, "entropy": 0.0, "kl": 0.0, "kl_samp": 0.0, **({"perception": 0.0} if cfg.papo_coef else {})}
     norms, tokens, gap, reference = [], 0, 0.0, 0.0
     for m in range(cfg.num_minibatches):
-        batch = learn[m::cfg.num_minibatches]
+        batch = [learn[i] for i in order[m::cfg.num_minibatches] if i in learn]
         count, = model.total({"token": sum(sum(e.sampled) for e in batch), "sequence": len(batch),      # of the whole minibatch
                               "constant": len(episodes) / cfg.num_minibatches * longest(cfg)}[cfg.aggregate])
         for part in vlm.micro_batches(batch, cfg.micro_tokens):
@@ -225,17 +232,17 @@ def train_step(vlm, ref, optimizer, samples, cfg, step):
         "step": step, "reward": (reward[len(unseeing) // G:].sum().item(), len(seeing)), "accuracy": mean("accuracy"), "format": mean("format"),
         **(shares(per_group("iou")[len(unseeing) // G:].mean(1)) if "iou" in seeing[0].parts else {}),
         **{part: mean(part) for part in ("grounded", "distinct", "iou") if part in seeing[0].parts},
-        **({"weight": (weight.sum().item(), P)} if cfg.difficulty_weight != "none" else {}), **({"resampled": model.total(resampled)[0]} if cfg.resample else {}),
+        **({"weight": (weight.sum().item(), P)} if cfg.difficulty_weight != "none" else {}), **({"resampled": model.total(len(dropped) // G)[0]} if cfg.resample else {}),
         **({"accuracy_blind": mean("accuracy", unseeing)} if blind else {}),
         "length": (sum(sum(e.sampled) for e in seeing), len(seeing)), "zooms": (sum(t.crop is not None for t in calls), len(seeing)),
         "valid_calls": (sum(t.crop is not None for t in calls), len(calls)), "cut": (sum(e.stop == "length" for e in seeing), len(seeing)),
         "no_signal": ((advantages == 0).all(1).sum().item(), P),
         **{k: (v, tokens) for k, v in log.items()}, "kl_samp_max": model.total(gap, op="MAX")[0], "grad_norm": sum(norms) / max(len(norms), 1),
         "skipped": sum(not n < float("inf") for n in norms),
-        **{f"{k}_{how}": (v, 1 / model.world()) for how, of in (("run", work), ("naive", zoom_rollout.naive_work(vlm, episodes))) for k, v in of.items()},
-        "roll_tokens_per_s": (sum(sum(e.sampled) for e in episodes), (rolled - began) / model.world()),
-        "train_tokens_per_s": (sum(len(e.ids) for e in learn), (done - rewarded) / model.world()),
-        "share_rollout": (rolled - began, done - began), "share_reward": (rewarded - rolled, done - began),
+        **{f"{k}_{how}": (v, 1 / model.world()) for how, of in (("run", work), ("naive", zoom_rollout.naive_work(vlm, episodes + dropped))) for k, v in of.items()},
+        "roll_tokens_per_s": (sum(sum(e.sampled) for e in episodes + dropped), rolling / model.world()),
+        "train_tokens_per_s": (sum(len(e.ids) for e in learn.values()), (done - rewarded) / model.world()),
+        "share_rollout": (rolling, done - began), "share_reward": (rewarded - began - rolling, done - began),
         "share_reference": (reference, done - began), "share_update": (done - rewarded - reference, done - began),
         "seconds": done - began}), episodes
 
@@ -253,26 +260,35 @@ def score(episodes, cfg):
 
 def refill(vlm, episodes, first, cfg, step):
     """DAPO's dynamic sampling (2503.14476, section 3.2), with a bound: from episode `first` on, groups whose rewards are all equal
-    give way to groups of fresh prompts (in place), in at most cfg.resample rounds. -> how many"""
-    G, replaced, mine = cfg.group_size, 0, model.mine(cfg.num_prompts)
+    give way to groups of fresh prompts (in place), in at most cfg.resample rounds. Of several ranks each takes the fresh prompts
+    that its groups would get in a single process. -> the episodes that gave way"""
+    G, dropped = cfg.group_size, []
     for again in range(1, cfg.resample + 1):
         dull = [i for i in range(first, len(episodes), G) if len({e.parts["reward"] for e in episodes[i:i + G]}) == 1]
-        if not dull:
+        counts = model.gather([len(dull)])
+        if not sum(counts):
             break
-        fresh = questions(cfg, vlm, step, again)[mine][:len(dull)]
-        new = zoom_rollout.rollout(vlm, fresh, G, seed=cfg.seed * 1_000_003 + step + again * 10 ** 9, skip=mine.start, **rollout_options(cfg))
+        skip = sum(counts[:model.rank()])
+        fresh = questions(cfg, vlm, step, again)[skip:skip + len(dull)]
+        if not fresh:                                                      # the other ranks may have some
+            continue
+        new = zoom_rollout.rollout(vlm, fresh, G, seed=cfg.seed * 1_000_003 + step + again * 10 ** 9, skip=skip, **rollout_options(cfg))
         score(new, cfg)
         for k, i in enumerate(dull[:len(fresh)]):
+            dropped += episodes[i:i + G]
             episodes[i:i + G] = new[k * G:(k + 1) * G]
-        replaced += len(fresh)
-    return replaced
+    for e in dropped:
+        e.views = []                                                       # only counted from now on: features are large
+    return dropped
 
 
 def blindfold(vlm, episodes, seed, share=0.6):
-    """PAPO's second look: the same tokens, but in every image 60 % of the patches, drawn anew each step, are black."""
-    dark, random_numbers = {}, torch.Generator().manual_seed(seed)
-    for v in (v for e in episodes for v in e.views):
+    """PAPO's second look: the same tokens, but in every image 60 % of the patches, drawn anew each step, are black. Which ones
+    is a matter of the image and the step, not of what else is in its micro-batch."""
+    dark = {}
+    for e, v in ((e, v) for e in episodes for v in e.views):
         if id(v) not in dark:                                              # a group shares its prompt's views
+            random_numbers = torch.Generator().manual_seed(random.Random(f"{seed}/{e.sample.id}/{v.index}/{v.box}").getrandbits(60))
             seen, black = (vlm.view(source, v.index, v.box, v.fed) for source in (v.source, Image.new("RGB", v.source.size)))
             vlm.patchify(seen), vlm.patchify(black)
             hide = torch.rand(len(seen.patches), 1, generator=random_numbers) < share
@@ -322,12 +338,13 @@ def main():
     cfg.recipe = cfg.recipe or ("vigorl-zoom" if cfg.data else data.RECIPES[cfg.task])
     if cfg.data and cfg.traces == "oracle":
         model.fail("the oracle knows the toy world only: --data needs --traces mcts, --traces FILE.jsonl, or --traces '' for none")
+    if cfg.group_size < 2:
+        model.fail("in a group of one nobody is better than the mean, so nothing is learned; expected --group-size 2 or more")
     if (seeing := cfg.num_prompts - blind_prompts(cfg, cfg.num_prompts)) < model.world():
         model.fail(f"{seeing} prompts that may zoom cannot be shared by {model.world()} ranks; expected --num-prompts {model.world() + cfg.blind_prompts} or more")
     rows = data.read_jsonl(cfg.data, cfg.images or None) if cfg.data else []
     data.check_images(rows)
     settings = asdict(cfg)
-    model.settle(checkpoint)
     state = resumable(checkpoint, settings) if cfg.resume else None
     vlm = model.load(checkpoint if cfg.resume else cfg.model, cfg.device, cfg.dtype,
                      cfg.max_pixels or (0 if cfg.data or model.is_tiny(cfg.model) else 448 * 448))
@@ -386,7 +403,7 @@ def main():
             return
     if cfg.steps > first:
         sections.append((f"one group of step {cfg.steps}", shown_group(vlm, episodes, cfg)))
-    finish(vlm, cfg, run, settings, held_out, before, sections, spent - began)
+    finish(vlm, cfg, run, settings, held_out, before, sections, spent - began, plan["peak"])
 
 
 def saved_state(checkpoint):
@@ -423,7 +440,7 @@ def split(cfg, vlm, rows):
     return rows[:n], rows[n:] or rows
 
 
-def finish(vlm, cfg, run, settings, held_out, before, sections, spent):
+def finish(vlm, cfg, run, settings, held_out, before, sections, spent, planned):
     """Measure again, and write summary.json and report.html. spent + the time now = seconds in all."""
     after = measure(vlm, cfg, held_out, "after RL")
     if model.rank():
@@ -459,7 +476,8 @@ def finish(vlm, cfg, run, settings, held_out, before, sections, spent):
     evaluate.report(os.path.join(run, "report.html"), f"{cfg.task if not cfg.data else os.path.basename(cfg.data)}, {vlm.name}", curves=curves,
                     table=table, settings={k: v for k, v in settings.items() if v != getattr(Config, k)},
                     episodes=sections + [(f"after RL, {evaluate.MODES[mode]}", es) for mode, (_, es) in after.items()])
-    print(f"{summary['seconds']:.0f} s in all, peak memory {model.peak_memory() / 1e9:.2f} GB; {run}/report.html shows the episodes")
+    print(f"{summary['seconds']:.0f} s in all, peak memory {model.peak_memory() / 1e9:.2f} GB"
+          f"{'' if model.is_tiny(cfg.model) else f' (planned {planned / 1e9:.1f})'}; {run}/report.html shows the episodes")
 
 
 def chance(samples):

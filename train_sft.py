@@ -1,8 +1,8 @@
 """The warm start: find traces, fine-tune on them. And, for the tiny model, the eyes that come before.
 
-    python train_sft.py                       # fine-tune the tiny model on traces of the toy world -> runs/sft/checkpoint
-    python train_sft.py --traces mcts         # ... on traces that tree search found: no teacher, and no truth but the answers
-    python train_sft.py --traces mcts --show 3          # print three of them, draw the trees in runs/sft/trees.html, and stop there
+    python train_sft.py                       # fine-tune the tiny model on traces that its own tree search found -> runs/sft/checkpoint
+    python train_sft.py --show 3              # print three of them, draw the trees in runs/sft/trees.html, and stop there
+    python train_sft.py --traces oracle       # traces from the ground truth of the toy world
     python train_sft.py --traces teacher --teacher http://127.0.0.1:8000/v1 --data questions.jsonl
     python train_sft.py --traces traces.jsonl --data questions.jsonl --model qwen2.5-vl-3b
     python train_sft.py --pretrain            # make checkpoints/tiny again from nothing
@@ -10,8 +10,8 @@
 RL can only reward what the policy sometimes does, so both papers begin with supervised fine-tuning on traces in the right
 form. Here a trace is the list of the assistant's turns, {"id": ..., "turns": [...]}, one JSON object a line, whoever wrote
 them; `zoom_rollout.replay` turns it into the very episode that a rollout would have made, crops and all, and the loss falls
-on the assistant's tokens only. Traces come from the toy world's `oracle` (a bad example on purpose), from tree search
-(ViGoRL), from a teacher that is given the answer (UniVG-R1), or from a file.
+on the assistant's tokens only. Traces come from tree search (ViGoRL: no teacher, and no truth but the answers), from a teacher
+that is given the answer (UniVG-R1), from the toy world's `oracle` (a bad example on purpose), or from a file.
 
 Left out: tree search by a model behind an address (it needs the tokens and the cache); ViGoRL's "at least k thoughts" line in the
 prompt of each search; packing (a batch is split by length instead); UniVG-R1's task-by-task prompts for its teacher.
@@ -33,7 +33,7 @@ from zoom_rollout import Episode
 class Config:
     model: str = "tiny"             # a name of model.MODELS or a checkpoint folder
     name: str = "sft"               # the run: runs/NAME
-    traces: str = "oracle"          # "mcts" (tree search), "oracle" (knows the toy world), "teacher", or a JSONL file of {"id", "turns"}
+    traces: str = "mcts"            # "mcts" (tree search), "oracle" (knows the toy world), "teacher", or a JSONL file of {"id", "turns"}
     target: Literal["full", "answer", "ungrounded"] = "full"    # what of a trace is learned; the others are the papers' baselines
     task: Literal[data.TASKS] = "search"        # toy task
     difficulty: Literal[data.DIFFICULTIES] = "medium"           # of the toy world
@@ -60,8 +60,8 @@ class Config:
     temperature: float = 1.0        # of the search's sampling
     max_new_tokens: int = 48        # per step
     crops: bool = True              # in the zoom protocol, search with the crops (the original: without)
-    direct: int = 3                 # chains of a tree, at most, that go straight to a right answer
-    corrected: int = 2              # ... and that go wrong first
+    direct: int = 1                 # chains of a tree, at most, that go straight to a right answer
+    corrected: int = 0              # ... and that go wrong first (a tiny model learns the going wrong, too: README)
     recovery: str = "Not this."     # what a corrected chain says between
     repeat_prefix: bool = False     # ... and begin again from the question (as the original does)
     reorder: float = 0.0            # share of zoom dialogues whose first call moves to a later place
@@ -80,7 +80,7 @@ class Config:
     out: str = ""                   # of pretraining (default: checkpoints/tiny)
 
 
-REAL = dict(lr=5e-6, max_new_tokens=512)        # other defaults for models that are not tiny
+REAL = dict(traces="oracle", lr=5e-6, max_new_tokens=512)        # other defaults for models that are not tiny
 # The original's search (a 72B teacher, whole sentences). Its paper says 20 simulations, its code 8.
 VIGORL = dict(simulations=20, children=3, tries=1, rollouts=2, depth=10, rollout_steps=5, exploration=2.0, min_distance=1.0, max_new_tokens=512,
               crops=False, recovery="Wait, this seems off. Let's try something else.", reorder=0.2, direct=10, corrected=10)
@@ -177,6 +177,11 @@ def retarget(sample, turns, target):
     return [f"<answer> {answer} </answer>" if target == "answer" else f"<think> {thoughts} </think>\n<answer> {answer} </answer>"]
 
 
+def searchable(cfg):
+    """The default of --traces where tree search has nothing to go on: a box is answered without steps that name points."""
+    return {"traces": "oracle"} if data.STYLES[cfg.recipe or ("vigorl-zoom" if cfg.data else data.RECIPES[cfg.task])] == "boxes" else {}
+
+
 def searched(vlm, style, cfg, questions=None, side=data.SIDE, log=""):
     """Traces by tree search -> [(sample, turns, kind)], and counts. questions: searched once each; None: toy ones, `cfg.trees` at
     a time, until there are cfg.n traces. log: a file that keeps every finished tree; a search that was killed goes on from it."""
@@ -206,7 +211,7 @@ def searched(vlm, style, cfg, questions=None, side=data.SIDE, log=""):
             counts["trees"], counts["solved"] = counts["trees"] + 1, counts["solved"] + any(kind == "direct" for kind, _, _ in chains)
             out += [(s, to_turns(steps, answer, style, cfg.max_zooms, cfg.min_distance, cfg.reorder, rng), kind) for kind, steps, answer in chains]
         counts["seconds"] = round(time.time() - began, 1)
-        bar.n = (k + 1) * cfg.trees if questions else len(out)
+        bar.n = min((k + 1) * cfg.trees, len(questions)) if questions else len(out)
         bar.set_postfix_str(f"{counts['solved']} of {counts['trees']} questions solved")
     bar.close()
     if not out:
@@ -797,7 +802,7 @@ def warm_start(vlm, style, traces="oracle", task="search", questions=None, n=120
 def find_traces(vlm, style, cfg, questions=None, side=data.SIDE, run=""):
     """-> [(sample, turns) or (sample, turns, kind)], counts for the summary. run: a folder for what must not be lost"""
     if cfg.traces in ("mcts", "teacher") and model.world() > 1:
-        model.fail(f"--traces {cfg.traces} runs in one process: make the traces with train_sft.py first, then share the training with --traces FILE.jsonl")
+        model.fail(f"--traces {cfg.traces} runs in one process: make traces with train_sft.py first and share the training with --traces FILE.jsonl")
     if cfg.traces == "mcts":
         return searched(vlm, style, cfg, questions, side, run and os.path.join(run, "trees.jsonl"))
     if cfg.traces == "teacher":
@@ -1035,10 +1040,12 @@ def answer(vlm, questions, max_new_tokens=24):
 
 def main():
     model.start_ranks()
-    cfg = model.cli(Config, description=__doc__, presets=lambda c: ({} if model.is_tiny(c.model) else REAL) | (VIGORL if c.preset else {}),
+    cfg = model.cli(Config, description=__doc__, presets=lambda c: searchable(c) | ({} if model.is_tiny(c.model) else REAL) | (VIGORL if c.preset else {}),
                     positive=("n", "epochs", "batch", "steps", "simulations", "children", "tries", "rollouts", "rollout_steps", "max_new_tokens",
                               "trees", "chains", "teacher_tokens", "timeout"))
     if cfg.pretrain:
+        if model.world() > 1:
+            model.fail("--pretrain runs in one process: start it without torchrun")
         folder = cfg.out or model.MODELS["tiny"].path
         model.make_dir(os.path.dirname(os.path.abspath(folder)))
         return pretrain(folder, cfg.steps, cfg.seed)

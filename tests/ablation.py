@@ -1,6 +1,6 @@
 """UniVG-R1's ablation (its table 4) in miniature: what RL adds to the warm start, and what the difficulty weight adds to RL.
 
-    python tests/ablation.py run 0 1 2 3 4     # these seeds, what is missing of them -> runs/ablation (minutes per run on two cores)
+    python tests/ablation.py run 0 1 2 3 4 --steps 60      # these seeds, what is missing of them -> runs/ablation (minutes per run on two cores)
     python tests/ablation.py                   # the README's table, from the runs that are there
 
 All RL runs of a seed begin at the same warm start and see the same prompts; accuracies are of the same 200 held-out questions.

@@ -7,7 +7,7 @@
 
     python tests/benchmark.py train                                    # the same for training; --model mid: width 512, 8 layers,
     python tests/benchmark.py train --model mid --prompts 2 --image-tokens 1024         # 1,024 image tokens; a 3B on one GPU:
-    python tests/benchmark.py train --model qwen2.5-vl-3b --random --prompts 16 --image-tokens 1024 --new-tokens 600 --turns 5 --device cuda
+    python tests/benchmark.py train --model qwen2.5-vl-3b --random --prompts 16 --image-tokens 1024 --new-tokens 600 --turns 5 --recompute --micro-tokens 16384
 
     python tests/benchmark.py plan --model qwen2.5-vl-3b               # what a 3B needs, without having it
 
@@ -24,9 +24,9 @@ the same form; as_policy is one plain rollout in the policy's own prompt and for
 looked at the place that the answer depends on, the rest is luck. tokens_naive: had every step sent its whole conversation.
 
 train: the update (log-probabilities and gradient) of episodes with zooms, a group's prompt computed once (packed) or every episode
-by itself (plain): time, peak memory, largest gap between the gradients relative to the largest gradient. Then a whole GRPO step
-(single turn, all answers of the same length, rewards drawn) and, where it is installed, TRL's on the same weights, prompts, images
-and number of tokens (`pip install trl==1.16.0` into an environment of its own; without it its fields are null). On a CPU the seconds
+by itself (plain): time, peak memory, largest gap between the gradients relative to the largest gradient; and what a step of 128
+prompts, as ViGoRL's, would take: rollout and update of these, times 128 / --prompts. Then a whole GRPO step (single turn, all answers
+of the same length, rewards drawn) and, where it is installed, TRL's on the same weights, prompts, images and number of tokens (`pip install trl==1.16.0` into an environment of its own; without it its fields are null). On a CPU the seconds
 are those of the processor, summed over threads (OMP_NUM_THREADS=1 for a clean figure).
 """
 import argparse, copy, ctypes, gc, importlib.util, json, os, random, statistics, sys, tempfile, time
@@ -269,19 +269,21 @@ def update(vlm, episodes, advantages, share, micro_tokens):
         (-(torch.tensor([of[id(e)] for e in part], device=vlm.device)[:, None] * logprobs).sum() / tokens).backward()
 
 
-def our_step(vlm, samples, group, new_tokens, rounds):
+def our_step(vlm, samples, group, new_tokens, rounds, micro_tokens, offload):
     """-> seconds of each whole step: roll out, reward, advantages, loss, update; and the lengths of the prompts."""
-    vlm = model.VLM(copy.deepcopy(vlm.model), vlm.tokenizer, vlm.processor, vlm.name, vlm.spec)
-    vlm.max_pixels, vlm.unsayable = 10 ** 9, torch.cat([vlm.unsayable, torch.tensor([vlm.im_end], device=vlm.device)])
-    cfg = train_rl.Config(recipe="vigorl", num_prompts=len(samples), group_size=group, max_new_tokens=new_tokens)
-    optimizer, rng, took = model.AdamW(vlm.parameters(), 1e-6), random.Random(0), []
+    vlm.unsayable = torch.cat([vlm.unsayable, torch.tensor([vlm.im_end], device=vlm.device)])
+    cfg = train_rl.Config(recipe="vigorl", num_prompts=len(samples), group_size=group, max_new_tokens=new_tokens, micro_tokens=micro_tokens)
+    optimizer, rng, took = model.AdamW(vlm.parameters(), 1e-6, offload=offload), random.Random(0), []
+    if vlm.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
     drawn = lambda *_, **__: {"reward": rng.random(), "accuracy": 1.0, "format": 1.0}
     for step in range(rounds + 1):
         with mock.patch.object(rewards, "score", drawn):
             metrics, episodes = train_rl.train_step(vlm, None, optimizer, samples, cfg, step)
         took.append(metrics["seconds"])
     assert all(sum(e.sampled) == new_tokens for e in episodes)
-    print("share of the step: " + ", ".join(f"{k[6:]} {v:.0%}" for k, v in metrics.items() if k.startswith("share_")))
+    print("share of the step: " + ", ".join(f"{k[6:]} {v:.0%}" for k, v in metrics.items() if k.startswith("share_"))
+          + (f"; peak memory {model.peak_memory() / 1e9:.1f} GB" if vlm.device.type == "cuda" else ""))
     return took[1:], [e.sampled.index(True) for e in episodes[::group]]
 
 
@@ -293,8 +295,7 @@ def trl_step(vlm, samples, group, new_tokens, rounds):
     with mock.patch.object(model.transformers.processing_utils.ProcessorMixin, "check_argument_for_proper_class", lambda *_: None):
         template = open(os.path.join(trl.__path__[0], "chat_templates", "qwen2_5_vl.jinja")).read()
         processor = Qwen2_5_VLProcessor(copy.deepcopy(vlm.processor), copy.deepcopy(vlm.tokenizer), None, chat_template=template)
-    side = samples[0].images[0].width
-    processor.image_processor.size = {"shortest_edge": side * side, "longest_edge": side * side}       # fed as they are
+    processor.image_processor.size = {"shortest_edge": 4 * vlm.factor ** 2, "longest_edge": vlm.max_pixels}          # fed as ours are
     rng, marks, lengths = random.Random(0), [], []
 
     class Clock(TrainerCallback):
@@ -336,7 +337,10 @@ def train(args):
     vlm = random_weights(args.model, device) if args.random or args.model == "mid" else model.load(args.model, device)
     samples, rng = questions(vlm, args.prompts, args.image_tokens), random.Random(0)
     vlm.unsayable = torch.cat([vlm.unsayable, torch.tensor([vlm.im_end], device=vlm.device)])
-    episodes = ours(vlm, samples, args.group, args.new_tokens // args.turns, args.turns, 0)
+    for r in range(2):                                                         # the first one warms up
+        began = model.clock()
+        episodes = ours(vlm, samples, args.group, args.new_tokens // args.turns, args.turns, r)
+        rolling = model.clock() - began
     vlm.unsayable, vlm.recompute = vlm.unsayable[:-1], args.recompute
     advantages, ways = [rng.uniform(-1, 1) for _ in episodes], {"packed": True, "plain": False}
     runs, gradients = {name: [] for name in ways}, {}
@@ -354,18 +358,20 @@ def train(args):
     speedup = statistics.median(b / a for (a, _), (b, _) in zip(runs["packed"][1:], runs["plain"][1:]))
     prompt, whole = len(zoom_rollout.begin(vlm, samples[0]).ids), len(episodes[0].ids)
     print(f"update    {len(samples)} prompts x {args.group} episodes of {whole:,} tokens, {prompt:,} of them the prompt: packed {second['packed']:.2f} s, "
-          f"{peak['packed'] / 1e9:.2f} GB   plain {second['plain']:.2f} s, {peak['plain'] / 1e9:.2f} GB   {speedup:.1f} times faster; gradients differ by {gap:.0e}")
+          f"{peak['packed'] / 1e9:.2f} GB   plain {second['plain']:.2f} s, {peak['plain'] / 1e9:.2f} GB   {speedup:.1f} times faster; gradients differ by {gap:.0e}\n"
+          f"          their rollout {rolling:.2f} s; a step of 128 prompts would take ({rolling:.2f} + {second['packed']:.2f}) x 128 / {len(samples)} = "
+          f"{(rolling + second['packed']) * 128 / len(samples):,.0f} s")
     result = {"packed_speedup": speedup, "packed_memory_ratio": peak["plain"] / peak["packed"], "max_grad_gap": gap,
               "step_seconds": None, "trl_step_seconds": None, "ratio_trl": None}
     if args.step:
-        took, lengths = our_step(vlm, samples, args.group, args.new_tokens, args.rounds)
+        peer = trl_step(vlm, samples, args.group, args.new_tokens, args.rounds) if importlib.util.find_spec("trl") else None       # on a copy
+        took, lengths = our_step(vlm, samples, args.group, args.new_tokens, args.rounds, args.micro_tokens, args.offload)
         result["step_seconds"] = statistics.median(took)
         print(f"step      {len(samples)} prompts x {args.group} answers of {args.new_tokens} tokens, prompts of {lengths[0]:,}: {result['step_seconds']:.2f} s")
-        if importlib.util.find_spec("trl"):
-            took, lengths = trl_step(vlm, samples, args.group, args.new_tokens, args.rounds)
-            result["trl_step_seconds"] = statistics.median(took)
+        if peer:
+            result["trl_step_seconds"] = statistics.median(peer[0])
             result["ratio_trl"] = result["trl_step_seconds"] / result["step_seconds"]
-            print(f"TRL       the same, prompts of {lengths[0]:,}: {result['trl_step_seconds']:.2f} s   ratio {result['ratio_trl']:.1f}")
+            print(f"TRL       the same, prompts of {peer[1][0]:,}: {result['trl_step_seconds']:.2f} s   ratio {result['ratio_trl']:.1f}")
     print(json.dumps({k: v if v is None else float(f"{v:.3g}") for k, v in result.items()}))
 
 
@@ -390,6 +396,7 @@ def main():
     parser.add_argument("--image-tokens", type=int, default=0), parser.add_argument("--new-tokens", type=int, default=48)
     parser.add_argument("--rounds", type=int, default=3), parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--micro-tokens", type=int, default=10 ** 9), parser.add_argument("--recompute", action="store_true")
+    parser.add_argument("--offload", action="store_true")
     parser.add_argument("--step", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()

@@ -308,7 +308,7 @@ def test_run_scores_in_order_and_keeps_memory_small(monkeypatch):
     episodes = evaluate.run(Eyes(), samples, zoom="black", seed=7, batch=2, progress=False, save=saved.append, keep=2, max_new_tokens=9)
     assert [e.sample.id for e in episodes] == list("01234") and all(e.parts["accuracy"] == 1 for e in episodes)
     assert [(ids, seed) for ids, seed, _, _ in calls] == [(["0", "1"], 7), (["2", "3"], 9), (["4"], 11)]
-    assert calls[0][3] == dict(zoom="black", style="zoom", temperature=0.0, max_zooms=3, max_new_tokens=9)
+    assert calls[0][3] == dict(zoom="black", style="zoom", temperature=0.0, skip=0, max_zooms=3, max_new_tokens=9)
     assert all(e.views == [] for e in episodes) and [e for batch in saved for e in batch] == episodes
     assert [bool(e.pieces) for e in episodes] == [True, True, False, False, False]
     assert episodes[4].looked == {"zoom": "black", "crop_from": "source", "fed": (100, 25)}
@@ -832,8 +832,8 @@ MUTATIONS = [
     ('dict.fromkeys([*r["category"],', 'dict.fromkeys([*r["category"][:1],', test_summarise_counts_by_category, {}),
     ('{"max_new_tokens": 512}', "{}", test_a_real_model_may_say_more, {}),
     ('"boxes" if all(', '"zoom" if all(', test_boxes_are_asked_for_without_zooms, {}),
-    ("seed=seed + i,", "seed=seed,", test_run_scores_in_order_and_keeps_memory_small, {}),
-    ("views=views and views[i:i + batch]", "views=views", test_run_scores_in_order_and_keeps_memory_small, {}),
+    ("seed=seed + start * block,", "seed=seed,", test_run_scores_in_order_and_keeps_memory_small, {}),
+    ("views=views and views[i:i + n]", "views=views", test_run_scores_in_order_and_keeps_memory_small, {}),
     ("e.views if views else []", "e.views", test_run_scores_in_order_and_keeps_memory_small, {}),
     ("sx, sy = e.frames[i][:2] if e.frames else (1, 1)", "sx, sy = 1, 1", test_overlay_maps_points_with_the_frame, {}),
     ("math.sqrt(s * (p * (1 - p) + s / 4))", "math.sqrt(s * p * (1 - p))", test_wilson_is_symmetric_inside_0_1_and_shrinks_with_n, {}),

@@ -400,7 +400,8 @@ class Config:
     group_size: int = 8             # of a group
 
 def test_cli(capsys):
-    """Bug: a misspelt or shortened flag is ignored, a bool takes the string "False" for true, a choice is not checked."""
+    """Bug: a misspelt or shortened flag is ignored, a bool takes the string "False" for true, a choice is not checked;
+    a negative number of steps does nothing and says so after the warm start."""
     assert model.cli(Config, []) == Config() and "all at their defaults" in capsys.readouterr().out
     got = model.cli(Config, "--steps 3 --resume --kind b --group-size 2 --lr 1e-6 --name x".split())
     assert got == Config(3, 1e-6, "x", True, "b", 2)
@@ -410,6 +411,11 @@ def test_cli(capsys):
         with pytest.raises(SystemExit) as e:
             model.cli(Config, wrong.split())
         assert e.value.code == 2, wrong
+    for wrong, said in (("--steps -3", "expected a value of 0 or more"), ("--lr nan", "0 or more"), ("--lr inf", "0 or more"), ("--group-size 0", "above 0")):
+        with pytest.raises(SystemExit) as e:
+            model.cli(Config, wrong.split(), positive=["group_size"])
+        assert e.value.code == 2 and said in capsys.readouterr().err, wrong
+    assert model.cli(Config, ["--steps", "0"], positive=["group_size"]).steps == 0
 
 @pytest.mark.parametrize("config", [Config, train_sft.Config])
 def test_help_comes_from_the_comments(config, capsys):

@@ -236,9 +236,9 @@ def test_recipes_hold_the_papers_numbers(capsys):
     tiny = config("--recipe", "univg-r1")
     assert "difficulty_weight = 'exp'" in capsys.readouterr().out
     assert (tiny.task, tiny.difficulty, tiny.kl_coef, tiny.kl, tiny.clip_low, tiny.clip_high, tiny.aggregate, tiny.advantage_scale, tiny.group_size,
-            tiny.num_minibatches, tiny.lr) == ("boxes", "mixed", 0.04, "k3", 0.2, 0.2, "sequence", "std", 8, 1, train_rl.Config.lr)
+            tiny.num_minibatches, tiny.lr, tiny.steps) == ("boxes", "mixed", 0.04, "k3", 0.2, 0.2, "sequence", "std", 8, 1, train_rl.Config.lr, 150)
     large = config("--recipe", "univg-r1", "--model", "qwen2.5-vl-7b")
-    assert (large.lr, large.num_prompts, large.max_new_tokens, large.sft_lr, large.temperature, large.kl_coef) == (1e-6, 16, 256, 5e-6, 1, 0.04)
+    assert (large.lr, large.num_prompts, large.max_new_tokens, large.sft_lr, large.temperature, large.kl_coef, large.steps) == (1e-6, 16, 256, 5e-6, 1, 0.04, 625)
     zoom, single = (config("--recipe", recipe, "--model", "qwen2.5-vl-3b") for recipe in ("vigorl-zoom", "vigorl"))
     assert all((c.lr, c.num_prompts, c.kl_coef, c.clip_low, c.clip_high, c.loss, c.aggregate, c.steps) == (1e-6, 128, 0.01, 0.2, 0.28, "dual-clip", "token", 500)
                for c in (zoom, single))
@@ -444,13 +444,13 @@ MUTATIONS = [
     ("train_rl", "* (1 + cfg.max_zooms * (", "* (1 + 0 * (", test_gradient_of_a_step, dict(aggregate="constant", micro_tokens=1)),
     ("train_rl", "[e.advantage for e in part]", "[e.advantage for e in batch[:len(part)]]", test_gradient_of_a_step, dict(aggregate="token", micro_tokens=1)),
     ("train_rl", "advantages.flatten()", "advantages.T.flatten()", test_gradient_of_a_step, dict(aggregate="token", micro_tokens=10 ** 6)),
-    ("train_rl", "if e.advantage != 0 or cfg.kl_coef > 0 or cfg.papo_coef > 0]", "]", test_gradient_of_a_step, dict(aggregate="token", micro_tokens=10 ** 6)),
+    ("train_rl", "if e.advantage != 0 or cfg.kl_coef > 0 or cfg.papo_coef > 0}", "}", test_gradient_of_a_step, dict(aggregate="token", micro_tokens=10 ** 6)),
     ("train_rl", "(advantages == 0).all(1)", "(advantages == 0).any(1)", test_no_signal_is_not_run, {}),
-    ("train_rl", "if e.advantage != 0 or cfg.kl_coef > 0 or cfg.papo_coef > 0]", "if e.advantage != 0]", test_no_signal_is_not_run, {}),
+    ("train_rl", "if e.advantage != 0 or cfg.kl_coef > 0 or cfg.papo_coef > 0}", "if e.advantage != 0}", test_no_signal_is_not_run, {}),
     ("train_rl", "= vlm.logprobs(part, cfg.temperature)", "= vlm.logprobs(part)", test_sampler_and_trainer_agree_and_it_would_show, {}),
     ("train_rl", "torch.tensor(e.logprobs)", "logprobs[b, :len(e.ids)].detach()", test_sampler_and_trainer_agree_and_it_would_show, {}),
-    ("train_rl", "batch = learn[m::cfg.num_minibatches]", "batch = learn", test_minibatches_split_the_step, {}),
-    ("train_rl", "batch = learn[m::cfg.num_minibatches]", "batch = learn[m * 2:m * 2 + 2]", test_minibatches_split_the_step, {}),
+    ("train_rl", "order[m::cfg.num_minibatches]", "order", test_minibatches_split_the_step, {}),
+    ("train_rl", "order[m::cfg.num_minibatches]", "order[m * 2:m * 2 + 2]", test_minibatches_split_the_step, {}),
     ("train_rl", "* min(1, (step + 1) / 3)", "* min(1, step / 3)", test_learning_rate_warms_up, {}),
     ("train_rl", 'samples[:blind], "off")', 'samples[:blind], "on")', test_blind_prompts, {}),
     ("train_rl", "roll(samples[:blind]", "roll(samples[-blind:]", test_blind_prompts, {}),
@@ -462,7 +462,7 @@ MUTATIONS = [
     ("train_rl", "if step == 0 and not", "if not", test_nothing_to_reinforce_is_said_at_the_first_step_only, {}),
     ("train_rl", 'seed = f"rl{cfg.seed}/{step}"', 'seed = f"rl{step}"', test_questions_depend_on_seed_and_step_only, {}),
     ("train_rl", '(f"/{again}" if again else "")', '""', test_refill, {}),
-    ("train_rl", "== 1]\n        if not dull", "> 1]\n        if not dull", test_refill, {}),
+    ("train_rl", "== 1]\n        counts", "> 1]\n        counts", test_refill, {}),
     ("train_rl", "episodes[i:i + G] = new[k * G:(k + 1) * G]", "episodes[i:i + G] = new[:G]", test_refill, {}),
     ("train_rl", "range(1, cfg.resample + 1)", "range(1, cfg.resample)", test_refill, {}),
     ("train_rl", "range(first, len(episodes), G)", "range(0, len(episodes), G)", test_refill, {}),

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 import data, evaluate, grpo, model, rewards, train_rl, train_sft, zoom_rollout
 from conftest import ROOT
 
-SMALL = "--num-prompts 4 --blind-prompts 1 --group-size 4 --max-new-tokens 40 --sft-n 32 --eval-n 4 --difficulty easy"
+SMALL = "--num-prompts 4 --blind-prompts 1 --group-size 4 --max-new-tokens 40 --sft-n 32 --eval-n 4 --difficulty easy --traces oracle"
 STEP = re.compile(r"^step +\d", re.M)
 
 # -----------------------------------------------------------------------------
@@ -72,10 +72,10 @@ def works(result):
     return out
 
 def refused(result, *said):
-    """A non-zero status, one line (argparse: its usage, then one line) that says all of `said`, and no step taken."""
+    """Status 2, one line (argparse: its usage, then one line) that says all of `said`, and no step taken."""
     status, out, err = result
     lines = err.strip().splitlines()
-    assert status not in (0, None) and lines and "Traceback" not in err, err
+    assert status == 2 and lines and "Traceback" not in err, err
     if lines[0].startswith("usage:"):
         assert ": error: " in lines[-1]
     else:
@@ -380,7 +380,7 @@ def test_traces_that_fit_nothing(files, script, trainer):
     refused(script(f"{trainer} --data {files}/questions.jsonl --traces nowhere.jsonl"), "nowhere.jsonl")
     refused(script(f"{trainer} --data {files}/questions.jsonl --traces {files}/empty.jsonl"), "empty.jsonl holds no traces")
     refused(script(f"{trainer} --traces {files}/traces.jsonl"), "--data")       # traces of a file, but no file of questions
-    refused(script(f"{trainer} --data {files}/questions.jsonl"), "--traces")    # the oracle knows the toy world only
+    refused(script(f"{trainer} --data {files}/questions.jsonl --traces oracle"), "--traces")    # the oracle knows the toy world only
 
 BAD_MODELS = {"no-card": ["no-card", "vlm.json"], "broken-card": ["broken-card", "vlm.json"], "short-card": ["short-card", "vlm.json"],
               "no-weights": ["cannot load", "no-weights"], "half-weights": ["cannot load", "half-weights"], "bert": ["cannot load", "bert"],

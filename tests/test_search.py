@@ -307,7 +307,7 @@ def test_linearise_by_hand():
     assert ("corrected", [A, C, "Hm.", A, B], "good") in [(kind, points(steps), answer) for kind, steps, answer in again]
     assert [kind for kind, *_ in train_sft.linearise(WORKED, config(direct=0, corrected=1))] == ["corrected"]
     ends = [rollout(C, answer="good", reward=1.0), rollout(D, answer="good", reward=1.0), rollout(B, answer=None, reward=0.0)]     # none is wrong: one broke off
-    assert {kind for kind, *_ in train_sft.linearise({"tree": tree_node(children=[tree_node(A, rollouts=ends)])}, config())} == {"direct"}
+    assert {kind for kind, *_ in train_sft.linearise({"tree": tree_node(children=[tree_node(A, rollouts=ends)])}, config(direct=9, corrected=9))} == {"direct"}
 
 def test_the_better_supported_chain_comes_first():
     """Claim: a step from which two of two were right comes before one of two, whichever was found first; an answer given at
