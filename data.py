@@ -392,14 +392,16 @@ def parse_row(row, where, root):
     for name, value in (("options", s.options), ("category", s.category), ("answer", accepted)):
         if not (isinstance(value, list) and all(isinstance(v, str) for v in value)):
             raise DataError(f"{where}field {name!r} is {value!r:.60}; expected a list of strings")
-    if answer_type == "choice" and (len(s.options) < 2 or not (s.answer is None or type(s.answer) is int and s.answer in range(len(s.options)))):
+    known = s.answer is None or type(s.answer) is int and s.answer in range(len(s.options))
+    if answer_type == "choice" and (len(s.options) < 2 or not known):
         raise DataError(f"{where}answer is {s.answer!r:.60} with {len(s.options)} options; expected an index into at least two options")
     if answer_type in ("point", "box") and not s.targets:
         raise DataError(f"{where}field 'targets' is empty; a {answer_type} question needs at least one target box")
     for t in s.targets + (need(s.meta, "question_boxes", list, where) if "question_boxes" in s.meta else []):
         index = t.get("image", 0) if isinstance(t, dict) else None
         if type(index) is not int or index not in range(len(paths)):
-            raise DataError(f"{where}box {t!r:.60} names no image of this row; expected {{'image': 0..{len(paths) - 1}, 'box': [x1, y1, x2, y2]}}")
+            expected = f"{{'image': 0..{len(paths) - 1}, 'box': [x1, y1, x2, y2]}}"
+            raise DataError(f"{where}box {t!r:.60} names no image of this row; expected {expected}")
         w, h = open_image(s.images[index], where, size_only=True) if {"norm_box", "norm_polygon"} & set(t) else (1, 1)
         if "norm_box" in t:                                                    # 0-1 of the image: needs its size
             t["box"] = [v * k for v, k in zip(numbers(t.pop("norm_box"), 4, where, "norm_box"), (w, h, w, h))]
@@ -647,13 +649,13 @@ def mgrounding_rows(path, root):
     """MGrounding-630k, which UniVG-R1 was trained on: of a conversation, every question whose reply is a box. The reply names the image."""
     for where, row in published_rows(path, root):
         said = [need(turn, "value", str, where) for turn in need(row, "conversations", list, where)]
-        found = [(question, reply, re.search(r"\((\d+),\s*(\d+)\),\s*\((\d+),\s*(\d+)\)", reply)) for question, reply in zip(said[::2], said[1::2])]
-        if not any(box for *_, box in found):
+        boxes = [re.search(r"\((\d+),\s*(\d+)\),\s*\((\d+),\s*(\d+)\)", reply) for reply in said[1::2]]
+        if not any(boxes):
             raise DataError(f"{where}no reply of the conversation holds a box (x1,y1),(x2,y2)")
-        for k, (question, reply, box) in enumerate(found):
+        for k, (asked, reply, box) in enumerate(zip(said[::2], said[1::2], boxes)):
             if box:
-                yield where, {"id": f"{row.get('id')}_{k}", "images": row.get("images"), "question": question, "answer": [int(v) for v in box.groups()],
-                              "task": "group_grounding", "additional_info": reply}
+                yield where, {"id": f"{row.get('id')}_{k}", "images": row.get("images"), "question": asked, "task": "group_grounding",
+                              "answer": [int(v) for v in box.groups()], "additional_info": reply}
 
 
 def revos_rows(path, root):
@@ -674,7 +676,8 @@ def from_video(row, where, layout):
         raise DataError(f"{where}{len(paths)} frames and {len(boxes)} boxes; expected three or more: the question is about the third")
     box = [float(v) for v in re.findall(r"-?\d+(?:\.\d+)?", boxes[2])] if isinstance(boxes[2], str) else boxes[2]
     question = "The images are frames of one video, in order. Locate in the third image: " + need(row, "question", str, where)
-    return {"images": paths, "question": question, "answer_type": "box", "targets": [target({"bbox_list": box}, "bbox_list", layout, where, 2)]}
+    return {"images": paths, "question": question, "answer_type": "box",
+            "targets": [target({"bbox_list": box}, "bbox_list", layout, where, 2)]}
 
 
 class PlainUnpickler(pickle.Unpickler):
@@ -826,8 +829,9 @@ def check(name, samples, counts):
         print(f"  {unnamed} rows do not say in which image their box is; the last one is taken")
     if len(samples) > 9 and all(s.answer_type == "choice" and s.answer == 0 for s in samples):
         print("  the gold is always the first option: ask with the options shuffled")
-    print(f"  {len(samples) - len(wrong) - hidden} of {len(samples)} gold answers would be scored as right" + f", {hidden} are hidden" * (hidden > 0)
-          + "".join(f"\n    not {s.id}: {why}" for s, why in wrong[:20]) + f"\n    and {len(wrong) - 20} more" * (len(wrong) > 20))
+    print(f"  {len(samples) - len(wrong) - hidden} of {len(samples)} gold answers would be scored as right" + f", {hidden} are hidden" * (hidden > 0))
+    for s, why in wrong:
+        print(f"    not {s.id}: {why}")
     if faults:
         raise DataError(f"{len(faults)} faults, such as {'; '.join(faults[:5])}")
 

@@ -49,7 +49,7 @@ class Config:
     convention: Literal["source", "fed", "0-1000", "0-1"] = "source"  # of --predictions: pixels as stored, pixels as fed to --model, relative
     compare: str = ""                                       # two --out folders, A B: who is right where the other is not
     zoom: Literal["on", "off", "black", "all"] = "on"       # allowed, forbidden, answered with black crops; all: the three in turn
-    style: Literal["", "zoom", "think", "boxes"] = ""       # of the prompt; empty: what suits the toy task or, of --data, boxes where all ask for one, else zoom
+    style: Literal["", "zoom", "think", "boxes"] = ""       # of the prompt; empty: the toy task's; for --data boxes if all ask for one, else zoom
     crop_from: Literal["source", "seen"] = "source"         # crops from the stored image, or from the copy that the model was fed
     temperature: float = 0.0                                # 0: greedy
     max_zooms: int = 3                                      # after so many the answer is forced
@@ -122,7 +122,8 @@ def count(rows):
     n, correct = len(scored), sum(is_right(r, r.get("benchmark")) for r in scored)
     asked = len({r.get("of", i) for i, r in enumerate(scored)})                # the rotations of a question are one piece of evidence
     low, high = wilson(correct / max(n, 1) * asked, asked)
-    out = dict(n=n, correct=correct, accuracy=correct / max(n, 1), low=low, high=high, wrong_format=int(sum(r["wrong_format"] for r in scored)))
+    unreadable = int(sum(r["wrong_format"] for r in scored))
+    out = dict(n=n, correct=correct, accuracy=correct / max(n, 1), low=low, high=high, wrong_format=unreadable)
     if overlaps := [r["iou"] for r in scored if "iou" in r]:
         out |= {"mean_iou": mean(overlaps), "iou_at": {t: mean([o >= float(t) - 1e-6 for o in overlaps]) for t in ("0.3", "0.5", "0.7")}}
     for name in ("zooms", "regions", *MARKERS):
@@ -379,7 +380,8 @@ def left_over(config):
         then = model.read_json(saved)
         differ = [f"{k} ({then.get(k)!r} there, {now.get(k)!r} here)" for k in dict.fromkeys([*now, *then]) if then.get(k) != now.get(k)]
         if differ and not then.get("predictions"):
-            raise data.DataError(f"{config.out} holds a run with other settings: {', '.join(differ[:3])}; name another --out, or overwrite it with --fresh")
+            raise data.DataError(f"{config.out} holds a run with other settings: {', '.join(differ[:3])}; "
+                                 "name another --out, or overwrite it with --fresh")
         with open(path, encoding="utf-8") as f:
             for row in (json.loads(line) for line in f if not differ and line.endswith("\n")):     # the last may have been cut off
                 rows.setdefault(row["run"], []).append(row)
@@ -402,8 +404,9 @@ def compare(a, b, out):
     runs = {a: read(a), b: read(b)}
     both = [i for i in runs[a] if i in runs[b]]
     for i in both:
-        if runs[a][i]["question"] != runs[b][i]["question"]:
-            raise data.DataError(f"id {i!r} asks {runs[a][i]['question']!r:.60} in {a}, {runs[b][i]['question']!r:.60} in {b}: not the same data")
+        asked, other = (rows[i]["question"] for rows in runs.values())
+        if asked != other:
+            raise data.DataError(f"id {i!r} asks {asked!r:.60} in {a}, {other!r:.60} in {b}: not the same data")
     if not both:
         raise data.DataError(f"{a} and {b} share no question that both have been scored on")
     hits = [{i: rows[i]["verdict"] == "right" for i in both} for rows in (runs[a], runs[b])]
@@ -426,7 +429,8 @@ def samples_of(config):
     if config.data:
         what, samples = config.data, data.read_jsonl(config.data, config.images or None)[:config.n or None]
     else:
-        what, samples = f"toy {config.task}, {config.difficulty}", data.toy(config.task, "test", config.n or 200, config.seed, config.difficulty)
+        what = f"toy {config.task}, {config.difficulty}"
+        samples = data.toy(config.task, "test", config.n or 200, config.seed, config.difficulty)
     known = set()
     for s in samples:                                                          # rows are found again by their id
         if s.id in known:
@@ -449,8 +453,9 @@ def episodes_of(config, samples):
         limit, factor = config.max_pixels or (known.max_pixels if known else 0), 32 if known and known.convention == "thousand" else 28
         if config.convention == "fed" and not limit:
             raise data.DataError("--convention fed needs --max-pixels, or a --model whose images are of known size")
-        print("coordinates of the predictions: " + {"source": "pixels of the stored image", "0-1000": "0 to 1000", "0-1": "0 to 1",
-                                                    "fed": f"pixels of the image as fed to {config.model}, {limit:,} at most"}[config.convention])
+        read_as = {"source": "pixels of the stored image", "fed": f"pixels of the image as fed to {config.model}, {limit:,} at most",
+                   "0-1000": "0 to 1000", "0-1": "0 to 1"}
+        print(f"coordinates of the predictions: {read_as[config.convention]}")
         if len(texts) < len(samples):
             print(f"{len(samples) - len(texts)} of {len(samples)} samples have no prediction: counted as wrong format")
         episodes = from_predictions(samples, texts, config.convention, limit, factor)
@@ -502,8 +507,9 @@ def evaluate(config):
             raise data.DataError("--compare needs two folders, as in --compare runs/a runs/b")
         return compare(*folders, config.out)
     samples, what = samples_of(config)
-    of_data = "boxes" if all(s.answer_type == "box" for s in samples) else "zoom"                        # a box may be in any image, a crop is of the first
-    config.style = config.style or (of_data if config.data else data.STYLES[data.RECIPES[config.task]])
+    if not config.style and config.data:                                       # a box may be in any image, a crop is of the first
+        config.style = "boxes" if all(s.answer_type == "box" for s in samples) else "zoom"
+    config.style = config.style or data.STYLES[data.RECIPES[config.task]]
     model.make_dir(config.out)                                                 # before the work, not after it
     runs = episodes_of(config, samples)
     summary, parts = summary_of_runs(runs)
@@ -560,8 +566,9 @@ def report(path, title, episodes, curves=None, table=None, settings=None, drawn=
     """Write the run as one HTML file that can be opened anywhere.
 
     episodes: [(label, list[Episode])], a section each. curves: the rows of metrics.jsonl. table: [(label, cells)], its first
-    row the head, its cells text or summarise()'s dicts; of a long one, rows with an indented label are folded away. settings: a dict. At most `drawn` episodes of a section, the first
-    ones and not the best, and at most `max_bytes` of them in all."""
+    row the head, its cells text or summarise()'s dicts; of a long one, the rows with an indented label are folded away.
+    settings: a dict. At most `drawn` episodes of a section, the first ones and not the best, and at most `max_bytes` of them
+    in all."""
     album, cards, states, size = {}, [[] for _ in episodes], [], 0
     side = 640 if sum(min(len(group), drawn) for _, group in episodes) <= 200 else 448             # many pictures are stored smaller
     turns = [(i, group[k]) for k in range(drawn) for i, (_, group) in enumerate(episodes) if k < len(group)]     # sections take turns
@@ -577,7 +584,8 @@ def report(path, title, episodes, curves=None, table=None, settings=None, drawn=
     for i, (label, group) in enumerate(episodes):
         hits = [verdict(e) == "right" for e in group if verdict(e)]
         low, high = wilson(sum(hits), len(hits))
-        interval = f", 95 % interval {low:.1%} to {high:.1%}" if len({e.sample.id for e in group}) > 1 else ""     # of questions, not of tries
+        many = len({e.sample.id for e in group}) > 1                           # questions, not tries of one
+        interval = f", 95 % interval {low:.1%} to {high:.1%}" if many else ""
         score = f"{sum(hits)} of {len(hits)} right ({mean(hits):.1%}{interval}). " if hits else ""
         rest = f"The first {len(cards[i])} are drawn, {len(group) - len(cards[i])} are left out." if len(cards[i]) < len(group) else ""
         links += f'<a href="#s{i}">{esc(label, 60)}</a>'
@@ -586,7 +594,8 @@ def report(path, title, episodes, curves=None, table=None, settings=None, drawn=
     body += f'<p class="settings">{" ".join(f"<span>{esc(k)} <b>{esc(v, 400)}</b></span>" for k, v in (settings or {}).items())}</p>'
     if table:
         (_, head), *rows = [(label, f"<tr><th>{esc(label)}</th>{''.join(map(cell, cells))}</tr>") for label, cells in table]
-        grid = lambda rows: f'<div class="scroll"><table class="numbers"><thead>{head.replace("td>", "th>")}</thead>{"".join(rows)}</table></div>'
+        head = f'<thead>{head.replace("td>", "th>")}</thead>'
+        grid = lambda rows: f'<div class="scroll"><table class="numbers">{head}{"".join(rows)}</table></div>'
         body += grid(row for label, row in rows if len(rows) <= 12 or not label.startswith(" "))
         if len(rows) > 12 and any(label.startswith(" ") for label, _ in rows):
             body += f"<details><summary>by category</summary>{grid(row for _, row in rows)}</details>"
@@ -626,12 +635,13 @@ def card(album, e, side=640):
     said = said if isinstance(said, str) else numbers(said)
     tick = '<b class="tick"> ✓</b>'
     options = "".join(f"<li{' class=gold' * (i == s.answer)}>{chr(65 + i)}. {esc(o)}{tick * (i == s.answer)}</li>" for i, o in enumerate(s.options))
-    facts = [", ".join(map(str, s.category)), f"{zooms} zoom{'s' * (zooms != 1)}", f"{sum(e.sampled)} tokens" if e.ids else "", f"ended by: {e.stop}",
-             *(f"{k} {does[k]}" for k in MARKERS if does.get(k)), f"advantage {e.advantage:+.2f}" if e.advantage else ""]
+    facts = [", ".join(map(str, s.category)), f"{zooms} zoom{'s' * (zooms != 1)}", f"{sum(e.sampled)} tokens" if e.ids else "",
+             f"ended by: {e.stop}", *(f"{k} {does[k]}" for k in MARKERS if does.get(k)), f"advantage {e.advantage:+.2f}" if e.advantage else ""]
     facts = "".join(f"<span>{esc(fact, 60)}</span>" for fact in facts if fact)
     names = "".join(f"<th>{esc(k.replace('_', ' '))}</th>" for k in e.parts)
     values = "".join(f"<td>{v:.3g}</td>" for v in e.parts.values())
-    pictures, turns = "".join(picture(album, e, i, side) for i in range(len(s.images))), "".join(turn(album, e, n, t) for n, t in enumerate(e.turns, 1))
+    pictures = "".join(picture(album, e, i, side) for i in range(len(s.images)))
+    turns = "".join(turn(album, e, n, t) for n, t in enumerate(e.turns, 1))
     for_script = f'data-id="{esc(s.id)}" data-category="{esc(chr(10).join(map(str, s.category)))}" data-zooms="{zooms}"'
     return f"""<article class="{state}" tabindex="-1" {for_script}>
 <header>{f'<span class="badge">{state}</span>' if state else ""}<b>{esc(s.id, 120)}</b>{facts}</header>
@@ -789,8 +799,9 @@ def charts(curves, first=8):
                 series.setdefault(name, []).append((row.get("step", i), value))
     flat = lambda item: len({value for _, value in item[1]}) == 1              # what never changes comes last
     drawn = [chart(name, points) for name, points in sorted(series.items(), key=flat) if len(points) > 1]
-    more = f'<details><summary>{len(drawn) - first} more</summary><div class="charts">{"".join(drawn[first:])}</div></details>' if len(drawn) > first else ""
-    return f'<div class="charts">{"".join(drawn[:first])}</div>{more}' if drawn else ""
+    grid = lambda part: f'<div class="charts">{"".join(part)}</div>'
+    more = f"<details><summary>{len(drawn) - first} more</summary>{grid(drawn[first:])}</details>" if len(drawn) > first else ""
+    return grid(drawn[:first]) + more if drawn else ""
 
 
 LEGEND = """<p class="dim">Numbers are the points that the model named to zoom into, rectangles of the same color what each crop showed it; the
@@ -882,9 +893,12 @@ function rate() {
 }
 function download() {
   const said = (turn, what) => turn.querySelector('.' + what + ':checked')?.value ?? null
-  const ratings = [...document.querySelectorAll('.turn:has(:checked)')].map(turn => ({
-    section: turn.closest('section').querySelector('h2').textContent, id: turn.closest('article').dataset.id,
-    episode: [...turn.closest('section').querySelectorAll('article')].indexOf(turn.closest('article')) + 1, turn: +turn.querySelector('.number').textContent, right: said(turn, 'right'), helps: +said(turn, 'helps') || null}))
+  const ratings = [...document.querySelectorAll('.turn:has(:checked)')].map(turn => {
+    const card = turn.closest('article'), section = turn.closest('section')
+    return {section: section.querySelector('h2').textContent, id: card.dataset.id,
+            episode: [...section.querySelectorAll('article')].indexOf(card) + 1, turn: +turn.querySelector('.number').textContent,
+            right: said(turn, 'right'), helps: +said(turn, 'helps') || null}
+  })
   const file = new Blob([JSON.stringify({report: document.title, ratings}, null, 1)], {type: 'application/json'})
   make('a', {href: URL.createObjectURL(file), download: 'ratings.json'}).click()
 }
