@@ -13,7 +13,7 @@ rollouts of every step), checkpoint/, and at the end summary.json and report.htm
 
 Left out of the papers, and why. By default: 16 optimizer steps per batch of rollouts, dual clip and a reference model (ViGoRL;
 later work finds no use for the last), difficulty weights (UniVG-R1); `--recipe` brings them back. At all: UniVG-R1's learning
-rate falls to 0, ours is constant; rollouts cut at the length limit still train there and here.
+rate falls to 0, ours is constant; rollouts cut at the length limit train there, and here unless --over-turn says otherwise.
 """
 import json, os, random, signal, time
 from dataclasses import asdict, dataclass, replace
@@ -49,7 +49,7 @@ class Config:
     steps: int = 60                 # RL steps
     num_prompts: int = 16           # prompts per step (ViGoRL: 128)
     group_size: int = 8             # rollouts per prompt
-    blind_prompts: int = 2          # of them, that many may not zoom and must answer at once
+    blind_prompts: int = 2          # of them, that many may not zoom and must answer at once (0 where there are not more prompts than that)
     num_minibatches: int = 1        # optimizer steps per batch of rollouts; beyond 1 the clip begins to matter
     lr: float = 3e-4                # constant after 3 steps of warm-up (papers, at 3B-7B: 1e-6)
     clip_grad: float = 1.0          # largest gradient norm
