@@ -40,7 +40,7 @@ class Sample:
     targets: list = field(default_factory=list)     # [{"image": 0, "box": [x1, y1, x2, y2]}], pixels of the stored image;
                                                     # and "polygon": its corners in order, where not all of the box is right
     category: list = field(default_factory=list)
-    meta: dict = field(default_factory=dict)
+    meta: dict = field(default_factory=dict)        # "evidence": boxes that show the answer; "question_boxes": boxes quoted in the question
 
 
 # ----------------------------------------------------------------------------------------------------------------------

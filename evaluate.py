@@ -497,6 +497,29 @@ def summary_of_runs(runs):
     return summary, parts
 
 
+def show(config, what, runs, summary, parts):
+    """The same table on the screen and in the report: a row for each run, and below it one for each category that is not all there is."""
+    what += f"; chance {summary['chance']:.1%}" if "chance" in summary else ""
+    if "zoom_gain" in summary:
+        what += f"; zoom gain {summary['zoom_gain']:.1%}, zoom harm {summary['zoom_harm']:.1%} (right only with it, right only without)"
+    rows = []
+    for label, s in parts.items():
+        rows += [(label, s)] + [(f"  {name}", part) for name, part in s["categories"].items() if part["n"] < s["n"]]
+        if "average" in s:
+            what += f"; {label}: the average of {s['benchmark']} is {s['average']:.1%} (mean of {s['average_of']})"
+    width = max(len(label) for label, _ in rows)
+    print(f"\n{what}\n{'':{width}}  {'n':>6}  {'correct':>7}  {'accuracy':>8}  {'95 % interval':>16}  wrong format")
+    for label, s in rows:
+        print(f"{label:{width}}  {s['n']:6}  {s['correct']:7}  {s['accuracy']:8.1%}  {s['low']:6.1%} to {s['high']:6.1%}  {s['wrong_format']:12}")
+    more = [k for k in ("mean_iou", "zooms", "regions", *MARKERS, "pointing") if any(k in s for _, s in rows)]
+    table = [("", ["accuracy, 95 % interval", "questions", "wrong format", *(k.replace("_", " ") for k in more)])]
+    table += [(label, [s, s["n"], s["wrong_format"], *(f"{s[k]:.2f}" if k in s else "" for k in more)]) for label, s in rows]
+    settings = {k: v for k, v in asdict(config).items() if v != getattr(Config, k) and k not in ("data", "out", "fresh")}
+    report(os.path.join(config.out, "report.html"), f"How well does {config.predictions or config.checkpoint or config.model} look?",
+           list(runs.items()), table=table, settings={"on": what} | settings, drawn=config.drawn)
+    print(f"\n-> {config.out}/report.html, summary.json, episodes.jsonl")
+
+
 def evaluate(config):
     if min(config.batch, config.max_new_tokens) < 1 or min(config.n, config.max_zooms, config.temperature, config.drawn) < 0:
         raise data.DataError("--batch and --max-new-tokens must be at least 1; --n, --max-zooms, --temperature and --drawn at least 0")
@@ -516,26 +539,7 @@ def evaluate(config):
     if model.rank():
         return summary
     model.write_json(os.path.join(config.out, "summary.json"), summary)
-
-    what += f"; chance {summary['chance']:.1%}" if "chance" in summary else ""
-    if "zoom_gain" in summary:
-        what += f"; zoom gain {summary['zoom_gain']:.1%}, zoom harm {summary['zoom_harm']:.1%} (right only with it, right only without)"
-    rows = []                                                                  # a category has a row where it is not all there is
-    for label, s in parts.items():
-        rows += [(label, s)] + [(f"  {name}", part) for name, part in s["categories"].items() if part["n"] < s["n"]]
-        if "average" in s:
-            what += f"; {label}: the average of {s['benchmark']} is {s['average']:.1%} (mean of {s['average_of']})"
-    width = max(len(label) for label, _ in rows)
-    print(f"\n{what}\n{'':{width}}  {'n':>6}  {'correct':>7}  {'accuracy':>8}  {'95 % interval':>16}  wrong format")
-    for label, s in rows:
-        print(f"{label:{width}}  {s['n']:6}  {s['correct']:7}  {s['accuracy']:8.1%}  {s['low']:6.1%} to {s['high']:6.1%}  {s['wrong_format']:12}")
-    more = [k for k in ("mean_iou", "zooms", "regions", *MARKERS, "pointing") if any(k in s for _, s in rows)]
-    table = [("", ["accuracy, 95 % interval", "questions", "wrong format", *(k.replace("_", " ") for k in more)])]
-    table += [(label, [s, s["n"], s["wrong_format"], *(f"{s[k]:.2f}" if k in s else "" for k in more)]) for label, s in rows]
-    settings = {k: v for k, v in asdict(config).items() if v != getattr(Config, k) and k not in ("data", "out", "fresh")}
-    report(os.path.join(config.out, "report.html"), f"How well does {config.predictions or config.checkpoint or config.model} look?",
-           list(runs.items()), table=table, settings={"on": what} | settings, drawn=config.drawn)
-    print(f"\n-> {config.out}/report.html, summary.json, episodes.jsonl")
+    show(config, what, runs, summary, parts)
     return summary
 
 
