@@ -344,9 +344,8 @@ if os.environ["RANK"] == "1":
     def group_advantages(*_): raise RuntimeError("out of luck")
     grpo.group_advantages = group_advantages
 train_rl.main()""")
-    began = time.time()
     status, out, err = test_scripts.finish(torchrun(2, f"{tmp_path}/dies.py {SMALL[12:]}", tmp_path), timeout=300)
-    assert status != 0 and "out of luck" in err and not test_scripts.STEP.search(out) and time.time() - began < 200
+    assert status != 0 and "out of luck" in err and not test_scripts.STEP.search(out)          # a hang would run into the timeout
 
 # -----------------------------------------------------------------------------
 # crashes
