@@ -605,7 +605,7 @@ def test_as_a_script(bench):
     folder, _ = bench
     (folder / "texts.jsonl").write_text("".join(json.dumps(r) + "\n" for r in texts("(110, 55)", "(3, 3)")))
     out = subprocess.run([sys.executable, "evaluate.py", "--data", folder / "bench.jsonl", "--predictions", folder / "texts.jsonl", "--out", folder / "out"],
-                         cwd=ROOT, capture_output=True, text=True, timeout=120)
+                         cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert out.returncode == 0 and out.stderr == "", out.stderr
     assert "66.7%" in out.stdout and json.load(open(folder / "out" / "summary.json"))["correct"] == 2
 
