@@ -200,10 +200,10 @@ def train_step(vlm, ref, optimizer, samples, cfg, step):
             A = torch.tensor([e.advantage for e in part], device=logprobs.device)                       # (B,)
             per_token = grpo.policy_loss(logprobs, old, A, mask, cfg.clip_low, cfg.clip_high, cfg.loss)
             if cfg.kl_coef > 0:
-                asked = model.clock()
+                since = model.clock()
                 with torch.no_grad():
                     ref_logprobs = ref.logprobs(part, cfg.temperature)[0]
-                reference += model.clock() - asked
+                reference += model.clock() - since
                 penalty = grpo.kl_penalty(logprobs, ref_logprobs, cfg.kl, mask, old)
                 per_token = per_token + cfg.kl_coef * penalty
                 log["kl"] += penalty.sum().item()
