@@ -13,7 +13,7 @@ rollouts of every step), checkpoint/, and at the end summary.json and report.htm
 
 Left out of the papers, and why. By default: 16 optimizer steps per batch of rollouts, dual clip and a reference model (ViGoRL;
 later work finds no use for the last), difficulty weights (UniVG-R1); `--recipe` brings them back. At all: UniVG-R1's learning
-rate falls to 0, ours is constant; rollouts cut at the length limit still train there and here.
+rate falls to 0, ours is constant; rollouts cut at the length limit train there, and here unless --over-turn says otherwise.
 """
 import json, os, random, signal, time
 from dataclasses import asdict, dataclass, replace
@@ -49,7 +49,7 @@ class Config:
     steps: int = 60                 # RL steps
     num_prompts: int = 16           # prompts per step (ViGoRL: 128)
     group_size: int = 8             # rollouts per prompt
-    blind_prompts: int = 2          # of them, that many may not zoom and must answer at once
+    blind_prompts: int = 2          # of them, that many may not zoom and must answer at once (0 where there are not more prompts than that)
     num_minibatches: int = 1        # optimizer steps per batch of rollouts; beyond 1 the clip begins to matter
     lr: float = 3e-4                # constant after 3 steps of warm-up (papers, at 3B-7B: 1e-6)
     clip_grad: float = 1.0          # largest gradient norm
@@ -76,6 +76,7 @@ class Config:
     papo_coef: float = 0.0          # answers should be unlikely where most of the image is black (PAPO 0.01-0.02); a second forward pass
 
     max_batch_tokens: int = 262144  # of the rollout's cache (3B: 36 kB each); more is run in parts, with the same result
+    graphs: bool = False            # decode with CUDA graphs (not yet run on a GPU; no use on a CPU)
     micro_tokens: int = 16384       # tokens per forward and backward pass: memory only, the gradient does not change
     recompute: bool = False         # recompute each layer in the backward pass: a third more time, a fraction of the memory
     offload: bool = False           # optimizer (masters, moments) on the CPU: 12 bytes per parameter less on the GPU
@@ -102,7 +103,7 @@ PAPERS = {
 
 POSITIVE = ("num_prompts", "group_size", "num_minibatches", "max_new_tokens", "temperature", "save_every", "sft_n", "sft_batch", "sft_epochs",
             "eval_n", "max_batch_tokens", "micro_tokens")
-FREE = ("resume", "steps", "name", "save_every", "max_batch_tokens", "micro_tokens", "recompute", "offload")      # may differ from the run that is resumed
+FREE = ("resume", "steps", "name", "save_every", "max_batch_tokens", "graphs", "micro_tokens", "recompute", "offload")      # may differ from the run that is resumed
 PATIENCE = 5                        # steps in a row without a finite gradient, then the run stops
 
 
@@ -199,10 +200,10 @@ def train_step(vlm, ref, optimizer, samples, cfg, step):
             A = torch.tensor([e.advantage for e in part], device=logprobs.device)                       # (B,)
             per_token = grpo.policy_loss(logprobs, old, A, mask, cfg.clip_low, cfg.clip_high, cfg.loss)
             if cfg.kl_coef > 0:
-                asked = model.clock()
+                since = model.clock()
                 with torch.no_grad():
                     ref_logprobs = ref.logprobs(part, cfg.temperature)[0]
-                reference += model.clock() - asked
+                reference += model.clock() - since
                 penalty = grpo.kl_penalty(logprobs, ref_logprobs, cfg.kl, mask, old)
                 per_token = per_token + cfg.kl_coef * penalty
                 log["kl"] += penalty.sum().item()
@@ -308,7 +309,7 @@ def longest(cfg):
 
 def rollout_options(cfg):
     return dict(max_zooms=cfg.max_zooms, max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature, style=data.STYLES[cfg.recipe],
-                crop_from=cfg.crop_from, max_batch_tokens=cfg.max_batch_tokens)
+                crop_from=cfg.crop_from, max_batch_tokens=cfg.max_batch_tokens, graphs=cfg.graphs)
 
 
 def measure(vlm, cfg, samples, label):
@@ -339,6 +340,8 @@ def main():
         model.fail("the oracle knows the toy world only: --data needs --traces mcts, --traces FILE.jsonl, or --traces '' for none")
     if cfg.group_size < 2:
         model.fail("in a group of one nobody is better than the mean, so nothing is learned; expected --group-size 2 or more")
+    if cfg.graphs and not torch.cuda.is_available():
+        model.fail("--graphs needs a CUDA device")
     if (seeing := cfg.num_prompts - blind_prompts(cfg, cfg.num_prompts)) < model.world():
         model.fail(f"{seeing} prompts that may zoom cannot be shared by {model.world()} ranks; expected --num-prompts {model.world() + cfg.blind_prompts} or more")
     rows = data.read_jsonl(cfg.data, cfg.images or None) if cfg.data else []

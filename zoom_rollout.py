@@ -184,14 +184,15 @@ def replay(vlm, sample, texts, style="zoom", max_zooms=3):
 
 @torch.no_grad()
 def rollout(vlm, samples, group_size=1, *, max_zooms=3, max_new_tokens=64, temperature=1.0, seed=0, style="zoom", zoom="on",
-            crop_from="source", views=None, max_batch_tokens=262_144, skip=0):
+            crop_from="source", views=None, max_batch_tokens=262_144, skip=0, graphs=False):
     """group_size episodes for each sample.
 
     max_zooms: after so many calls (those that fail count too) the next turn opens with data.FORCE and must answer; its
     injected tokens are not trained on. zoom: "on"; "off" forces the answer in the first turn; "black" shows empty crops.
     views: the samples' own prompt views, if already encoded. Single-turn styles ("think", "boxes") end with their first turn.
     max_batch_tokens: cache slots at once (of a 3B model 36 kB each): what does not fit is run in parts, with the same result.
-    skip: how many samples of the same batch come before these (other ranks run them): each keeps its own random numbers."""
+    skip: how many samples of the same batch come before these (other ranks run them): each keeps its own random numbers.
+    graphs: on a GPU, decode with captured CUDA graphs."""
     limit = max_zooms if style == "zoom" and zoom != "off" else 0
     prompts = [begin(vlm, s, style, views and views[i]) for i, s in enumerate(samples)]
     if style == "zoom" and limit == 0:
@@ -213,11 +214,11 @@ def rollout(vlm, samples, group_size=1, *, max_zooms=3, max_new_tokens=64, tempe
     for part in parts:
         first = share[part[0]]
         unfold(vlm, prompts[first:share[part[-1]] + 1], [share[i] - first for i in part], [episodes[i] for i in part], u[part],
-               temperature, style, zoom, limit, crop_from)
+               temperature, style, zoom, limit, crop_from, graphs)
     return episodes
 
 
-def unfold(vlm, prompts, group, episodes, u, temperature, style, zoom, limit, crop_from):
+def unfold(vlm, prompts, group, episodes, u, temperature, style, zoom, limit, crop_from, graphs=False):
     """Run `episodes`, which hold their prompts, to their ends. group: the prompt of each; u (B, limit + 1, max_new_tokens)."""
     cache = vlm.new_cache(len(prompts))
     logits, starts = vlm.extend(cache, [e.ids for e in prompts], [0] * len(prompts), [v for e in prompts for v in e.views])
@@ -228,7 +229,7 @@ def unfold(vlm, prompts, group, episodes, u, temperature, style, zoom, limit, cr
         turns = torch.tensor([len(episodes[i].turns) for i in active], device=vlm.device)
         ahead = (done[:, None] + torch.arange(longest, device=vlm.device)).clamp(max=longest - 1)
         numbers = u[torch.tensor(active, device=vlm.device)[:, None], turns[:, None], ahead]   # (B, longest)
-        ids, logps, starts = sample_turn(vlm, cache, logits, starts, numbers, temperature, longest - min(written[i] for i in active),
+        ids, logps, starts = sample_turn(vlm, cache, logits, starts, numbers, temperature, longest - min(written[i] for i in active), graphs,
                                          left=[longest - written[i] for i in active], patience=len(active) // 8)
         rows, chunks, shown = [], [], []
         for b, i in enumerate(active):
