@@ -173,7 +173,7 @@ def test_a_checkpoint_is_a_model(whole, script):
     works(script(f"train_rl.py {SMALL} --model {run}/checkpoint --traces '' --steps 1 --name more"))
     assert len(read("runs/more/metrics.jsonl")) == 1 and os.path.exists("runs/more/report.html")
 
-@pytest.mark.parametrize("task", [t if t in ("search", "boxes") else pytest.param(t, marks=pytest.mark.slow) for t in data.TASKS])
+@pytest.mark.parametrize("task", [t if t == "boxes" else pytest.param(t, marks=pytest.mark.slow) for t in data.TASKS])
 def test_every_toy_task(script, task):
     """Claim: two steps of each task run from the command line, with the recipe that suits the task."""
     out = works(script(f"train_rl.py --task {task} --steps 2 --num-prompts 8 --group-size 4 --max-new-tokens 40 --eval-n 4 --sft-n 48 --sft-epochs 4 "
@@ -337,7 +337,7 @@ BAD_ROWS = {"json": ('{"id": "second", "images": ', ["json.jsonl, line 2: not JS
             "question": ({"question": None}, ["question.jsonl, line 2: field 'question' is missing"]),
             "type": ({"answer_type": "smell"}, ["type.jsonl, line 2: answer_type is 'smell'"]),
             "answer": ({"answer": 9}, ["answer.jsonl, line 2: answer is 9"]),
-            "target": ({"answer_type": "point", "targets": [{"image": 3, "box": [0, 0, 1, 1]}]}, ["target.jsonl, line 2: target"]),
+            "target": ({"answer_type": "point", "targets": [{"image": 3, "box": [0, 0, 1, 1]}]}, ["target.jsonl, line 2: box"]),
             "nothing": ({"images": ["nowhere.png"]}, ["nothing.jsonl, line 2: image", "nowhere.png does not exist"])}
 READERS = ["train_rl.py --traces '' --data", "train_sft.py --traces x --data", "evaluate.py --data", "data.py show"]
 

@@ -475,7 +475,6 @@ MUTATIONS = [
     ("train_rl", "[first:first + P]", "[:P]", test_ranks_and_micro_batches_change_nothing, dict(flags=EVERYTHING)),
     ("train_rl", "torch.tensor(model.gather(accuracy.tolist()))", "accuracy[None].expand(2, -1, -1).flatten(0, 1)",
      test_ranks_and_micro_batches_change_nothing, dict(flags=EVERYTHING)),
-    ("train_rl", "skip = sum(counts[:model.rank()])", "skip = 0", test_ranks_and_micro_batches_change_nothing, dict(flags=EVERYTHING)),
     ("train_rl", "/{e.sample.id}/{v.index}/{v.box}", "/{len(dark)}", test_ranks_and_micro_batches_change_nothing, dict(flags=EVERYTHING)),
     ("train_rl", 'model.settle(checkpoint := os.path.join("runs", cfg.name, "checkpoint"))', 'checkpoint = os.path.join("runs", cfg.name, "checkpoint")',
      test_resume_between_two_renames, {}),
