@@ -16,7 +16,9 @@ guessed from their size: (500, 300) is a fine point in any of them.
 What could not be read is wrong, and counted as wrong_format; a web action that is half right is wrong. Options of --data are
 shown in an order drawn from --seed and the sample's id, because some benchmarks always put the right one first.
 
-Left out: a language model as judge (every rule here can be read), live web tasks, masks as targets.
+What is right is decided by rules that can be read. --judge URL only counts, beside the rules, what an episode did (behaviour, ask_judge).
+
+Left out: live web tasks, masks as targets.
 """
 import base64, functools, hashlib, html, io, json, math, os, random, re, sys
 from dataclasses import asdict, dataclass, replace
@@ -58,6 +60,8 @@ class Config:
     batch: int = 64                                         # episodes at a time; halved whenever the GPU's memory does not hold them
     seed: int = 0                                           # of the toy scenes, of the order of options and of sampling
     drawn: int = 500                                        # episodes per section of the report, at most
+    judge: str = ""                                         # an OpenAI-compatible server (http://HOST:PORT/v1) that also counts what the rules of behaviour() count
+    judge_model: str = ""                                   # which model of that server; empty: its first
     fresh: bool = False                                     # overwrite what another run left in --out
     out: str = "runs/evaluate"                              # folder for summary.json, episodes.jsonl and report.html
 
@@ -126,7 +130,7 @@ def count(rows):
     out = dict(n=n, correct=correct, accuracy=correct / max(n, 1), low=low, high=high, wrong_format=unreadable)
     if overlaps := [r["iou"] for r in scored if "iou" in r]:
         out |= {"mean_iou": mean(overlaps), "iou_at": {t: mean([o >= float(t) - 1e-6 for o in overlaps]) for t in ("0.3", "0.5", "0.7")}}
-    for name in ("zooms", "regions", *MARKERS):
+    for name in ("zooms", *COUNTS):
         if values := [r[name] for r in scored if name in r]:
             out[name] = mean(values)
     if points := sum(r.get("points", 0) for r in scored):
@@ -177,6 +181,7 @@ NEAR = 0.1                      # of the image's longer side
 MARKERS = {"subgoals": re.compile(r"\b(?:first|next|let me|let's|let us|i will|i'll|i need to|i should|look for|to find)\b", re.I),
            "verification": re.compile(r"\b(?:check|verif\w+|confirm\w*|make sure|look again|closer look|re-?examin\w*)\b", re.I),
            "backtracking": re.compile(r"\b(?:wait|actually|instead|mistaken|reconsider|go back|not (?:here|there|it)|wrong|on second thought)\b", re.I)}
+COUNTS = ("regions", *MARKERS)
 
 
 def steps_of(e, limit=100_000):
@@ -224,6 +229,47 @@ def behaviour(e):
         points = [p for words, points in steps if not words for p in points] or named
         found |= {"points": len(points), "pointed": sum(any(x1 <= x <= x2 and y1 <= y <= y2 for x1, y1, x2, y2 in boxes) for x, y in points)}
     return found
+
+
+# behaviour()'s rules in words, for a language model. Text only, as in the paper: a point is judged by what is said of it.
+JUDGE = """Below is what a model thought, step by step, while it answered a question about an image. (x, y) is a point{size}. Count:
+- regions: places that its steps name; all points within a tenth of the image's longer side are one place, a point outside the image is no point
+- subgoals: steps that say what to do next and name a point
+- verification: steps that return to a place that had been left, or that say they check and name a point
+- backtracking: steps that name another place than the step before, after words of correction in or before them
+Reply with four numbers as JSON and nothing else: {{"regions": ..., "subgoals": ..., "verification": ..., "backtracking": ...}}
+
+Question: {question}
+{steps}"""
+
+
+def ask_judge(endpoint, runs):
+    """Every episode that thought something gets `judged`: the four counts, or {} where the reply could not be read. The thoughts are
+    what a model wrote: they may sway the judge, but move nothing else than these counts."""
+    asked = [(label, e, steps) for label, episodes in runs.items() for e in episodes if (steps := steps_of(e))]
+    jobs = []
+    for label, e, steps in asked:
+        sx, sy, w, h = e.frames[0] if e.frames else (1, 1, 0, 0)                # told in the coordinates of the thoughts
+        told = [words.strip() or f"It zooms into {numbers((points[0][0] / sx, points[0][1] / sy))}." for words, points in steps if words or points]
+        jobs.append((f"{label}/{e.sample.id}", [], JUDGE.format(
+            size=f", x from 0 to {w / sx:.0f}, y from 0 to {h / sy:.0f}" if w else "", question=data.question(e.sample, e.frames),
+            steps="\n".join(f"{i}. {step}" for i, step in enumerate(told, 1)))))
+    print(f"judge: {endpoint.model} at {endpoint.url} reads {len(jobs)} of {sum(map(len, runs.values()))} episodes, those that thought something")
+    for (_, e, _), reply in zip(asked, endpoint.ask(jobs, 0.0)):
+        said = re.findall(r"\{[^{}]*\}", reply)[-1:]                           # after whatever else it wrote
+        found = {k: int(n) for k, n in re.findall(r'"(\w+)"\s*:\s*(\d{1,3})\s*[,}]', "".join(said))}
+        e.judged = {k: found[k] for k in COUNTS} if found.keys() >= set(COUNTS) else {}
+
+
+def agreement(episodes):
+    """Judge and rules over the episodes that both counted -> the means of both, the share of episodes in which they count the same, and
+    the share in which they would by chance: most counts are 0, and two that never look agree on that."""
+    asked = [e for e in episodes if hasattr(e, "judged")]
+    both, out = [(e.judged, behaviour(e)) for e in asked if e.judged], {}
+    for k in COUNTS if both else ():
+        a, b = [judged[k] for judged, _ in both], [rules[k] for _, rules in both]
+        out[k] = dict(judge=mean(a), rules=mean(b), same=mean([x == y for x, y in zip(a, b)]), chance=sum(a.count(x) for x in b) / len(both) ** 2)
+    return {"n": len(both), "unjudged": len(asked) - len(both), **out}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -354,7 +400,7 @@ def record(e):
     turns = [{"text": t.text, "point": t.point, "crop": t.crop, "error": t.error, "forced": t.forced} for t in e.turns]
     return {"id": e.sample.id, "question": e.sample.question, "options": e.sample.options, "answer": gold(e.sample), "turns": turns,
             "stop": e.stop, "verdict": verdict(e), "parts": e.parts, "advantage": e.advantage, "tokens": sum(e.sampled), "behaviour": behaviour(e),
-            "frames": e.frames, "looked": getattr(e, "looked", {}), "pieces": getattr(e, "pieces", [])}
+            "frames": e.frames, "looked": getattr(e, "looked", {}), "pieces": getattr(e, "pieces", []), **({"judged": e.judged} if hasattr(e, "judged") else {})}
 
 
 def restore(row, sample):
@@ -371,7 +417,7 @@ def left_over(config):
     path, saved, rows = os.path.join(config.out, "episodes.jsonl"), os.path.join(config.out, "config.json"), {}
     if model.rank():
         model.meet()                                                           # rank 0 puts the file in order first
-    now = {k: v for k, v in asdict(config).items() if k not in ("out", "drawn", "batch", "fresh", "compare")}
+    now = {k: v for k, v in asdict(config).items() if k not in ("out", "drawn", "batch", "fresh", "compare", "judge", "judge_model")}
     for name in ("data", "predictions", "checkpoint", "model"):
         file = os.path.join(now[name], "model.safetensors") if name in ("checkpoint", "model") else now[name]
         if now[name] and os.path.isfile(file):
@@ -485,7 +531,8 @@ def episodes_of(config, samples):
 
 def summary_of_runs(runs):
     """{label: episodes} -> (the first run's summary, with all runs and what zooming won and lost if there are several, the summaries)"""
-    parts = {label: summary_of(episodes) for label, episodes in runs.items()}
+    parts = {label: summary_of(episodes) | ({"judged": agreement(episodes)} if any(hasattr(e, "judged") for e in episodes) else {})
+             for label, episodes in runs.items()}
     summary, samples = dict(next(iter(parts.values()))), [e.sample for e in next(iter(runs.values()))]
     if all(s.answer_type == "choice" for s in samples):
         summary["chance"] = mean([1 / len(s.options) for s in samples])
@@ -511,9 +558,14 @@ def show(config, what, runs, summary, parts):
     print(f"\n{what}\n{'':{width}}  {'n':>6}  {'correct':>7}  {'accuracy':>8}  {'95 % interval':>16}  wrong format")
     for label, s in rows:
         print(f"{label:{width}}  {s['n']:6}  {s['correct']:7}  {s['accuracy']:8.1%}  {s['low']:6.1%} to {s['high']:6.1%}  {s['wrong_format']:12}")
-    more = [k for k in ("mean_iou", "zooms", "regions", *MARKERS, "pointing") if any(k in s for _, s in rows)]
+    more = [k for k in ("mean_iou", "zooms", *COUNTS, "pointing") if any(k in s for _, s in rows)]
     table = [("", ["accuracy, 95 % interval", "questions", "wrong format", *(k.replace("_", " ") for k in more)])]
     table += [(label, [s, s["n"], s["wrong_format"], *(f"{s[k]:.2f}" if k in s else "" for k in more)]) for label, s in rows]
+    for label, j in ((label, s["judged"]) for label, s in parts.items() if "judged" in s):
+        words = {k: f"{j[k]['judge']:.2f} (rules {j[k]['rules']:.2f}; same {j[k]['same']:.0%}, by chance {j[k]['chance']:.0%})" for k in COUNTS if k in j}
+        known = f"{j['n']}" + f", {j['unjudged']} unjudged" * (j["unjudged"] > 0)
+        print(f"judge, {label} ({known}): {', '.join(f'{k} {said}' for k, said in words.items())}")
+        table.append((f"judge, {label}", ["", known, "", *(words.get(k, "") for k in more)]))
     settings = {k: v for k, v in asdict(config).items() if v != getattr(Config, k) and k not in ("data", "out", "fresh")}
     report(os.path.join(config.out, "report.html"), f"How well does {config.predictions or config.checkpoint or config.model} look?",
            list(runs.items()), table=table, settings={"on": what} | settings, drawn=config.drawn)
@@ -534,7 +586,16 @@ def evaluate(config):
         config.style = "boxes" if all(s.answer_type == "box" for s in samples) else "zoom"
     config.style = config.style or data.STYLES[data.RECIPES[config.task]]
     model.make_dir(config.out)                                                 # before the work, not after it
+    if config.judge and not config.judge.startswith(("http://", "https://")):
+        raise data.DataError(f"--judge is {config.judge!r}; expected an address, such as http://127.0.0.1:8000/v1")
+    path, log = (os.path.join(config.out, name) for name in ("episodes.jsonl", "judge.jsonl"))
+    judge = model.Endpoint("judge", config.judge, config.judge_model, data.DataError, log) if config.judge and model.rank() == 0 else None
     runs = episodes_of(config, samples)
+    if judge:
+        ask_judge(judge, runs)
+        with open(path + ".tmp", "w", encoding="utf-8") as f:
+            f.writelines(json.dumps({"run": label, **record(e)}) + "\n" for label, episodes in runs.items() for e in episodes)
+        os.replace(path + ".tmp", path)
     summary, parts = summary_of_runs(runs)
     if model.rank():
         return summary

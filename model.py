@@ -8,7 +8,7 @@ every rollout of the group, every turn, the reference pass and the update.
 
 Shapes:  B rows (episodes)   T tokens   D width   V vocabulary   S cache slots   N image tokens
 """
-import argparse, dataclasses, inspect, json, math, os, re, shutil, sys, time, typing
+import argparse, base64, contextlib, dataclasses, http.client, inspect, io, json, math, os, re, shutil, sys, threading, time, typing, urllib.error, urllib.request, zlib
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")    # rollout and update need blocks of very different sizes
@@ -722,6 +723,83 @@ def peak_memory():
 
 def is_out_of_memory(error):
     return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+class Endpoint:
+    """A model behind an address (an OpenAI-compatible server). Replies cost money: each is written to `log` when it comes, and never
+    asked for again. who: it is, in messages; model: empty: the server's first; error: the class of what a request that fails for good raises."""
+
+    def __init__(self, who, url, model="", error=RuntimeError, log="", max_tokens=1024, timeout=120.0, retries=4):
+        self.who, self.url, self.error, self.log, self.max_tokens, self.timeout, self.retries = who, url.rstrip("/"), error, log, max_tokens, timeout, retries
+        self.lock, self.said = threading.Lock(), {}
+        if log and os.path.exists(log):
+            with open(log, "rb+") as f:                                    # a kill may have torn the last line
+                f.truncate(f.read().rfind(b"\n") + 1)
+            try:
+                with open(log, encoding="utf-8") as f:
+                    self.said = {row["key"]: row["text"] for row in map(json.loads, f)}
+            except (ValueError, KeyError, TypeError) as e:
+                raise error(f"{log} holds a line that is no reply of a {who} ({type(e).__name__}: {e})") from None
+        self.model = model or self.get("/models", lambda r: r["data"][0]["id"])
+
+    def ask(self, jobs, temperature, workers=8):
+        """[(key, views, text)] -> replies in the order of the jobs. The first request that fails for good stops all."""
+        def one(job):
+            key, views, text = job
+            key = f"{self.model}/{key}/{zlib.crc32(text.encode()):08x}"
+            if key not in self.said:
+                content = [{"type": "image_url", "image_url": {"url": png(v.pixels())}} for v in views] + [{"type": "text", "text": text}]
+                said = self.get("/chat/completions", lambda r: check_text(r["choices"][0]["message"]["content"]), {
+                    "model": self.model, "messages": [{"role": "user", "content": content}], "temperature": temperature, "max_tokens": self.max_tokens})
+                with self.lock:
+                    self.said[key] = said
+                    if self.log:
+                        with open(self.log, "a") as f:
+                            f.write(json.dumps({"key": key, "text": said}) + "\n")
+            return self.said[key]
+
+        with ThreadPoolExecutor(workers) as pool:
+            futures = [pool.submit(one, job) for job in jobs]
+            try:
+                return [f.result() for f in tqdm(futures, desc=self.who, unit=" replies", disable=None)]
+            except BaseException:
+                pool.shutdown(wait=True, cancel_futures=True)              # what is under way is still paid for, and kept
+                raise
+
+    def get(self, path, read, body=None):
+        """POST body (GET without) -> read(the reply's JSON). Tries again, ever later, what may pass: no connection, time-outs, 429,
+        5xx, replies that are cut off or no JSON of the right shape. Anything else, 401 say, is final at once."""
+        headers = {"Content-Type": "application/json", "Authorization": f"Bearer {os.environ.get('OPENAI_API_KEY', 'none')}"}
+        for attempt in range(self.retries + 1):
+            if attempt:
+                time.sleep(min(0.5 * 2 ** attempt, 20))
+            try:
+                request = urllib.request.Request(self.url + path, json.dumps(body).encode() if body else None, headers)
+                with urllib.request.urlopen(request, timeout=self.timeout) as reply:
+                    return read(json.loads(reply.read(1 << 24)))
+            except urllib.error.HTTPError as e:
+                fault = f"HTTP {e.code} {e.reason}"
+                with contextlib.suppress(OSError, http.client.HTTPException):
+                    fault += ": " + e.read(300).decode(errors="replace")
+                if e.code not in (408, 409, 429) and e.code < 500:
+                    break
+            except (OSError, http.client.HTTPException) as e:              # refused, reset, timed out, cut off
+                fault = f"{type(e).__name__}: {e}"
+            except (ValueError, KeyError, IndexError, TypeError) as e:
+                fault = f"a reply that is not what was asked for ({type(e).__name__}: {e})"
+        raise self.error(f"{self.who} at {self.url}{path}: {' '.join(fault.split())[:300]} (tried {attempt + 1} times; replies so far are kept)")
+
+
+def check_text(text):
+    if not isinstance(text, str):
+        raise ValueError(f"its content is {text!r:.40}")
+    return text
+
+
+def png(image):
+    image.save(buffer := io.BytesIO(), "png")
+    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -16,8 +16,7 @@ that is given the answer (UniVG-R1), from the toy world's `oracle` (a bad exampl
 Left out: tree search by a model behind an address (it needs the tokens and the cache); ViGoRL's "at least k thoughts" line in the
 prompt of each search; packing (a batch is split by length instead); UniVG-R1's task-by-task prompts for its teacher.
 """
-import base64, contextlib, html, http.client, io, itertools, json, math, os, random, re, threading, time, urllib.error, urllib.request, zlib
-from concurrent.futures import ThreadPoolExecutor
+import html, itertools, json, math, os, random, re, time, zlib
 from dataclasses import asdict, dataclass, field, replace
 from typing import Literal
 
@@ -519,7 +518,10 @@ def taught(vlm, style, cfg, questions=None, side=data.SIDE, log=""):
     """cfg.chains of a teacher for each question, filtered, the best by its own judgement -> [(sample, turns, "taught")], counts.
     Each image is sent at the size the policy is fed, so that a coordinate means the same to both."""
     samples = questions or data.toy(cfg.task, "train", cfg.n, f"sft{cfg.seed}", cfg.difficulty, side)
-    ask = Endpoint(cfg, log).ask if cfg.teacher.startswith(("http://", "https://")) else Local(cfg, vlm).ask
+    if cfg.teacher.startswith(("http://", "https://")):
+        ask = model.Endpoint("teacher", cfg.teacher, cfg.teacher_model, data.DataError, log, cfg.teacher_tokens, cfg.timeout, cfg.retries).ask
+    else:
+        ask = Local(cfg, vlm).ask
     views, prompts = {}, {}
     for s in samples:
         views[s.id] = [vlm.view(data.image(s, i), i) for i in range(len(s.images))]
@@ -528,7 +530,7 @@ def taught(vlm, style, cfg, questions=None, side=data.SIDE, log=""):
         text = data.question(s, [v.scale for v in views[s.id]]) + "".join(f"\n{chr(65 + i)}. {o}" for i, o in enumerate(s.options))
         prompts[s.id] = dict(images="the image" if len(s.images) == 1 else f"all {len(s.images)} images", question=text, gold=gold(s, views[s.id]), w=w, h=h,
                              how=HOW[s.answer_type])
-    jobs = [(f"{s.id}/chain{k}", views[s.id], TEACH.format(**prompts[s.id])) for s in samples for k in range(cfg.chains)]
+    jobs = [(f"{s.id}/chain{k}/{cfg.seed}", views[s.id], TEACH.format(**prompts[s.id])) for s in samples for k in range(cfg.chains)]
     replies, kept, lost = iter(ask(jobs, cfg.temperature)), {}, dict.fromkeys(("unparsed", "wrong", "leaked"), 0)
     for s in samples:
         frames = [(*v.scale, *v.source.size) for v in views[s.id]]
@@ -539,7 +541,7 @@ def taught(vlm, style, cfg, questions=None, side=data.SIDE, log=""):
             else:
                 kept.setdefault(s.id, []).append(chain)
     rivals = [s for s in samples if len(kept.get(s.id, [])) > 1]
-    verdicts = ask([(f"{s.id}/judge", views[s.id], JUDGE.format(**prompts[s.id], chains="\n".join(f"[{k}] {t}" for k, (t, _) in enumerate(kept[s.id], 1))))
+    verdicts = ask([(f"{s.id}/judge/{cfg.seed}", views[s.id], JUDGE.format(**prompts[s.id], chains="\n".join(f"[{k}] {t}" for k, (t, _) in enumerate(kept[s.id], 1))))
                     for s in rivals], 0.0)
     for s, verdict in zip(rivals, verdicts):
         number = re.search(r"\d+", verdict)
@@ -601,81 +603,11 @@ class Local:
             ids = [vlm.chat("system", data.SYSTEM["boxes"]) + vlm.chat("user", *vs, text) + vlm.chat("assistant", open=True) for vs, (_, _, text) in zip(views, part)]
             cache = vlm.new_cache(len(part))
             logits, starts = vlm.extend(cache, ids, [0] * len(part), [v for vs in views for v in vs])
-            u = torch.stack([torch.rand(limit, generator=torch.Generator().manual_seed(zlib.crc32(f"{self.cfg.seed}/{key}".encode())), dtype=torch.double)
+            u = torch.stack([torch.rand(limit, generator=torch.Generator().manual_seed(zlib.crc32(key.encode())), dtype=torch.double)
                              for key, _, _ in part]).to(vlm.device)
             said, _, _ = zoom_rollout.sample_turn(vlm, cache, logits, starts, u, temperature, limit)
             out += [vlm.text([t for t in row if t != vlm.im_end]) for row in said]
         return out
-
-
-class Endpoint:
-    """An OpenAI-compatible server. Replies cost money: each is written to `log` when it comes, and never asked for again."""
-
-    def __init__(self, cfg, log=""):
-        self.cfg, self.log, self.url, self.lock, self.said = cfg, log, cfg.teacher.rstrip("/"), threading.Lock(), {}
-        if log and os.path.exists(log):
-            with open(log, "rb+") as f:                                    # a kill may have torn the last line
-                f.truncate(f.read().rfind(b"\n") + 1)
-            self.said = {row["key"]: row["text"] for _, row in data.rows_of(log)}
-        self.model = cfg.teacher_model or self.get("/models", lambda r: r["data"][0]["id"])
-
-    def ask(self, jobs, temperature, workers=8):
-        """-> replies in the order of the jobs. The first request that fails for good stops all."""
-        def one(job):
-            key, views, text = job
-            key = f"{self.model}/{key}/{self.cfg.seed}/{zlib.crc32(text.encode()):08x}"
-            if key not in self.said:
-                content = [{"type": "image_url", "image_url": {"url": png(v.pixels())}} for v in views] + [{"type": "text", "text": text}]
-                said = self.get("/chat/completions", lambda r: check_text(r["choices"][0]["message"]["content"]), {
-                    "model": self.model, "messages": [{"role": "user", "content": content}], "temperature": temperature, "max_tokens": self.cfg.teacher_tokens})
-                with self.lock:
-                    self.said[key] = said
-                    if self.log:
-                        with open(self.log, "a") as f:
-                            f.write(json.dumps({"key": key, "text": said}) + "\n")
-            return self.said[key]
-
-        with ThreadPoolExecutor(workers) as pool:
-            futures = [pool.submit(one, job) for job in jobs]
-            try:
-                return [f.result() for f in tqdm(futures, desc="teacher", unit=" replies")]
-            except BaseException:
-                pool.shutdown(wait=True, cancel_futures=True)              # what is under way is still paid for, and kept
-                raise
-
-    def get(self, path, read, body=None):
-        """POST body (GET without) -> read(the reply's JSON). Tries again, ever later, what may pass: no connection, time-outs, 429,
-        5xx, replies that are cut off or no JSON of the right shape. Anything else, 401 say, is final at once."""
-        headers = {"Content-Type": "application/json", "Authorization": f"Bearer {os.environ.get('OPENAI_API_KEY', 'none')}"}
-        for attempt in range(self.cfg.retries + 1):
-            if attempt:
-                time.sleep(min(0.5 * 2 ** attempt, 20))
-            try:
-                request = urllib.request.Request(self.url + path, json.dumps(body).encode() if body else None, headers)
-                with urllib.request.urlopen(request, timeout=self.cfg.timeout) as reply:
-                    return read(json.loads(reply.read(1 << 24)))
-            except urllib.error.HTTPError as e:
-                fault = f"HTTP {e.code} {e.reason}"
-                with contextlib.suppress(OSError, http.client.HTTPException):
-                    fault += ": " + e.read(300).decode(errors="replace")
-                if e.code not in (408, 409, 429) and e.code < 500:
-                    break
-            except (OSError, http.client.HTTPException) as e:              # refused, reset, timed out, cut off
-                fault = f"{type(e).__name__}: {e}"
-            except (ValueError, KeyError, IndexError, TypeError) as e:
-                fault = f"a reply that is not what was asked for ({type(e).__name__}: {e})"
-        raise data.DataError(f"teacher at {self.url}{path}: {' '.join(fault.split())[:300]} (tried {attempt + 1} times; replies so far are kept)")
-
-
-def check_text(text):
-    if not isinstance(text, str):
-        raise ValueError(f"its content is {text!r:.40}")
-    return text
-
-
-def png(image):
-    image.save(buffer := io.BytesIO(), "png")
-    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -720,14 +652,12 @@ def draw_trees(path, log, samples, most=40):
             return (f'<details open><summary>{line}</summary>{"".join(map(outline_of, node["children"]))}</details>' if node["children"]
                     else f'<div class="leaf">{line}</div>')
 
-        text, buffer = outline_of(tree["tree"]), io.BytesIO()
-        image = view.source.copy()
+        text, image = outline_of(tree["tree"]), view.source.copy()
         image.thumbnail((480, 480))
-        image.save(buffer, "png")
         (w, h), r = view.source.size, max(view.source.size) / 28
         marks = "".join(f'<circle cx="{x:.4g}" cy="{y:.4g}" r="{r:.4g}"/><text x="{x:.4g}" y="{y + r / 2:.4g}" font-size="{1.4 * r:.4g}">{i}</text>'
                         for i, (x, y) in enumerate((view.to_source(*p) for p in points), 1))
-        cards.append(f'<article><svg viewBox="0 0 {w} {h}"><image width="{w}" height="{h}" href="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"/>'
+        cards.append(f'<article><svg viewBox="0 0 {w} {h}"><image width="{w}" height="{h}" href="{model.png(image)}"/>'
                      f'{marks}</svg><div><b>{esc(tree["question"])}</b> {esc(" / ".join(tree["options"]))}{text}</div></article>')
     page = (f'<!doctype html><meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="default-src \'none\'; img-src data:; style-src \'unsafe-inline\'">'
             f'<title>Search trees</title><style>{TREE_CSS}</style><h1>Search trees</h1><p>A line is a step: its number in the image, the thought, how often search came by (N), the mean outcome '

@@ -2,7 +2,7 @@
 Shared by the tests: two random tiny models, one of each family, the `slow` and `cuda` markers, and a way to put a bug into a
 source file. The models are random, not the shipped checkpoint: what a test here claims holds for any weights.
 """
-import contextlib, copy, inspect, os, sys, types
+import contextlib, copy, http.server, inspect, json, os, sys, threading, time, types
 
 import pytest
 import torch
@@ -108,6 +108,59 @@ def all_in_float64():
 def float64():
     with all_in_float64():
         yield
+
+# -----------------------------------------------------------------------------
+# an endpoint
+
+class Server:
+    """An OpenAI-compatible endpoint on loopback. `misbehave(n)`, for the n-th request for a completion, may name what goes wrong."""
+    def __init__(self, reply, misbehave=lambda n: None):
+        self.asked, lock = [], threading.Lock()
+        server = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def log_message(self, *_):
+                pass
+
+            def send(self, body, status=200, length=None):
+                self.send_response(status)
+                self.send_header("Content-Length", str(len(body) if length is None else length))
+                self.end_headers()
+                self.wfile.write(body)
+
+            def do_GET(self):
+                self.send(json.dumps({"data": [{"id": "big-model"}]}).encode())
+
+            def do_POST(self):
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                with lock:
+                    server.asked.append(body)
+                    fault = misbehave(len(server.asked))
+                text = body["messages"][0]["content"][-1]["text"]
+                good = json.dumps({"choices": [{"message": {"content": reply(text)}}]}).encode()
+                if fault == "late":
+                    time.sleep(0.9)
+                if isinstance(fault, int):
+                    return self.send(b"no " * 500, fault)
+                if fault == "cut":
+                    return self.send(good[:20], length=len(good))
+                with contextlib.suppress(OSError):                              # whom it was for has gone
+                    self.send({"not json": b"<html>", "no choices": b'{"choices": []}', "no text": b'{"choices": [{"message": {"content": null}}]}'}.get(fault, good))
+
+        self.http = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.http.server_port}/v1"
+        threading.Thread(target=self.http.serve_forever, args=(0.02,), daemon=True).start()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.http.shutdown()
+        self.http.server_close()
+
+@pytest.fixture
+def hurry(monkeypatch):
+    monkeypatch.setattr(model.time, "sleep", lambda s, sleep=time.sleep: sleep(s if s == 0.9 else 0))      # the late server stays late
 
 # -----------------------------------------------------------------------------
 # numbers and mutants

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from conftest import check_mutation, names
+from conftest import Server, check_mutation, names
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
@@ -274,6 +274,58 @@ def test_pointing_counts_points_where_the_box_is_known():
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# A judge that counts the same
+
+def counted(*numbers):
+    return json.dumps(dict(zip(evaluate.COUNTS, numbers)))
+
+
+def ask(replies, *episodes):
+    """The judge says these -> (the prompts it was sent, what it counted)"""
+    prompts = []
+
+    class Judge:
+        model, url = "big-model", "nowhere"
+
+        def ask(self, jobs, temperature):
+            prompts.extend(text for _, _, text in jobs)
+            return replies[:len(jobs)]
+    evaluate.ask_judge(Judge(), {"a run": list(episodes)})
+    return prompts, [getattr(e, "judged", None) for e in episodes]
+
+
+def test_the_judge_is_told_what_the_rules_are():
+    """Bug: judge and rules count different things, or the judge sees points in other coordinates than the thoughts'."""
+    rules = " ".join(evaluate.behaviour.__doc__.replace(" (MARKERS)", "").split())
+    for name in evaluate.COUNTS:
+        said = re.search(rf"^- {name}: ([^;\n]*)", evaluate.JUDGE, re.M)[1]
+        assert f"{name} {said} " in rules
+    silent = episode(choice(), Turn("checked"))
+    (prompt,), _ = ask([""], silent, zoomed())
+    assert "x from 0 to 100, y from 0 to 25" in prompt and "Which pattern?" in prompt and '{"regions": ...' in prompt and "within a tenth" in prompt
+    assert prompt.endswith("\n1. at (55, 14)\n2. It zooms into (55, 14).\n3. at (999, 1)") and evaluate.NEAR == 0.1
+
+
+@pytest.mark.parametrize("reply, want", [(counted(3, 2, 1, 0), [3, 2, 1, 0]), (f"A draft: {counted(9, 9, 9, 9)}. So:\n```json\n{counted(3, 2, 1, 0)}\n```", [3, 2, 1, 0]),
+                                         ("I see three places.", None), ("", None), (counted(3, 2, 1), None), (counted(3, 2, 1, -1), None), (counted(3, 2, 1, 0.5), None),
+                                         (counted(3, 2, 1, 10 ** 9), None), (counted(3, 2, 1, "many"), None), (counted(3, 2, 1, 0)[:-1], None)])
+def test_only_four_counts_are_a_reply(reply, want):
+    _, (silent, judged) = ask([reply], episode(choice(), Turn("checked")), zoomed())
+    assert silent is None and judged == (dict(zip(evaluate.COUNTS, want)) if want else {})
+
+
+def test_agreement_by_hand():
+    """Regions by the rules: 1, 1, 1; by the judge: 1, 1, 2. Same in 2 of 3, which is what chance would give; the fourth reply is no count."""
+    episodes = [zoomed() for _ in range(5)]
+    ask([counted(1, 0, 0, 0), counted(1, 1, 0, 0), counted(2, 0, 0, 0), "?"], *episodes[:4])
+    found = evaluate.agreement(episodes)
+    assert (found["n"], found["unjudged"]) == (3, 1)
+    assert found["regions"] == pytest.approx(dict(judge=4 / 3, rules=1, same=2 / 3, chance=2 / 3))
+    assert found["subgoals"] == pytest.approx(dict(judge=1 / 3, rules=0, same=2 / 3, chance=2 / 3)) and found["backtracking"]["same"] == 1
+    assert evaluate.agreement(episodes[3:]) == {"n": 0, "unjudged": 1}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # A run
 
 class Eyes:
@@ -439,6 +491,7 @@ def test_wrong_use_is_one_line(bench, capsys):
     for flags, said in ((["--data", "nowhere.jsonl"], "cannot read nowhere.jsonl"), (["--batch", "0"], "--batch and --max-new-tokens must be at least 1"),
                         (["--circular"], "--circular asks a model again"), (["--compare", "x"], "--compare needs two folders"),
                         (["--predictions", "nowhere.jsonl"], "cannot read nowhere.jsonl"), (["--out", "/proc/x"], "cannot write into /proc/x"),
+                        (["--judge", "localhost:8000"], "--judge is 'localhost:8000'; expected an address"),
                         (["--convention", "fed", "--model", "other"], "--convention fed needs --max-pixels")):
         with pytest.raises(SystemExit) as stop:
             run(good, *flags)
@@ -478,6 +531,69 @@ def test_ten_thousand_predictions_in_ten_seconds():
     s = evaluate.summary_of(episodes)
     assert [evaluate.record(e) for e in episodes] and time.process_time() - began < 10
     assert (s["n"], s["correct"], s["wrong_format"], s["subgoals"]) == (10_000, 5_000, 0, 1)
+
+
+CAT = "<think> First the cat (10, 10). Wait, the dog (150, 80). </think>\n<answer> checked </answer>"
+
+
+def test_judge(bench, capsys):
+    """Claim: what thought something is judged; the counts stand beside the rules' in rows, summary, report and on the screen; the same command
+    asks for nothing twice, and without --judge nothing changes."""
+    folder, run = bench
+    plain, rows = run(texts("(110, 55)", "(315, 15)", CAT)), texts("(110, 55)", "(315, 15)", CAT)
+    read = lambda: [json.loads(line) for line in open(folder / "out" / "episodes.jsonl")]
+    before = read()
+    with Server(lambda text: counted(3, 1, 0, 1) if "the cat" in text else "No idea.") as server:
+        s = run(rows, "--judge", server.url)
+        assert [b["temperature"] for b in server.asked] == [0.0] * 2 and {b["model"] for b in server.asked} == {"big-model"}
+        assert run(rows, "--judge", server.url) == s and len(server.asked) == 2
+        run(rows, "--judge", server.url, "--judge-model", "another")
+        assert [b["model"] for b in server.asked[2:]] == ["another"] * 2       # another judge, other replies
+    judged = s.pop("judged")
+    assert s == plain and (judged["n"], judged["unjudged"]) == (1, 1)
+    assert judged["regions"] == dict(judge=3, rules=2, same=0, chance=0) and judged["backtracking"] == dict(judge=1, rules=1, same=1, chance=1)
+    after = read()
+    assert [r.pop("judged", None) for r in after] == [None, {}, dict(zip(evaluate.COUNTS, (3, 1, 0, 1)))] and after == before
+    assert len(open(folder / "out" / "judge.jsonl").readlines()) == 4
+    line = "regions 3.00 (rules 2.00; same 0%, by chance 0%)"
+    assert f"judge, predictions (1, 1 unjudged): {line}, subgoals 1.00" in capsys.readouterr().out
+    assert line[8:] in Page(folder / "out" / "report.html").said
+
+
+def test_a_judge_that_dies(bench, capsys, hurry):
+    """Claim: a dead server is one clear line, before any work; one that dies half way too, and what it said is not asked for again."""
+    folder, run = bench
+    rows = texts("(110, 55)", "(315, 15)", CAT)
+    with pytest.raises(SystemExit) as stop:                                    # nobody listens there
+        run(rows, "--judge", "http://127.0.0.1:9/v1")
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and err.startswith("error: judge at http://127.0.0.1:9/v1/models: URLError") and err.count("\n") == 1
+    assert not (folder / "out" / "episodes.jsonl").exists()
+    with Server(lambda text: counted(1, 1, 1, 1), lambda n: 401 if n > 1 else None) as server, pytest.raises(SystemExit) as stop:
+        run(rows, "--judge", server.url)
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and "HTTP 401" in err and err.count("\n") == 1 and not (folder / "out" / "summary.json").exists()
+    with Server(lambda text: counted(1, 1, 1, 1)) as server:
+        assert run(rows, "--judge", server.url)["judged"]["n"] == 2 and len(server.asked) == 1
+    (folder / "out" / "judge.jsonl").write_text('{"key": 1}\n')
+    with pytest.raises(SystemExit):
+        run(rows, "--judge", "http://127.0.0.1:9/v1")
+    assert "judge.jsonl holds a line that is no reply of a judge" in capsys.readouterr().err
+
+
+def test_a_finished_run_can_be_judged(tmp_path, monkeypatch):
+    """Bug: --judge counts as another setting, and the model must be asked again; or only the first of the zoom modes is judged."""
+    monkeypatch.setattr(evaluate.model, "load", lambda *_, **__: Eyes())
+    calls = fake_rollout(monkeypatch)
+    command = ["--data", choices(tmp_path, 2), "--zoom", "all", "--out", str(tmp_path / "out")]
+    whole = evaluate.main(command)
+    calls.clear()
+    with Server(lambda text: counted(1, 0, 0, 0)) as server:
+        s = evaluate.main([*command, "--judge", server.url])
+        assert not calls and len(server.asked) == 6                            # three modes of two questions
+    assert {zoom: part.pop("judged")["n"] for zoom, part in s["modes"].items()} == dict(on=2, off=2, black=2)
+    assert s.pop("judged")["regions"] == dict(judge=1, rules=1, same=1, chance=1) and s == whole
+    assert evaluate.main(command) == whole and not calls
 
 
 def test_compare(bench, capsys):
@@ -862,6 +978,12 @@ MUTATIONS = [
     ('data-id="{esc(s.id)}"', 'data-id="{s.id}"', test_nothing_from_data_or_model_can_run, {}),
     ("{esc(text)}</i>", "{text}</i>", test_nothing_from_data_or_model_can_run, {}),
     ("SCRIPT.encode()).digest()", "CSS.encode()).digest()", test_page_needs_nothing_from_outside_and_allows_one_script, {}),
+    ("numbers((points[0][0] / sx, points[0][1] / sy))", "numbers(points[0])", test_the_judge_is_told_what_the_rules_are, {}),
+    ("{k: found[k] for k in COUNTS} if found.keys() >= set(COUNTS) else {}", "found", test_only_four_counts_are_a_reply, dict(reply=counted(3, 2, 1), want=None)),
+    ('reply)[-1:] ', 'reply)[:1] ', test_only_four_counts_are_a_reply, dict(reply=f"{counted(9, 9, 9, 9)} {counted(3, 2, 1, 0)}", want=[3, 2, 1, 0])),
+    ("for judged, _ in both], [rules[k]", "for _, judged in both], [rules[k]", test_agreement_by_hand, {}),
+    ("sum(a.count(x) for x in b)", "sum(b.count(x) for x in b)", test_agreement_by_hand, {}),
+    ('"judge", "judge_model")}', '"judge_model")}', test_a_finished_run_can_be_judged, {}),
     ("for k in range(drawn) for i, (_, group) in enumerate(episodes) if", "for i, (_, group) in enumerate(episodes) for k in range(drawn) if", test_five_hundred_episodes_are_light, {}),
 ]
 

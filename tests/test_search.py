@@ -1,11 +1,11 @@
 """
 Tree search for traces: UCT and backup by hand, what is rejected, that search ends, that what the cache kept is what a fresh pass
 computes, chains read off a worked tree, the way into the zoom protocol, a search that was killed, the teacher behind an endpoint
-that misbehaves. At the end MUTATIONS puts bugs into train_sft.py, one line each, and requires the named test to fail.
+that misbehaves. At the end MUTATIONS puts bugs into train_sft.py and model.Endpoint, one line each, and requires the named test to fail.
 
 Most trees here are scripted: a stand-in for the sampler says what each step is, so that every count is known.
 """
-import contextlib, http.server, json, math, re, threading, time
+import inspect, json, math, re
 from types import SimpleNamespace
 from unittest import mock
 
@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import data, model, rewards, train_sft, zoom_rollout
-from conftest import check_mutation, close, names
+from conftest import Server, check_mutation, close, names
 
 ASKED = data.toy("search", "train", 2, "search tests")
 RIGHT = ASKED[0].options[ASKED[0].answer]
@@ -499,62 +499,12 @@ def test_gold_is_in_the_policys_own_coordinates(models):
     with pytest.raises(data.DataError, match="no answer"):
         train_sft.gold(data.Sample("h", [], "?", "text"), None)
 
-class Server:
-    """An OpenAI-compatible endpoint on loopback. `misbehave(n)`, for the n-th request for a completion, may name what goes wrong."""
-    def __init__(self, reply, misbehave=lambda n: None):
-        self.asked, lock = [], threading.Lock()
-        server = self
-
-        class Handler(http.server.BaseHTTPRequestHandler):
-            def log_message(self, *_):
-                pass
-
-            def send(self, body, status=200, length=None):
-                self.send_response(status)
-                self.send_header("Content-Length", str(len(body) if length is None else length))
-                self.end_headers()
-                self.wfile.write(body)
-
-            def do_GET(self):
-                self.send(json.dumps({"data": [{"id": "big-model"}]}).encode())
-
-            def do_POST(self):
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                with lock:
-                    server.asked.append(body)
-                    fault = misbehave(len(server.asked))
-                text = body["messages"][0]["content"][-1]["text"]
-                good = json.dumps({"choices": [{"message": {"content": reply(text)}}]}).encode()
-                if fault == "late":
-                    time.sleep(0.9)
-                if isinstance(fault, int):
-                    return self.send(b"no " * 500, fault)
-                if fault == "cut":
-                    return self.send(good[:20], length=len(good))
-                with contextlib.suppress(OSError):                              # whom it was for has gone
-                    self.send({"not json": b"<html>", "no choices": b'{"choices": []}', "no text": b'{"choices": [{"message": {"content": null}}]}'}.get(fault, good))
-
-        self.http = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.http.server_port}/v1"
-        threading.Thread(target=self.http.serve_forever, daemon=True).start()
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.http.shutdown()
-        self.http.server_close()
-
 def teacher(text):
     """Chain 0 of every question is right, and so is one more; the judge likes the second."""
     if "chains of reasoning" in text:
         return "2."
     right = re.search(r"The answer is (\w+)\.", text)[1]
     return think(f"The thing is at (30, {len(text) % 50}). It is {right}.", right)
-
-@pytest.fixture
-def hurry(monkeypatch):
-    monkeypatch.setattr(train_sft.time, "sleep", lambda s, sleep=time.sleep: sleep(s if s == 0.9 else 0))      # the late server stays late
 
 def endpoint(url, **more):
     return train_sft.Config(**{**dict(traces="teacher", teacher=url, chains=2, timeout=0.5, retries=3), **more})
@@ -673,7 +623,7 @@ MUTATIONS = [  # old line, new line, the test that must fail, its arguments
     ('row.get("question", s.question) != s.question', "False", test_toy_questions_come_back_by_id, {}),
     ('(None, "leaked") if LEAK.search(thought) else', "", test_read_chain, {}),
     ("if key not in self.said:", "if True:", test_taught, {}),
-    ("for attempt in range(self.cfg.retries + 1):", "for attempt in range(self.cfg.retries + 9):", test_what_will_not_pass_ends_in_one_line,
+    ("for attempt in range(self.retries + 1):", "for attempt in range(self.retries + 9):", test_what_will_not_pass_ends_in_one_line,
      dict(fault=500, tries=4, said="HTTP 500")),
     ("e.code not in (408, 409, 429) and e.code < 500", "False", test_what_will_not_pass_ends_in_one_line, dict(fault=401, tries=1, said="HTTP 401")),
 ]
@@ -681,6 +631,12 @@ MUTATIONS = [  # old line, new line, the test that must fail, its arguments
 @pytest.mark.parametrize("old, new, test, arguments", MUTATIONS, ids=names(MUTATIONS))
 def test_mutations(old, new, test, arguments, models, tmp_path, spoken, capsys, monkeypatch, request):
     """Bug: a test that no bug can turn red."""
-    fixtures = lambda made: {"vlm": lambda: models["qwen2.5"], "models": lambda: models, "tmp_path": lambda: tmp_path, "spoken": lambda: spoken,
+    name = "model" if old in inspect.getsource(model.Endpoint) else "train_sft"
+
+    def with_models(made):
+        if name == "model":
+            monkeypatch.setattr(train_sft, "model", made)
+        return models
+    fixtures = lambda made: {"vlm": lambda: models["qwen2.5"], "models": lambda: with_models(made), "tmp_path": lambda: tmp_path, "spoken": lambda: spoken,
                              "capsys": lambda: capsys, "monkeypatch": lambda: monkeypatch, "hurry": lambda: request.getfixturevalue("hurry")}
-    check_mutation("train_sft", old, new, test, arguments, fixtures, monkeypatch)
+    check_mutation(name, old, new, test, arguments, fixtures, monkeypatch)
