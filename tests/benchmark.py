@@ -21,13 +21,14 @@ share of the measured copy bandwidth, if each decode step reads the text model's
 search: for how many questions does tree search find a trace that is whole and ends right, and for how many do as many single
 paths do, as fit into the tokens that it computed (pass@k)? The paths are sampled step by step like those of the tree, so both need
 the same form; as_policy is one plain rollout in the policy's own prompt and form. In brackets: for how many a right trace also
-looked at the place that the answer depends on, the rest is luck. tokens_naive: had every step sent its whole conversation.
+looked at the place that the answer depends on, the rest is luck. tokens_naive: had every step sent its whole conversation. Right ends:
+the share of the single paths, and of the tree's rollouts, that end right.
 
 train: the update (log-probabilities and gradient) of episodes with zooms, a group's prompt computed once (packed) or every episode
 by itself (plain): time, peak memory, largest gap between the gradients relative to the largest gradient; and what a step of 128
 prompts, as ViGoRL's, would take: rollout and update of these, times 128 / --prompts. Then a whole GRPO step (single turn, all answers
-of the same length, rewards drawn) and, where it is installed, TRL's on the same weights, prompts, images and number of tokens (`pip install trl==1.16.0` into an environment of its own; without it its fields are null). On a CPU the seconds
-are those of the processor, summed over threads (OMP_NUM_THREADS=1 for a clean figure).
+of the same length, rewards drawn) and, where it is installed, TRL's on the same weights, prompts, images and number of tokens (`pip
+install trl==1.16.0` into an environment of its own; without it its fields are null). On a CPU the seconds are those of the processor, summed over threads (OMP_NUM_THREADS=1 for a clean figure).
 """
 import argparse, copy, ctypes, gc, importlib.util, json, os, random, statistics, sys, tempfile, time
 from unittest import mock
@@ -208,7 +209,7 @@ def paths_of(vlm, samples, style, cfg, k, seed):
 def search(args):
     vlm, rows, total = model.load(args.model, args.device), [], {"tokens_computed": 0, "tokens_naive": 0}
     traces, seconds, cfg = 0, 0.0, train_sft.Config()
-    print(f"{'':18s}{'as policy':>10s}{'top-1':>11s}{'pass@k':>11s}{'  k':5s}{'tree search':>12s}{'tokens':>9s}{'naive':>9s}")
+    print(f"{'':18s}{'as policy':>10s}{'top-1':>11s}{'pass@k':>11s}{'  k':5s}{'tree search':>12s}{'tokens':>9s}{'naive':>9s}  right ends: paths, rollouts")
     for task in ("search", "relation"):
         for difficulty in ("medium", "hard"):
             samples, style = data.toy(task, "train", args.prompts, f"benchmark{args.seed}", difficulty, vlm.toy_side), data.STYLES[data.RECIPES[task]]
@@ -225,16 +226,17 @@ def search(args):
             several, _ = paths_of(vlm, samples, style, cfg, k, args.seed + 2)
             saw = lambda p: task != "search" or train_sft.saw_it([p.episode])
             right = lambda paths, also=lambda p: True: sum(any(train_sft.outcome(p) and also(p) for p in of) for of in paths) / len(paths)
+            ends = lambda paths: sum(train_sft.outcome(p) for of in paths for p in of) / sum(map(len, paths))        # the share that ends right
             plain = [rewards.score(e.sample, e.text, e.turns, data.RECIPES[task], e.frames, 3)
                      for e in zoom_rollout.rollout(vlm, samples, max_new_tokens=cfg.max_new_tokens, seed=args.seed, style=style)]
             row = {"task": task, "difficulty": difficulty, "as_policy": sum(parts["accuracy"] * parts["format"] for parts in plain) / len(plain), "k": k,
                    "top1": right(once), "pass_k": right(several), "mcts": right(found), "top1_saw": right(once, saw), "pass_k_saw": right(several, saw),
-                   "mcts_saw": right(found, saw)}
+                   "mcts_saw": right(found, saw), "right_paths": ends(several), "right_rollouts": ends(found)}
             rows.append(row)
             total = {"tokens_computed": total["tokens_computed"] + sampler.computed, "tokens_naive": total["tokens_naive"] + sampler.naive}
             cell = lambda key: f"{row[key]:.0%}" + (f" ({row[key + '_saw']:.0%})" if task == "search" else "")
             print(f"{task + ', ' + difficulty:18s}{row['as_policy']:10.0%}{cell('top1'):>11s}{cell('pass_k'):>11s}{f'  {k}':5s}{cell('mcts'):>12s}"
-                  f"{sampler.computed:9,}{sampler.naive:9,}", flush=True)
+                  f"{sampler.computed:9,}{sampler.naive:9,}{ends(several):8.0%}{ends(found):8.0%}", flush=True)
     mean = lambda key: round(sum(row[key] for row in rows) / len(rows), 3)
     print(json.dumps({"traces_per_second": round(traces / seconds, 2), **total, "correct_share_mcts": mean("mcts"), "correct_share_sampling": mean("pass_k"),
                       "correct_share_top1": mean("top1"), "rows": rows}))
