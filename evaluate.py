@@ -433,9 +433,7 @@ def left_over(config):
                 rows.setdefault(row["run"], []).append(row)
     if model.rank() == 0:
         model.write_json(saved, now)
-        with open(path + ".tmp", "w", encoding="utf-8") as f:
-            f.writelines(json.dumps(row) + "\n" for group in rows.values() for row in group)
-        os.replace(path + ".tmp", path)
+        model.write_text(path, "".join(json.dumps(row) + "\n" for group in rows.values() for row in group))
         model.meet()
     model.meet()                                                               # none adds a row before all have read
     return rows
@@ -593,9 +591,7 @@ def evaluate(config):
     runs = episodes_of(config, samples)
     if judge:
         ask_judge(judge, runs)
-        with open(path + ".tmp", "w", encoding="utf-8") as f:
-            f.writelines(json.dumps({"run": label, **record(e)}) + "\n" for label, episodes in runs.items() for e in episodes)
-        os.replace(path + ".tmp", path)
+        model.write_text(path, "".join(json.dumps({"run": label, **record(e)}) + "\n" for label, episodes in runs.items() for e in episodes))
     summary, parts = summary_of_runs(runs)
     if model.rank():
         return summary
@@ -678,9 +674,7 @@ def report(path, title, episodes, curves=None, table=None, settings=None, drawn=
 <meta http-equiv="Content-Security-Policy" content="{policy}"><title>{esc(title)}</title><style>{CSS}</style></head>
 <body><svg width="0" height="0" class="album" aria-hidden="true"><defs>{pictures}</defs></svg>
 <main>{body}<footer>Written by evaluate.py. One file, nothing fetched.</footer></main><script>{SCRIPT}</script></body></html>"""
-    with open(path + ".tmp", "w", encoding="utf-8", errors="replace") as f:    # a model may write half a surrogate pair
-        f.write(page)
-    os.replace(path + ".tmp", path)
+    model.write_text(path, page)
 
 
 def cell(value):

@@ -734,8 +734,7 @@ class Endpoint:
         self.who, self.url, self.error, self.log, self.max_tokens, self.timeout, self.retries = who, url.rstrip("/"), error, log, max_tokens, timeout, retries
         self.lock, self.said = threading.Lock(), {}
         if log and os.path.exists(log):
-            with open(log, "rb+") as f:                                    # a kill may have torn the last line
-                f.truncate(f.read().rfind(b"\n") + 1)
+            cut_torn_line(log)
             try:
                 with open(log, encoding="utf-8") as f:
                     self.said = {row["key"]: row["text"] for row in map(json.loads, f)}
@@ -894,12 +893,16 @@ def read_json(path, *needed):
     return obj
 
 
-def write_json(path, obj):
+def write_text(path, text):
     """Atomic: a reader sees the old file or the new one. Rank 0 writes."""
     if rank() == 0:
-        with open(path + ".tmp", "w") as f:
-            json.dump(obj, f, indent=1)
+        with open(path + ".tmp", "w", encoding="utf-8", errors="replace") as f:        # a model may write half a surrogate pair
+            f.write(text)
         os.replace(path + ".tmp", path)
+
+
+def write_json(path, obj):
+    write_text(path, json.dumps(obj, indent=1))
 
 
 def append_rows(path, rows):
@@ -912,9 +915,13 @@ def keep_rows(path, before):
     """Cut a JSONL file down to the rows of the steps before `before`; a row torn by a crash goes too. Atomic."""
     if rank() == 0:
         lines = open(path).readlines() if before and os.path.exists(path) else []
-        with open(path + ".tmp", "w") as f:
-            f.writelines(line for line in lines if line.endswith("\n") and json.loads(line)["step"] < before)
-        os.replace(path + ".tmp", path)
+        write_text(path, "".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] < before))
+
+
+def cut_torn_line(path):
+    """A kill may have torn the last line of a file that is added to."""
+    with open(path, "rb+") as f:
+        f.truncate(f.read().rfind(b"\n") + 1)
 
 
 def make_dir(path):

@@ -335,7 +335,7 @@ def main():
     cfg = model.cli(Config, description=__doc__, presets=presets, positive=POSITIVE)
     began, run = time.time(), model.make_dir(os.path.join("runs", cfg.name))
     checkpoint, path = os.path.join(run, "checkpoint"), lambda name: os.path.join(run, name)
-    cfg.recipe = cfg.recipe or ("vigorl-zoom" if cfg.data else data.RECIPES[cfg.task])
+    cfg.recipe = train_sft.recipe_of(cfg)
     if cfg.data and cfg.traces == "oracle":
         model.fail("the oracle knows the toy world only: --data needs --traces mcts, --traces FILE.jsonl, or --traces '' for none")
     if cfg.group_size < 2:

@@ -176,9 +176,14 @@ def retarget(sample, turns, target):
     return [f"<answer> {answer} </answer>" if target == "answer" else f"<think> {thoughts} </think>\n<answer> {answer} </answer>"]
 
 
+def recipe_of(cfg):
+    """The recipe that was asked for, or the one that suits the task; own questions are asked with zooms."""
+    return cfg.recipe or ("vigorl-zoom" if cfg.data else data.RECIPES[cfg.task])
+
+
 def searchable(cfg):
     """The default of --traces where tree search has nothing to go on: a box is answered without steps that name points."""
-    return {"traces": "oracle"} if data.STYLES[cfg.recipe or ("vigorl-zoom" if cfg.data else data.RECIPES[cfg.task])] == "boxes" else {}
+    return {"traces": "oracle"} if data.STYLES[recipe_of(cfg)] == "boxes" else {}
 
 
 def searched(vlm, style, cfg, questions=None, side=data.SIDE, log=""):
@@ -226,8 +231,7 @@ def kept_trees(log, stamp):
         with open(log, "w") as f:
             f.write(json.dumps({"search": stamp}) + "\n")
         return {}
-    with open(log, "rb+") as f:                                            # a kill may have torn the last line
-        f.truncate(f.read().rfind(b"\n") + 1)
+    model.cut_torn_line(log)
     rows = [row for _, row in data.rows_of(log)] or [{}]
     if rows[0].get("search") != stamp:
         raise data.DataError(f"{log} holds trees that were searched with other settings or weights; remove it, or choose another --name")
@@ -662,9 +666,7 @@ def draw_trees(path, log, samples, most=40):
     page = (f'<!doctype html><meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="default-src \'none\'; img-src data:; style-src \'unsafe-inline\'">'
             f'<title>Search trees</title><style>{TREE_CSS}</style><h1>Search trees</h1><p>A line is a step: its number in the image, the thought, how often search came by (N), the mean outcome '
             f'below it (Q), and the answers its rollouts ended in.</p>{"".join(cards)}')
-    with open(path + ".tmp", "w", encoding="utf-8", errors="replace") as f:
-        f.write(page)
-    os.replace(path + ".tmp", path)
+    model.write_text(path, page)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -985,7 +987,7 @@ def main():
         model.fail("the oracle knows the toy world only: --data needs --traces mcts, teacher or FILE.jsonl")
     rows = data.read_jsonl(cfg.data, cfg.images or None) if cfg.data else None
     data.check_images(rows or [])
-    style = data.STYLES[cfg.recipe or ("vigorl-zoom" if cfg.data else data.RECIPES[cfg.task])]
+    style = data.STYLES[recipe_of(cfg)]
     vlm = model.load(cfg.model, max_pixels=cfg.max_pixels)
     model.write_json(path("config.json"), asdict(cfg))
 

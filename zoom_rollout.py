@@ -206,7 +206,7 @@ def rollout(vlm, samples, group_size=1, *, max_zooms=3, max_new_tokens=64, tempe
     growth = (limit + 1) * max_new_tokens + limit * ((vlm.spec.crop // vlm.factor) ** 2 + 64)           # of one episode, at most
     parts, size = [[]], 0
     for i, p in enumerate(share):
-        new = p not in (share[j] for j in parts[-1])
+        new = not parts[-1] or share[i - 1] != p                                    # a prompt's episodes stand together
         if parts[-1] and size + new * len(prompts[p].ids) + growth > max_batch_tokens:
             parts, size, new = parts + [[]], 0, True
         parts[-1].append(i)

@@ -484,8 +484,7 @@ MUTATIONS = [
     ("model", "os.rename(folder, old)", "shutil.rmtree(folder)", test_a_checkpoint_survives_a_crash_at_any_write, {}),
     ("model", "        os.rename(old, folder)\n    meet()", "        pass\n    meet()", test_a_checkpoint_survives_a_crash_at_any_write, {}),
     ("model", '    if os.path.exists(folder):\n        shutil.rmtree(old', '    if True:\n        shutil.rmtree(old', test_a_checkpoint_survives_a_crash_at_any_write, {}),
-    ("model", "if before and os.path.exists(path) else []\n        with open(path + \".tmp\", \"w\")", "if before and os.path.exists(path) else []\n        with open(path, \"w\")",
-     test_rows_survive_a_crash, {}),
+    ("model", 'with open(path + ".tmp", "w", encoding', 'with open(path, "w", encoding', test_rows_survive_a_crash, {}),
 ]
 
 @pytest.mark.parametrize("module, old, new, test, arguments", MUTATIONS, ids=[f"{m}: {old.strip()} -> {new.strip()}" for m, old, new, *_ in MUTATIONS])
