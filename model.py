@@ -64,7 +64,7 @@ class View:
         self.box = box or (0, 0, *source.size)                             # source pixels
         w, h = self.box[2] - self.box[0], self.box[3] - self.box[1]
         self.scale = (w / 1000, h / 1000) if convention == "thousand" else (w / fed[0], h / fed[1])
-        self.grid, self.patches = None, None                               # (1, h, w); (h * w, patch values)
+        self.grid, self.patches = None, None                               # (1, h, w); (h * w, 3 * patch ** 2) bytes
         self.features, self.deep = None, None                              # (N, D); Qwen3-VL also [(N, D), ...]
 
     def to_source(self, x, y):
@@ -82,21 +82,6 @@ class View:
         return self.grid[1] * self.grid[2] // merge ** 2
 
 
-def attention(q, k, v, mask):
-    """Attention over one part of the keys. q (B, T, H, D); k, v (B, heads, S, D), each head serving H / heads queries;
-    mask (B or 1, T or 1, S): True where seen. -> out (B, T, H, D), the log of the sum of the exponentials (B, T, H, 1)."""
-    B, T, H, D = q.shape
-    q = q.view(B, T, k.shape[1], -1, D).permute(0, 2, 3, 1, 4)             # (B, heads, H / heads, T, D)
-    scores = (q.flatten(2, 3) * D ** -0.5 @ k.mT).float().unflatten(2, q.shape[2:4])
-    scores = scores.masked_fill_(~mask[:, None, None], -1e9)               # (B, heads, H / heads, T, S)
-    top = scores.amax(-1, keepdim=True)
-    e = scores.sub_(top).exp_()
-    total = e.sum(-1, keepdim=True)
-    out = (e.to(v.dtype).flatten(2, 3) @ v).unflatten(2, q.shape[2:4]) / total.to(v.dtype)
-    back = lambda x: x.permute(0, 3, 1, 2, 4).reshape(B, T, H, -1)
-    return back(out), back(total.log() + top)
-
-
 class KVCache:
     """Keys and values of rows of different lengths, in preallocated (B, heads, S, head_dim) blocks. A row's tokens fill
     slots 0, 1, 2, ... without gaps, so one rule masks everything: a query at slot s sees the slots <= s. What lies beyond
@@ -108,9 +93,8 @@ class KVCache:
     def __init__(self, layers, rows, device):
         self.keys, self.values = [None] * layers, [None] * layers
         self.lengths = torch.zeros(rows, dtype=torch.long, device=device)  # (B,) filled slots
-        self.slots, self.mask = None, None                                 # (B, Q) where the next tokens go; what they see
         self.size, self.capacity = 0, 0                                    # slots in use (at most); slots there will soon be
-        self.prompts, self.group, self.seat = None, None, None             # KVCache of P rows; (B,) which of them; (B,) n-th of it
+        self.prompts, self.group = None, None                              # KVCache of P rows; (B,) which of them
 
     def attend(self, layer, q, k, v):
         """q (B, Q, H, D), k, v (B, Q, heads, D) of the new tokens -> (B, Q, H, D). Stores k and v."""
@@ -125,27 +109,52 @@ class KVCache:
         k, v = self.keys[layer][:, :, :self.size], self.values[layer][:, :, :self.size]
         if self.prompts is None:
             return F.scaled_dot_product_attention(q.transpose(1, 2), k, v, self.mask[:, None], enable_gqa=True).transpose(1, 2)
-        own, own_lse = attention(q, k, v, self.mask)
-        k, v, Q = self.prompts.keys[layer][:, :, :self.prompts.size], self.prompts.values[layer][:, :, :self.prompts.size], q.shape[1]
-        seats = q.new_zeros(len(k), self.most, *q.shape[1:])
-        seats[self.group, self.seat] = q                                   # (P, G, Q, H, D): a prompt is read once for its group
-        seats, mask = seats.flatten(1, 2), self.prompts.mask               # (P, G * Q, H, D), (P, 1, S)
-        parts = [attention(seats, k, v, mask)] if Q == 1 else [attention(*x) for x in zip(*(t.split(1) for t in (seats, k, v, mask)))]
-        shared, lse = (torch.cat(x).unflatten(1, (-1, Q))[self.group, self.seat] for x in zip(*parts))
-        return torch.lerp(shared, own, torch.sigmoid(own_lse - lse).to(own.dtype))
+        shared_k, shared_v = self.prompts.keys[layer][:, :, :self.prompts.size], self.prompts.values[layer][:, :, :self.prompts.size]
+        if q.shape[1] > 1:                                                 # an observation: enough work to pay for a copy of the prompt
+            out = torch.empty_like(q)
+            for p, rows in enumerate(self.members):
+                both = (torch.cat([x[p].expand(len(rows), -1, -1, -1), own[rows]], 2) for x, own in ((shared_k, k), (shared_v, v)))
+                out[rows] = F.scaled_dot_product_attention(q[rows].transpose(1, 2), *both, self.mask[rows][:, None], enable_gqa=True).transpose(1, 2)
+            return out
+        q = q[:, 0].unflatten(1, (k.shape[1], -1)) * q.shape[-1] ** -0.5   # (B, heads, H / heads, D)
+        scores = torch.cat([self.leave(self.join(q) @ shared_k.mT), q @ k.mT], -1).float() + self.bias    # (B, heads, H / heads, P's S + S)
+        shared, own = scores.softmax(-1).to(v.dtype).split([shared_k.shape[2], k.shape[2]], -1)
+        return (own @ v + self.leave(self.join(shared) @ shared_v)).flatten(1, 2)[:, None]
+
+    def join(self, x):
+        """(B, heads, n, X) -> (P, heads, G * n, X): what the rows of a group ask of their prompt, side by side."""
+        if not self.whole:
+            x = x.new_zeros(self.most * len(self.members), *x.shape[1:]).index_copy_(0, self.seat, x)
+        return x.unflatten(0, (-1, self.most)).transpose(1, 2).flatten(2, 3)
+
+    def leave(self, x):
+        """The way back."""
+        x = x.unflatten(2, (self.most, -1)).transpose(1, 2).flatten(0, 1)
+        return x if self.whole else x[self.seat]
 
     def share(self, group):
         """A cache of empty rows that continue the rows `group` (B,) of this one, which holds prompts."""
         new = KVCache(len(self.keys), len(group), self.lengths.device)
-        self.mask = (torch.arange(self.size, device=self.lengths.device) < self.lengths[:, None])[:, None]
         return new.seated(self, group)
 
     def seated(self, prompts, group):
         order = torch.arange(len(group), device=group.device)
-        self.prompts, self.group = prompts, group
-        self.seat = ((group[:, None] == group) & (order[:, None] > order)).sum(1)
-        self.most = int(self.seat.max()) + 1
+        seat = ((group[:, None] == group) & (order[:, None] > order)).sum(1)         # (B,) how many of its group stand before a row
+        self.prompts, self.group, self.most = prompts, group, int(seat.max()) + 1
+        self.members = [(group == p).nonzero()[:, 0] for p in range(len(prompts.lengths))]
+        self.seat = group * self.most + seat                               # (B,) its place among P * G
+        self.whole = len(group) == len(self.members) * self.most and torch.equal(self.seat, order)
         return self
+
+    def place(self, n):
+        """Where the next n tokens of every row go, and what they see of their prompt and of their row."""
+        slots = lambda size: torch.arange(size, device=self.lengths.device)
+        self.slots = self.lengths[:, None] + slots(n)                      # (B, n)
+        self.mask = slots(self.size) <= self.slots[:, :, None]             # (B, n, S)
+        if self.prompts:
+            prompt = slots(self.prompts.size) < self.prompts.lengths[self.group, None]
+            self.mask = torch.cat([prompt[:, None].expand(-1, n, -1), self.mask], 2)                      # (B, n, P's S + S)
+        self.bias = ~self.mask[:, None] * -1e9 if n == 1 else None      # (B, 1, 1, P's S + S)
 
     def reserve(self, n):
         """Before n calls of `decode`: the one time that the device is asked how long the rows are."""
@@ -158,8 +167,6 @@ class KVCache:
         pick = lambda stores: [x if x is None else x[index] for x in stores]         # None: no row has written a token yet
         new.keys, new.values = pick(self.keys), pick(self.values)
         new.lengths, new.size, new.capacity = self.lengths[index], self.size, self.capacity
-        if self.mask is not None:
-            new.mask = self.mask[index]
         if self.prompts is None:
             return new
         used, group = self.group[index].unique(return_inverse=True)
@@ -189,21 +196,24 @@ class Packed:
 
     groups: [(tokens of the prompt, [tokens of each continuation])]. An episode by itself is all prompt: (its tokens, [])."""
 
-    def __init__(self, groups):
+    def __init__(self, groups, device):
         self.groups, self.sizes = groups, [n for prompt, tails in groups for n in (prompt, sum(tails))]
+        at = [[b * max(tails) + t for b, n in enumerate(tails) for t in range(n)] for _, tails in groups]
+        self.at = [torch.tensor(x, dtype=torch.long, device=device) for x in at]        # where a continuation's tokens stand among padded rows
 
     def attend(self, layer, q, k, v):
         """q (1, N, H, D), k, v (1, N, heads, D) -> (1, N, H, D). A prompt sees itself, a continuation sees the prompt and itself."""
         out, parts = [], zip(*(x[0].split(self.sizes) for x in (q, k, v)))
-        for prompt, tails in self.groups:
+        for (_, tails), at in zip(self.groups, self.at):
             q, k, v = (x[None].transpose(1, 2) for x in next(parts))       # (1, heads, S, D)
             out.append(F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)[0].transpose(0, 1))
-            behind = next(parts)
+            behind, G = next(parts), len(tails)
             if tails:
-                q, own_k, own_v = (pad_sequence(x.split(tails), batch_first=True).transpose(1, 2) for x in behind)     # (G, heads, T, D)
-                k, v = (torch.cat([x.expand(len(tails), -1, -1, -1), own], 2) for x, own in ((k, own_k), (v, own_v)))  # (G, heads, S + T, D)
+                q, own_k, own_v = (x.new_zeros(G * max(tails), *x.shape[1:]).index_copy(0, at, x).unflatten(0, (G, -1)).transpose(1, 2)
+                                   for x in behind)                        # (G, heads, T, D)
+                k, v = (torch.cat([x.expand(G, -1, -1, -1), own], 2) for x, own in ((k, own_k), (v, own_v)))         # (G, heads, S + T, D)
                 x = F.scaled_dot_product_attention(q, k, v, causal_lower_right(q.shape[2], k.shape[2]), enable_gqa=True).transpose(1, 2)
-                out += [row[:n] for row, n in zip(x, tails)]               # the padding goes
+                out.append(x.flatten(0, 1).index_select(0, at))            # the padding goes
         return torch.cat(out)[None]
 
 
@@ -213,25 +223,24 @@ def mrope(ids, grids, image_token, start=0, merge=2):
 
     ids: list of T token ids, grids: the (1, h, w) of the images in them. -> positions (3, T), the next free position.
     Works chunk by chunk: the second return value is the `start` of the next chunk."""
-    out, grids, t = torch.empty(3, len(ids), dtype=torch.long), iter(grids), 0
-    while t < len(ids):
-        if ids[t] == image_token:
-            _, h, w = next(grids)
-            h, w = h // merge, w // merge
+    out, t = torch.empty(3, len(ids), dtype=torch.long), 0
+    for grid in [*grids, None]:                                            # the text before each image, and the image; the text after them
+        end = ids.index(image_token, t) if grid else len(ids)
+        out[:, t:end] = torch.arange(start, start + end - t)
+        t, start = end, start + end - t
+        if grid:
+            h, w = grid[1] // merge, grid[2] // merge
             out[0, t:t + h * w] = start
             out[1, t:t + h * w] = start + torch.arange(h).repeat_interleave(w)
             out[2, t:t + h * w] = start + torch.arange(w).repeat(h)
             t, start = t + h * w, start + max(h, w)
-        else:
-            out[:, t] = start
-            t, start = t + 1, start + 1
     return out, start
 
 
 def rotate(x, cos, sin):
-    """Rotary embedding: the pairs (x[i], x[i + D / 2]) turned by their angles. x (B, T, heads, D)."""
-    a, b = x.chunk(2, -1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+    """Rotary embedding: the pairs (a, b) = (x[i], x[i + D / 2]) turned by their angles: (a cos - b sin, b cos + a sin).
+    x (B, T, heads, D); cos and sin (B, T, 1, D), those of the second half repeat the first's; sin of the first half with a minus."""
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -276,11 +285,17 @@ class VLM:
         v.grid = (1, fed[1] // self.processor.patch_size, fed[0] // self.processor.patch_size)
         return v
 
-    def patchify(self, view):
-        """Normalise and cut into patches, by the model's own image processor. Sets view.patches."""
-        fed = self.processor([view.pixels()], do_resize=False, return_tensors="pt")
-        assert tuple(fed["image_grid_thw"][0].tolist()) == view.grid
-        view.patches = fed["pixel_values"]                                 # (h * w, 3 * 2 * patch ** 2)
+    def patchify(self, view, pixels=None):
+        """Cut into patches, those that are merged into one token side by side. Sets view.patches."""
+        x = torch.frombuffer(bytearray((pixels or view.pixels()).convert("RGB").tobytes()), dtype=torch.uint8)
+        p, m, (_, h, w) = self.processor.patch_size, self.processor.merge_size, view.grid
+        view.patches = x.view(h // m, m, p, w // m, m, p, 3).permute(0, 3, 1, 4, 6, 2, 5).reshape(h * w, -1)
+
+    def pixel_values(self, patches):
+        """(n, 3 * patch ** 2) bytes -> (n, 3 * 2 * patch ** 2) normalised: the tower takes pairs of video frames, so an image comes twice."""
+        mean, std = (torch.tensor(x, dtype=torch.float32, device=self.device)[:, None, None] for x in (self.processor.image_mean, self.processor.image_std))
+        x = patches.to(self.device).unflatten(1, (3, 1, -1)).to(torch.float32).div_(255).sub_(mean).div_(std)
+        return x.to(self.dtype).expand(-1, -1, self.processor.temporal_patch_size, -1).flatten(1)
 
     def encode(self, views, grad=False, max_patches=65536):
         """Run the vision tower on the views that have no features yet, a bounded number of patches at a time."""
@@ -291,10 +306,12 @@ class VLM:
             while todo and (not batch or n + math.prod(todo[0].grid) <= max_patches):
                 batch.append(todo.pop(0))
                 n += math.prod(batch[-1].grid)
+            new = [v for v in batch if v.patches is None]
             with ThreadPoolExecutor() as pool:                             # resizing takes long, and no lock
-                list(pool.map(self.patchify, [v for v in batch if v.patches is None]))
+                for v, pixels in zip(new, pool.map(View.pixels, new)):
+                    self.patchify(v, pixels)
             with torch.set_grad_enabled(grad):
-                out = self.model.model.get_image_features(torch.cat([v.patches for v in batch]).to(self.device, self.dtype),
+                out = self.model.model.get_image_features(self.pixel_values(torch.cat([v.patches for v in batch])),
                                                           torch.tensor([v.grid for v in batch]).to(self.device), return_dict=True)
             deep = getattr(out, "deepstack_features", None) or []
             if deep and torch.is_tensor(deep[0]):                          # transformers 5.17 leaves these in one piece
@@ -348,7 +365,8 @@ class VLM:
             h = h.masked_scatter(at[..., None], torch.cat([v.features for v in views]).to(h.dtype))
         # Each of the D / 2 frequencies turns with one of a token's three positions.
         angle = positions.float()[self.axis].permute(1, 2, 0)[:, :, None] * lm.rotary_emb.inv_freq        # (B, T, 1, D / 2)
-        rope = angle.cos().to(h.dtype), angle.sin().to(h.dtype)
+        cos, sin = angle.cos().to(h.dtype), angle.sin().to(h.dtype)
+        rope = torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
         run = partial(checkpoint, self.layer, use_reentrant=False) if self.recompute and torch.is_grad_enabled() else self.layer
         for i, layer in enumerate(lm.layers):
             h = run(i, layer, h, rope, cache)
@@ -373,9 +391,8 @@ class VLM:
             positions[:, b, :len(c)] = p
             after.append(end)
         n = torch.tensor([len(c) for c in chunks], device=self.device)     # (B,) a row with an empty chunk stays as it is
-        cache.slots = cache.lengths[:, None] + torch.arange(Q, device=self.device)                        # (B, Q)
         cache.size = int(cache.lengths.max()) + Q
-        cache.mask = torch.arange(cache.size, device=self.device) <= cache.slots[:, :, None]              # (B, Q, S)
+        cache.place(Q)
         h = self.forward(ids.to(self.device), positions.to(self.device), list(views), cache)
         cache.lengths = cache.lengths + n
         last = h[torch.arange(B, device=self.device), (n - 1).clamp(min=0)]                               # (B, D)
@@ -386,8 +403,7 @@ class VLM:
         """One token for every row: tokens, positions, live (B,), all on the device, which is never waited for. A row that is
         not live stays as it is. `cache.reserve` comes first. -> logits (B, V)"""
         cache.size = min(cache.size + 1, cache.capacity)
-        cache.slots = cache.lengths[:, None]                                                              # (B, 1)
-        cache.mask = torch.arange(cache.size, device=self.device) <= cache.slots[:, :, None]              # (B, 1, S)
+        cache.place(1)
         h = self.forward(tokens[:, None], positions.expand(3, -1)[:, :, None], [], cache)
         cache.lengths += live
         return self.logits(h[:, 0])
@@ -475,18 +491,20 @@ class VLM:
         self.encode([v for e in episodes for v in e.views])
         alone = [(len(e.ids), [b]) for b, e in enumerate(episodes)]
         ids, positions, views, groups, target, before = self.pack(episodes, self.shared(episodes) if share else alone)
-        h = self.forward(ids.to(self.device), positions.to(self.device), views, Packed(groups))[0]        # (N, D)
+        h = self.forward(ids.to(self.device), positions.to(self.device), views, Packed(groups, self.device))[0]        # (N, D)
         mask = pad_sequence([torch.tensor(e.sampled) for e in episodes], batch_first=True).to(self.device)              # (B, T)
         h, target = h[before.to(self.device)], ids[0, target].to(self.device)                            # (M, D), (M,)
 
         def head(h, target):
             logp = F.log_softmax(self.logits(h) / temperature, -1)                                        # (m, V)
-            return logp.gather(1, target[:, None])[:, 0], -(logp.exp() * logp).sum(-1)
+            with torch.no_grad():
+                entropy = -(logp.exp() * logp).sum(-1)
+            return logp.gather(1, target[:, None])[:, 0], entropy
 
         out = [checkpoint(head, a, b, use_reentrant=False) if torch.is_grad_enabled() else head(a, b)
                for a, b in zip(h.split(chunk), target.split(chunk))]
         dense = lambda values: torch.zeros(mask.shape, device=self.device).masked_scatter(mask, torch.cat(values))
-        return dense([o[0] for o in out]), dense([o[1].detach() for o in out]), mask
+        return dense([o[0] for o in out]), dense([o[1] for o in out]), mask
 
     def parameters(self):
         return [p for p in self.model.parameters() if p.requires_grad]

@@ -103,13 +103,13 @@ def draw(logits, u, temperature):
 
     One uniform number, fixed before the rollout begins, decides each token of each episode: which rows are still running
     changes nothing for the others. No top-p or top-k: the trainer could not reproduce the log-probabilities."""
-    logprobs = torch.log_softmax(logits / (temperature or 1.0), -1)
+    p = torch.softmax(logits / (temperature or 1.0), -1)                                       # (B, V)
     if temperature == 0:
-        tokens = logprobs.argmax(-1)
+        tokens = p.argmax(-1)
     else:
-        total = logprobs.exp().cumsum(-1, dtype=torch.double)                                  # (B, V)
+        total = p.cumsum(-1, dtype=torch.double)
         tokens = torch.searchsorted(total, u[:, None] * total[:, -1:], right=True)[:, 0].clamp(max=logits.shape[1] - 1)
-    return tokens, logprobs.gather(1, tokens[:, None])[:, 0]
+    return tokens, p.gather(1, tokens[:, None])[:, 0].log()
 
 
 def sample_turn(vlm, cache, logits, starts, u, temperature, max_new_tokens, graphs=False, left=None, patience=0, stop=None):

@@ -85,11 +85,10 @@ def theirs(vlm, samples, group, new_tokens, turns, seed):
         width = max(len(ids) for ids, _ in talks)
         ids = torch.tensor([[pad] * (width - len(ids)) + ids for ids, _ in talks], device=vlm.device)               # left padding
         views = [v for _, views in talks for v in views]
-        for v in views:
-            vlm.patchify(v)
         out = vlm.model.generate(
             input_ids=ids, attention_mask=(ids != pad).long(), mm_token_type_ids=(ids == vlm.image_token).long(),
-            pixel_values=torch.cat([v.patches for v in views]).to(vlm.device, vlm.dtype), image_grid_thw=torch.tensor([v.grid for v in views], device=vlm.device),
+            pixel_values=vlm.processor([v.pixels() for v in views], do_resize=False, return_tensors="pt")["pixel_values"].to(vlm.device, vlm.dtype),
+            image_grid_thw=torch.tensor([v.grid for v in views], device=vlm.device),
             do_sample=True, top_k=0, top_p=1.0, temperature=1.0, min_new_tokens=new_tokens, max_new_tokens=new_tokens,
             suppress_tokens=vlm.unsayable.tolist(), pad_token_id=pad)
         if t + 1 < turns:

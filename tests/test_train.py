@@ -121,7 +121,7 @@ def test_memory_plan(models, recompute):
         vlm.encode([v for e in episodes for v in e.views])
         ids, positions, views, groups, _, _ = vlm.pack(episodes, vlm.shared(episodes))
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-            h = vlm.forward(ids, positions, views, model.Packed(groups))
+            h = vlm.forward(ids, positions, views, model.Packed(groups, vlm.device))
     finally:
         vlm.recompute = False
     plan = model.memory_plan(vlm, ids.numel(), 0, recompute)
@@ -458,7 +458,7 @@ def test_twenty_kills(tmp_path):
 
 MUTATIONS = [
     ("model", "causal_lower_right(q.shape[2], k.shape[2])", "None", test_shared_equals_plain, dict(recompute=False)),
-    ("model", "x.expand(len(tails), -1, -1, -1)", "x.detach().expand(len(tails), -1, -1, -1)", test_shared_equals_plain, dict(recompute=False)),
+    ("model", "x.expand(G, -1, -1, -1)", "x.detach().expand(G, -1, -1, -1)", test_shared_equals_plain, dict(recompute=False)),
     ("model", "views + e.views[seen:]", "views + e.views", test_shared_equals_plain, dict(recompute=False)),
     ("model", "positions + [p[:, n:]]", "positions + [p[:, :len(e.ids) - n]]", test_shared_equals_plain, dict(recompute=False)),
     ("model", "*range(len(ids), len(ids) + len(e.ids) - n)]", "*range(prompt + n, prompt + len(e.ids))]", test_shared_equals_plain, dict(recompute=False)),
