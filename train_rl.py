@@ -20,7 +20,6 @@ from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
 import torch
-from PIL import Image
 
 import data, evaluate, grpo, model, rewards, train_sft, zoom_rollout
 
@@ -77,7 +76,7 @@ class Config:
 
     max_batch_tokens: int = 262144  # of the rollout's cache (3B: 36 kB each); more is run in parts, with the same result
     graphs: bool = False            # decode with CUDA graphs (not yet run on a GPU; no use on a CPU)
-    micro_tokens: int = 16384       # tokens per forward and backward pass: memory only, the gradient does not change
+    micro_tokens: int = 4096        # tokens per forward and backward pass: memory and speed (a CPU's caches), the gradient does not change
     recompute: bool = False         # recompute each layer in the backward pass: a third more time, a fraction of the memory
     offload: bool = False           # optimizer (masters, moments) on the CPU: 12 bytes per parameter less on the GPU
     eval_n: int = 200               # held-out questions, asked before and after, in three zoom modes
@@ -87,7 +86,7 @@ class Config:
 
 
 # Other defaults for models that are not tiny. Papers: ViGoRL 1e-6 for both, 128 prompts of 5 episodes on eight GPUs.
-REAL = dict(traces="oracle", num_prompts=8, blind_prompts=1, max_new_tokens=512, lr=1e-6, sft_lr=5e-6, recompute=True)
+REAL = dict(traces="oracle", num_prompts=8, blind_prompts=1, max_new_tokens=512, lr=1e-6, sft_lr=5e-6, micro_tokens=16384, recompute=True)
 
 # What --recipe sets: the papers' settings where they differ from Config's. The second dict goes with 3B to 7B parameters: a tiny model
 # keeps its own step size and lengths. Sources: ViGoRL tables A2, A3 and its script; UniVG-R1's script and trainer.
@@ -289,10 +288,9 @@ def blindfold(vlm, episodes, seed, share=0.6):
     for e, v in ((e, v) for e in episodes for v in e.views):
         if id(v) not in dark:                                              # a group shares its prompt's views
             random_numbers = torch.Generator().manual_seed(random.Random(f"{seed}/{e.sample.id}/{v.index}/{v.box}").getrandbits(60))
-            seen, black = (vlm.view(source, v.index, v.box, v.fed) for source in (v.source, Image.new("RGB", v.source.size)))
-            vlm.patchify(seen), vlm.patchify(black)
-            hide = torch.rand(len(seen.patches), 1, generator=random_numbers) < share
-            seen.patches, dark[id(v)] = torch.where(hide, black.patches, seen.patches), seen
+            dark[id(v)] = seen = vlm.view(v.source, v.index, v.box, v.fed)
+            vlm.patchify(seen)
+            seen.patches.masked_fill_(torch.rand(len(seen.patches), 1, generator=random_numbers) < share, 0)
     return [replace(e, views=[dark[id(v)] for v in e.views]) for e in episodes]
 
 

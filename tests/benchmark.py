@@ -399,7 +399,7 @@ def main():
     parser.add_argument("--prompts", type=int, default=16), parser.add_argument("--group", type=int, default=8)
     parser.add_argument("--image-tokens", type=int, default=0), parser.add_argument("--new-tokens", type=int, default=48)
     parser.add_argument("--rounds", type=int, default=3), parser.add_argument("--turns", type=int, default=3)
-    parser.add_argument("--micro-tokens", type=int, default=10 ** 9), parser.add_argument("--recompute", action="store_true")
+    parser.add_argument("--micro-tokens", type=int, default=train_rl.Config.micro_tokens), parser.add_argument("--recompute", action="store_true")
     parser.add_argument("--offload", action="store_true")
     parser.add_argument("--step", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--seed", type=int, default=0)
