@@ -88,7 +88,7 @@ class KVCache:
     a row's length is garbage that this rule hides until it is overwritten.
 
     The rows of a group continue one prompt: `prompts` is the cache that holds it, once, and `group` says which of its rows.
-    A query attends to the prompt and to its own row separately; the two results are merged by their log-sum-exp."""
+    A new token asks both for scores, the prompt once for the whole group, and puts them through one softmax."""
 
     def __init__(self, layers, rows, device):
         self.keys, self.values = [None] * layers, [None] * layers
@@ -112,7 +112,7 @@ class KVCache:
         shared_k, shared_v = self.prompts.keys[layer][:, :, :self.prompts.size], self.prompts.values[layer][:, :, :self.prompts.size]
         if q.shape[1] > 1:                                                 # an observation: enough work to pay for a copy of the prompt
             out = torch.empty_like(q)
-            for p, rows in enumerate(self.members):
+            for p, rows in self.members.items():
                 both = (torch.cat([x[p].expand(len(rows), -1, -1, -1), own[rows]], 2) for x, own in ((shared_k, k), (shared_v, v)))
                 out[rows] = F.scaled_dot_product_attention(q[rows].transpose(1, 2), *both, self.mask[rows][:, None], enable_gqa=True).transpose(1, 2)
             return out
@@ -124,7 +124,7 @@ class KVCache:
     def join(self, x):
         """(B, heads, n, X) -> (P, heads, G * n, X): what the rows of a group ask of their prompt, side by side."""
         if not self.whole:
-            x = x.new_zeros(self.most * len(self.members), *x.shape[1:]).index_copy_(0, self.seat, x)
+            x = x.new_zeros(self.seats, *x.shape[1:]).index_copy_(0, self.seat, x)
         return x.unflatten(0, (-1, self.most)).transpose(1, 2).flatten(2, 3)
 
     def leave(self, x):
@@ -140,10 +140,10 @@ class KVCache:
     def seated(self, prompts, group):
         order = torch.arange(len(group), device=group.device)
         seat = ((group[:, None] == group) & (order[:, None] > order)).sum(1)         # (B,) how many of its group stand before a row
-        self.prompts, self.group, self.most = prompts, group, int(seat.max()) + 1
-        self.members = [(group == p).nonzero()[:, 0] for p in range(len(prompts.lengths))]
-        self.seat = group * self.most + seat                               # (B,) its place among P * G
-        self.whole = len(group) == len(self.members) * self.most and torch.equal(self.seat, order)
+        self.prompts, self.group, self.most = prompts, group, int(seat.max()) + 1              # G: rows in the largest group
+        self.members = {p: (group == p).nonzero()[:, 0] for p in group.unique().tolist()}
+        self.seats, self.seat = len(prompts.lengths) * self.most, group * self.most + seat     # P * G, and (B,) a row's among them
+        self.whole = len(group) == self.seats and torch.equal(self.seat, order)
         return self
 
     def place(self, n):
@@ -154,7 +154,7 @@ class KVCache:
         if self.prompts:
             prompt = slots(self.prompts.size) < self.prompts.lengths[self.group, None]
             self.mask = torch.cat([prompt[:, None].expand(-1, n, -1), self.mask], 2)                      # (B, n, P's S + S)
-        self.bias = ~self.mask[:, None] * -1e9 if n == 1 else None      # (B, 1, 1, P's S + S)
+        self.bias = ~self.mask[:, None] * -1e9 if n == 1 else None         # (B, 1, 1, P's S + S)
 
     def reserve(self, n):
         """Before n calls of `decode`: the one time that the device is asked how long the rows are."""
@@ -434,7 +434,7 @@ class VLM:
     def logits(self, h):
         """Hidden states -> logits in fp32. The policy cannot say an image token, in sampling and training alike: one written
         in a turn would claim features that no image has."""
-        return self.model.lm_head(h).float().index_fill(-1, self.unsayable, -1e9)
+        return self.model.lm_head(h).float().index_fill_(-1, self.unsayable, -1e9)
 
     def new_cache(self, rows):
         return KVCache(len(self.model.model.language_model.layers), rows, self.device)
@@ -449,7 +449,7 @@ class VLM:
             groups.setdefault((tuple(e.ids[:n]), *map(id, views)), []).append(b)
         return [(len(key[0]) if len(members) > 1 else len(episodes[members[0]].ids), members) for key, members in groups.items()]
 
-    def micro_batches(self, episodes, tokens=16384):
+    def micro_batches(self, episodes, tokens=4096):
         """Split into parts of at most `tokens` tokens as logprobs packs them, groups together; an episode that is longer is a part
         by itself. A memory knob: gradients do not change."""
         parts, room = [], 0
@@ -496,9 +496,9 @@ class VLM:
         h, target = h[before.to(self.device)], ids[0, target].to(self.device)                            # (M, D), (M,)
 
         def head(h, target):
-            logp = F.log_softmax(self.logits(h) / temperature, -1)                                        # (m, V)
+            logp = F.log_softmax(self.logits(h).div_(temperature), -1)                                    # (m, V)
             with torch.no_grad():
-                entropy = -(logp.exp() * logp).sum(-1)
+                entropy = -logp.exp().mul_(logp).sum(-1)
             return logp.gather(1, target[:, None])[:, 0], entropy
 
         out = [checkpoint(head, a, b, use_reentrant=False) if torch.is_grad_enabled() else head(a, b)

@@ -359,7 +359,7 @@ def main():
     else:
         if cfg.traces:
             losses, pairs = train_sft.warm_start(vlm, data.STYLES[cfg.recipe], cfg.traces, cfg.task, rows, cfg.sft_n, cfg.sft_epochs,
-                                                 cfg.sft_batch, cfg.sft_lr, cfg.difficulty, cfg.max_zooms, vlm.toy_side, cfg.seed)
+                                                 cfg.sft_batch, cfg.sft_lr, cfg.difficulty, cfg.max_zooms, vlm.toy_side, cfg.seed, cfg.micro_tokens, cfg.offload)
             print(f"warm start: {len(pairs)} traces, loss {losses[0]:.2f} -> {losses[-1]:.2f}, {time.time() - began:.0f} s")
         shown = measure(vlm, cfg, held_out, "before RL")
         first, before, spent, sections = 0, {mode: s for mode, (s, _) in shown.items()}, 0.0, [("before RL", shown["on"][1])]

@@ -45,6 +45,9 @@ class Config:
     lr: float = 5e-4                # peak learning rate, cosine with warm-up (ViGoRL on a 3B: 1e-6, UniVG-R1: 5e-6)
     max_zooms: int = 3              # crops per episode
     max_pixels: int = 0             # of a prompt image as fed; 0: the model's default
+    micro_tokens: int = 4096        # tokens per forward and backward pass: memory and speed, the gradient does not change
+    recompute: bool = False         # recompute each layer in the backward pass: a third more time, a fraction of the memory
+    offload: bool = False           # optimizer (masters, moments) on the CPU: 12 bytes per parameter less on the GPU
     seed: int = 0                   # of scenes, traces and order
 
     preset: Literal["", "vigorl"] = ""      # "vigorl": the numbers of the original search
@@ -79,7 +82,7 @@ class Config:
     out: str = ""                   # of pretraining (default: checkpoints/tiny)
 
 
-REAL = dict(traces="oracle", lr=5e-6, max_new_tokens=512)        # other defaults for models that are not tiny
+REAL = dict(traces="oracle", lr=5e-6, max_new_tokens=512, micro_tokens=16384, recompute=True)       # other defaults for models that are not tiny
 # The original's search (a 72B teacher, whole sentences). Its paper says 20 simulations, its code 8.
 VIGORL = dict(simulations=20, children=3, tries=1, rollouts=2, depth=10, rollout_steps=5, exploration=2.0, min_distance=1.0, max_new_tokens=512,
               crops=False, recovery="Wait, this seems off. Let's try something else.", reorder=0.2, direct=10, corrected=10)
@@ -672,10 +675,10 @@ def draw_trees(path, log, samples, most=40):
 # ----------------------------------------------------------------------------------------------------------------------
 # Fine-tuning
 
-def finetune(vlm, episodes, lr, epochs=1, batch=8, seed=0, progress=True):
+def finetune(vlm, episodes, lr, epochs=1, batch=8, seed=0, micro_tokens=4096, offload=False, progress=True):
     """Cross-entropy on the assistant's tokens. -> the loss of each step. AdamW; cosine with 10 % warm-up."""
     # A form never seen before starts with huge gradients; beta2 = 0.95 forgets their size in 20 steps, 0.999 not in this run.
-    optimizer, rng, losses = model.AdamW(vlm.parameters(), lr, betas=(0.9, 0.95)), random.Random(seed), []
+    optimizer, rng, losses = model.AdamW(vlm.parameters(), lr, betas=(0.9, 0.95), offload=offload), random.Random(seed), []
     steps = epochs * math.ceil(len(episodes) / batch)
     bar = tqdm(total=steps, desc="warm start", disable=None if progress else True, leave=False)
     for _ in range(epochs):
@@ -684,13 +687,15 @@ def finetune(vlm, episodes, lr, epochs=1, batch=8, seed=0, progress=True):
             chosen = [episodes[j] for j in order[i:i + batch]]
             tokens = sum(sum(e.sampled) for e in chosen)
             loss = 0.0
-            for part in vlm.micro_batches(chosen[model.mine(len(chosen))]):
+            for part in vlm.micro_batches(chosen[model.mine(len(chosen))], micro_tokens):
                 logprobs, _, _ = vlm.logprobs(part)
                 (-logprobs.sum() / tokens).backward()                      # tokens of the whole batch: micro-batches add up
                 loss -= logprobs.sum().item() / tokens
             step = len(losses)
             optimizer.step(lr * min((step + 1) / (0.1 * steps + 1), 0.5 * (1 + math.cos(math.pi * step / steps))))
             losses.append(model.total(loss)[0])
+            for v in (v for e in chosen for v in e.views):                 # features of all traces together would be large
+                v.features, v.deep = None, None
             bar.update(), bar.set_postfix(loss=f"{loss:.3f}")
     bar.close()
     return losses
@@ -724,11 +729,11 @@ def saw_it(episodes):
 
 
 def warm_start(vlm, style, traces="oracle", task="search", questions=None, n=1200, epochs=1, batch=8, lr=5e-4, difficulty="medium",
-               max_zooms=3, side=data.SIDE, seed=0):
+               max_zooms=3, side=data.SIDE, seed=0, micro_tokens=4096, offload=False):
     """Find traces, fine-tune on them (in place). -> (the loss of each step, the traces [(sample, turns)])."""
     cfg = Config(traces=traces, task=task, n=n, difficulty=difficulty, max_zooms=max_zooms, seed=seed, **({} if vlm.name == "tiny" else REAL))
     pairs = [(s, turns) for s, turns, *_ in find_traces(vlm, style, cfg, questions, side)[0]]
-    return finetune(vlm, [zoom_rollout.replay(vlm, s, turns, style, max_zooms) for s, turns in pairs], lr, epochs, batch, seed), pairs
+    return finetune(vlm, [zoom_rollout.replay(vlm, s, turns, style, max_zooms) for s, turns in pairs], lr, epochs, batch, seed, micro_tokens, offload), pairs
 
 
 def find_traces(vlm, style, cfg, questions=None, side=data.SIDE, run=""):
@@ -974,7 +979,7 @@ def main():
     model.start_ranks()
     cfg = model.cli(Config, description=__doc__, presets=lambda c: searchable(c) | ({} if model.is_tiny(c.model) else REAL) | (VIGORL if c.preset else {}),
                     positive=("n", "epochs", "batch", "steps", "simulations", "children", "tries", "rollouts", "rollout_steps", "max_new_tokens",
-                              "trees", "chains", "teacher_tokens", "timeout"))
+                              "trees", "chains", "teacher_tokens", "timeout", "micro_tokens"))
     if cfg.pretrain:
         if model.world() > 1:
             model.fail("--pretrain runs in one process: start it without torchrun")
@@ -989,6 +994,7 @@ def main():
     data.check_images(rows or [])
     style = data.STYLES[recipe_of(cfg)]
     vlm = model.load(cfg.model, max_pixels=cfg.max_pixels)
+    vlm.recompute = cfg.recompute
     model.write_json(path("config.json"), asdict(cfg))
 
     found, counts = find_traces(vlm, style, cfg, rows, vlm.toy_side, run)
@@ -1008,7 +1014,7 @@ def main():
     episodes = {True: [], False: []}
     for s, turns, *_ in found:
         episodes[s.id in held].append(zoom_rollout.replay(vlm, s, turns, style, cfg.max_zooms))
-    losses = finetune(vlm, episodes[False], cfg.lr, cfg.epochs, cfg.batch, cfg.seed)
+    losses = finetune(vlm, episodes[False], cfg.lr, cfg.epochs, cfg.batch, cfg.seed, cfg.micro_tokens, cfg.offload)
     if model.rank():
         return
     model.replace_folder(vlm.save(path("checkpoint")), path("checkpoint"))
@@ -1026,5 +1032,10 @@ if __name__ == "__main__":
         main()
     except data.DataError as e:
         model.fail(str(e))
+    except RuntimeError as e:
+        if not model.is_out_of_memory(e):
+            raise
+        model.fail(f"out of memory ({' '.join(str(e).split())[:160]}). Turn, in this order: {model.KNOBS['activations']}; of a search, a smaller --trees; "
+                   f"{model.KNOBS['optimizer']}; a smaller model")
     except KeyboardInterrupt:
         model.fail("interrupted; finished trees and paid replies are kept: the same command goes on from there")

@@ -28,9 +28,11 @@ train: the update (log-probabilities and gradient) of episodes with zooms, a gro
 by itself (plain): time, peak memory, largest gap between the gradients relative to the largest gradient; and what a step of 128
 prompts, as ViGoRL's, would take: rollout and update of these, times 128 / --prompts. Then a whole GRPO step (single turn, all answers
 of the same length, rewards drawn) and, where it is installed, TRL's on the same weights, prompts, images and number of tokens (`pip
-install trl==1.16.0` into an environment of its own; without it its fields are null). On a CPU the seconds are those of the processor, summed over threads (OMP_NUM_THREADS=1 for a clean figure).
+install trl==1.16.0` into an environment of its own; without it its fields are null). --micro-tokens: unless given, the update is one
+pass, so that peaks can be compared, and the step has those of train_rl.py. On a CPU the seconds are those of the processor, summed
+over threads (OMP_NUM_THREADS=1 for a clean figure).
 """
-import argparse, copy, ctypes, gc, importlib.util, json, os, random, statistics, sys, tempfile, time
+import argparse, copy, ctypes, gc, importlib.util, itertools, json, os, random, statistics, sys, tempfile, time
 from unittest import mock
 
 import torch
@@ -273,26 +275,21 @@ def update(vlm, episodes, advantages, share, micro_tokens):
         (-(torch.tensor([of[id(e)] for e in part], device=vlm.device)[:, None] * logprobs).sum() / tokens).backward()
 
 
-def our_step(vlm, samples, group, new_tokens, rounds, micro_tokens, offload):
-    """-> seconds of each whole step: roll out, reward, advantages, loss, update; and the lengths of the prompts."""
+def our_steps(vlm, samples, group, new_tokens, micro_tokens, offload):
+    """Whole steps, one whenever the next is asked for: roll out, reward, advantages, loss, update -> metrics, the lengths of the prompts."""
     vlm.unsayable = torch.cat([vlm.unsayable, torch.tensor([vlm.im_end], device=vlm.device)])
     cfg = train_rl.Config(recipe="vigorl", num_prompts=len(samples), group_size=group, max_new_tokens=new_tokens, micro_tokens=micro_tokens)
-    optimizer, rng, took = model.AdamW(vlm.parameters(), 1e-6, offload=offload), random.Random(0), []
-    if vlm.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
+    optimizer, rng = model.AdamW(vlm.parameters(), 1e-6, offload=offload), random.Random(0)
     drawn = lambda *_, **__: {"reward": rng.random(), "accuracy": 1.0, "format": 1.0}
-    for step in range(rounds + 1):
+    for step in itertools.count():
         with mock.patch.object(rewards, "score", drawn):
             metrics, episodes = train_rl.train_step(vlm, None, optimizer, samples, cfg, step)
-        took.append(metrics["seconds"])
-    assert all(sum(e.sampled) == new_tokens for e in episodes)
-    print("share of the step: " + ", ".join(f"{k[6:]} {v:.0%}" for k, v in metrics.items() if k.startswith("share_"))
-          + (f"; peak memory {model.peak_memory() / 1e9:.1f} GB" if vlm.device.type == "cuda" else ""))
-    return took[1:], [e.sampled.index(True) for e in episodes[::group]]
+        assert all(sum(e.sampled) == new_tokens for e in episodes)
+        yield metrics, [e.sampled.index(True) for e in episodes[::group]]
 
 
-def trl_step(vlm, samples, group, new_tokens, rounds):
-    """The same with TRL's GRPOTrainer -> seconds of each step, the lengths of the prompts."""
+def trl_steps(vlm, samples, group, new_tokens, rounds, between):
+    """The same with TRL's GRPOTrainer, on a copy of the model, and `between()` after each -> seconds of each step, the lengths of the prompts."""
     import datasets, trl
     from transformers.models.qwen2_5_vl.processing_qwen2_5_vl import Qwen2_5_VLProcessor
     from transformers import TrainerCallback
@@ -300,14 +297,16 @@ def trl_step(vlm, samples, group, new_tokens, rounds):
         template = open(os.path.join(trl.__path__[0], "chat_templates", "qwen2_5_vl.jinja")).read()
         processor = Qwen2_5_VLProcessor(copy.deepcopy(vlm.processor), copy.deepcopy(vlm.tokenizer), None, chat_template=template)
     processor.image_processor.size = {"shortest_edge": 4 * vlm.factor ** 2, "longest_edge": vlm.max_pixels}          # fed as ours are
-    rng, marks, lengths = random.Random(0), [], []
+    rng, took, lengths = random.Random(0), [], []
 
     class Clock(TrainerCallback):
-        def on_step_end(self, *_, **__):
-            marks.append(model.clock())
-
         def on_train_begin(self, *_, **__):
-            marks.append(model.clock())
+            self.began = model.clock()
+
+        def on_step_end(self, *_, **__):
+            took.append(model.clock() - self.began)
+            between()
+            self.began = model.clock()
 
     def reward(completion_ids, **_):
         assert all(len(ids) == new_tokens for ids in completion_ids)
@@ -322,16 +321,16 @@ def trl_step(vlm, samples, group, new_tokens, rounds):
     with tempfile.TemporaryDirectory() as folder:
         config = trl.GRPOConfig(
             output_dir=folder, use_cpu=vlm.device.type == "cpu", bf16=vlm.dtype == torch.bfloat16, per_device_train_batch_size=len(samples) * group,
-            num_generations=group, max_completion_length=new_tokens, max_steps=rounds + 1, learning_rate=1e-6, beta=0.0, temperature=1.0,
+            num_generations=group, max_completion_length=new_tokens, max_steps=rounds, learning_rate=1e-6, beta=0.0, temperature=1.0,
             gradient_checkpointing=False, report_to="none", save_strategy="no", logging_strategy="no", disable_tqdm=True, shuffle_dataset=False,
             generation_kwargs={"min_new_tokens": new_tokens})
         trainer = trl.GRPOTrainer(model=net, processing_class=processor, reward_funcs=reward, args=config, callbacks=[Clock()],
-                                  train_dataset=datasets.Dataset.from_list(rows * (rounds + 1)))
+                                  train_dataset=datasets.Dataset.from_list(rows * rounds))
         seen = []
         real = trainer._generate_and_score_completions
         trainer._generate_and_score_completions = lambda inputs: (out := real(inputs), seen.extend(out["prompt_mask"].sum(1).tolist()[::group]))[0]
         trainer.train()
-    return [b - a for a, b in zip(marks[1:], marks[2:])], seen[:len(samples)]
+    return took, seen[:len(samples)]
 
 
 def train(args):
@@ -350,7 +349,7 @@ def train(args):
     runs, gradients = {name: [] for name in ways}, {}
     for r in range(args.rounds + 1):
         for name, share in ways.items():
-            runs[name].append(measured(vlm.device, lambda: update(vlm, episodes, advantages, share, args.micro_tokens))[:2])
+            runs[name].append(measured(vlm.device, lambda: update(vlm, episodes, advantages, share, args.micro_tokens or 10 ** 9))[:2])
             gradients[name] = [p.grad.float().cpu() for p in vlm.parameters()] if r == 0 else None
             for p in vlm.parameters():
                 p.grad = None
@@ -368,14 +367,23 @@ def train(args):
     result = {"packed_speedup": speedup, "packed_memory_ratio": peak["plain"] / peak["packed"], "max_grad_gap": gap,
               "step_seconds": None, "trl_step_seconds": None, "ratio_trl": None}
     if args.step:
-        peer = trl_step(vlm, samples, args.group, args.new_tokens, args.rounds) if importlib.util.find_spec("trl") else None       # on a copy
-        took, lengths = our_step(vlm, samples, args.group, args.new_tokens, args.rounds, args.micro_tokens, args.offload)
-        result["step_seconds"] = statistics.median(took)
-        print(f"step      {len(samples)} prompts x {args.group} answers of {args.new_tokens} tokens, prompts of {lengths[0]:,}: {result['step_seconds']:.2f} s")
-        if peer:
-            result["trl_step_seconds"] = statistics.median(peer[0])
-            result["ratio_trl"] = result["trl_step_seconds"] / result["step_seconds"]
-            print(f"TRL       the same, prompts of {peer[1][0]:,}: {result['trl_step_seconds']:.2f} s   ratio {result['ratio_trl']:.1f}")
+        steps, done = our_steps(vlm, samples, args.group, args.new_tokens, args.micro_tokens or train_rl.Config.micro_tokens, args.offload), []
+        turn = lambda: done.append(next(steps))
+        if vlm.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        if importlib.util.find_spec("trl"):                                    # steps alternate
+            theirs, their_lengths = trl_steps(vlm, samples, args.group, args.new_tokens, args.rounds + 1, turn)
+        else:
+            for _ in range(args.rounds + 1):
+                turn()
+        seconds, (metrics, lengths) = [m["seconds"] for m, _ in done[1:]], done[-1]                # the first one warms up
+        result["step_seconds"] = statistics.median(seconds)
+        print("share of the step: " + ", ".join(f"{k[6:]} {v:.0%}" for k, v in metrics.items() if k.startswith("share_"))
+              + (f"; peak memory {model.peak_memory() / 1e9:.1f} GB" if vlm.device.type == "cuda" else "")
+              + f"\nstep      {len(samples)} prompts x {args.group} answers of {args.new_tokens} tokens, prompts of {lengths[0]:,}: {result['step_seconds']:.2f} s")
+        if importlib.util.find_spec("trl"):
+            result |= {"trl_step_seconds": statistics.median(theirs[1:]), "ratio_trl": statistics.median(t / o for t, o in zip(theirs[1:], seconds))}
+            print(f"TRL       the same, prompts of {their_lengths[0]:,}: {result['trl_step_seconds']:.2f} s   ratio {result['ratio_trl']:.1f}")
     print(json.dumps({k: v if v is None else float(f"{v:.3g}") for k, v in result.items()}))
 
 
@@ -399,12 +407,12 @@ def main():
     parser.add_argument("--prompts", type=int, default=16), parser.add_argument("--group", type=int, default=8)
     parser.add_argument("--image-tokens", type=int, default=0), parser.add_argument("--new-tokens", type=int, default=48)
     parser.add_argument("--rounds", type=int, default=3), parser.add_argument("--turns", type=int, default=3)
-    parser.add_argument("--micro-tokens", type=int, default=train_rl.Config.micro_tokens), parser.add_argument("--recompute", action="store_true")
+    parser.add_argument("--micro-tokens", type=int, default=0), parser.add_argument("--recompute", action="store_true")
     parser.add_argument("--offload", action="store_true")
     parser.add_argument("--step", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    for name, least in {**dict.fromkeys(("prompts", "group", "new_tokens", "rounds", "turns", "micro_tokens"), 1), "image_tokens": 0}.items():
+    for name, least in {**dict.fromkeys(("prompts", "group", "new_tokens", "rounds", "turns"), 1), "image_tokens": 0, "micro_tokens": 0}.items():
         if getattr(args, name) < least:
             parser.error(f"--{name.replace('_', '-')} is {getattr(args, name)}; expected {least} or more")
     {"rollout": rollout, "search": search, "train": train, "plan": plan}[args.what](args)

@@ -373,12 +373,14 @@ def test_gradient_of_the_warm_start(vlm, alone):
     assert recorder.lrs == pytest.approx([1 / 1.2, 0.5])
 
 def test_the_warm_start_learns(vlm):
-    """Claim: a few traces are learned by heart; the vision tower stays as it is; a batch that does not divide them loses none."""
+    """Claim: a few traces are learned by heart; the vision tower stays as it is; a batch that does not divide them loses none; what was
+    seen of a batch is not kept."""
     own = model.VLM(copy.deepcopy(vlm.model), vlm.tokenizer, vlm.processor, vlm.name, vlm.spec)
     tower = copy.deepcopy(own.model.model.visual.state_dict())
     episodes = replayed(own, n=5)
     before = train_sft.held_out_loss(own, episodes)
     losses = train_sft.finetune(own, episodes, 2e-3, epochs=10, batch=2, progress=False)
+    assert all(v.features is None for e in episodes for v in e.views)
     assert len(losses) == 10 * 3 and train_sft.held_out_loss(own, episodes) < 0.5 * before
     assert all(torch.equal(v, tower[k]) for k, v in own.model.model.visual.state_dict().items())
     logprobs, _, mask = vlm.logprobs(episodes)
@@ -496,6 +498,7 @@ MUTATIONS = [
     ("train_sft", "order = rng.sample(range(len(episodes)), len(episodes))", "order = range(len(episodes))", test_gradient_of_the_warm_start, dict(alone=False)),
     ("train_sft", "0.5 * (1 + math.cos(math.pi * step / steps))", "1.0", test_gradient_of_the_warm_start, dict(alone=False)),
     ("train_sft", "for i in range(0, len(order), batch):", "for i in range(0, len(order) - batch + 1, batch):", test_the_warm_start_learns, {}),
+    ("train_sft", "v.features, v.deep = None, None", "pass", test_the_warm_start_learns, {}),
     ("train_sft", "sum(p[2].sum().item() for p in parts)", "len(episodes)", test_the_warm_start_learns, {}),
     ("train_sft", "if o is objects[0] or k + 1", "if k + 1", test_oracle_of_search, {}),
     ("train_sft", "or rng.random() < 0.6:", "or False:", test_oracle_of_search, {}),

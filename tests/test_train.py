@@ -174,6 +174,20 @@ def test_out_of_memory_is_answered(script, monkeypatch):
     monkeypatch.setattr(model.VLM, "logprobs", full)
     said = test_scripts.refused(script(f"{SMALL}"), "out of memory", "2.00 GiB", "--resume")
     assert said.index("--recompute") < said.index("--micro-tokens") < said.index("--max-batch-tokens") < said.index("--offload")
+    said = test_scripts.refused(script("train_sft.py --traces oracle --n 16"), "out of memory", "2.00 GiB")
+    assert said.index("--recompute") < said.index("--micro-tokens") < said.index("--trees") < said.index("--offload")
+
+@pytest.mark.parametrize("command", [SMALL, "train_sft.py --traces oracle --n 16"])
+def test_warm_start_obeys_the_memory_knobs(script, monkeypatch, command):
+    """Bug: a run that fits a card in RL runs out of memory before, in the warm start."""
+    def micro_batches(vlm, episodes, tokens):
+        asked.update(tokens=tokens, recompute=vlm.recompute)
+        raise data.DataError("seen")
+    adamw, asked = model.AdamW, {}
+    monkeypatch.setattr(model, "AdamW", lambda *args, **flags: asked.update(flags) or adamw(*args, **flags))
+    monkeypatch.setattr(model.VLM, "micro_batches", micro_batches)
+    test_scripts.refused(script(f"{command} --micro-tokens 777 --offload --recompute"), "seen")
+    assert asked["tokens"] == 777 and asked["offload"] and asked["recompute"]
 
 # -----------------------------------------------------------------------------
 # bad gradients
