@@ -13,10 +13,11 @@
 
 rollout: sampled tokens per second of our sampler and of transformers' `generate`, end of turn disabled so that both do equal
 work; then two zoom turns, against a loop around `generate` that sends the whole conversation again each turn, as the papers'
-code and TRL do. Rounds alternate; a ratio is the median over rounds. Then what was computed and what the other computes, and the
-largest gap between the sampler's log-probabilities and the trainer's. The last line is one JSON object. --random: the model's
-shape with random weights, which speed does not look at (its tokenizer is the tiny model's). On CUDA also with graphs, and the
-share of the measured copy bandwidth, if each decode step reads the text model's weights and all of the cache once.
+code and TRL do; then, where TRL is installed, the generation of its GRPO steps (one turn). Rounds alternate; a ratio is the median
+over rounds. With it what was computed and what the other computes, and the largest gap between the sampler's log-probabilities
+and the trainer's. The last line is one JSON object. --random: the model's shape with random weights, which speed does not look at
+(its tokenizer is the tiny model's). On CUDA also with graphs, and the share of the measured copy bandwidth, if each decode step
+reads the text model's weights and all of the cache once.
 
 search: for how many questions does tree search find a trace that is whole and ends right, and for how many do as many single
 paths do, as fit into the tokens that it computed (pass@k)? The paths are sampled step by step like those of the tree, so both need
@@ -192,6 +193,13 @@ def rollout(args):
             read = (weights + slot * held) * vlm.model.dtype.itemsize * args.new_tokens
             best = max(per_second["ours"], per_second["with graphs"])
             result |= {"graphs_tokens_per_second": per_second["with graphs"], "bandwidth_fraction": read * best / count / copy_bandwidth(device)}
+    if importlib.util.find_spec("trl"):
+        took, count = [], args.prompts * args.group * args.new_tokens
+        _, generating, _ = trl_steps(vlm, samples, args.group, args.new_tokens, args.rounds + 1,
+                                     lambda: took.append(seconds(vlm, ours, samples, args.group, args.new_tokens, 1, len(took))[0]))
+        result |= {"trl_tokens_per_second": count / statistics.median(generating[1:]), "ratio_trl": statistics.median(y / x for x, y in zip(took[1:], generating[1:]))}
+        print(f"TRL       one turn: ours {count / statistics.median(took[1:]):,.0f} tokens/s   its generation {result['trl_tokens_per_second']:,.0f} tokens/s   "
+              f"ratio {result['ratio_trl']:.1f}")
     result["max_logprob_gap"] = gap
     print(json.dumps({k: float(f"{v:.3g}") for k, v in result.items()}))
 
@@ -289,7 +297,8 @@ def our_steps(vlm, samples, group, new_tokens, micro_tokens, offload):
 
 
 def trl_steps(vlm, samples, group, new_tokens, rounds, between):
-    """The same with TRL's GRPOTrainer, on a copy of the model, and `between()` after each -> seconds of each step, the lengths of the prompts."""
+    """The same with TRL's GRPOTrainer, on a copy of the model, and `between()` after each step -> seconds of each step, of its generation
+    alone; the lengths of the prompts."""
     import datasets, trl
     from transformers.models.qwen2_5_vl.processing_qwen2_5_vl import Qwen2_5_VLProcessor
     from transformers import TrainerCallback
@@ -297,7 +306,7 @@ def trl_steps(vlm, samples, group, new_tokens, rounds, between):
         template = open(os.path.join(trl.__path__[0], "chat_templates", "qwen2_5_vl.jinja")).read()
         processor = Qwen2_5_VLProcessor(copy.deepcopy(vlm.processor), copy.deepcopy(vlm.tokenizer), None, chat_template=template)
     processor.image_processor.size = {"shortest_edge": 4 * vlm.factor ** 2, "longest_edge": vlm.max_pixels}          # fed as ours are
-    rng, took, lengths = random.Random(0), [], []
+    rng, took, generating, lengths = random.Random(0), [], [], []
 
     class Clock(TrainerCallback):
         def on_train_begin(self, *_, **__):
@@ -326,11 +335,18 @@ def trl_steps(vlm, samples, group, new_tokens, rounds, between):
             generation_kwargs={"min_new_tokens": new_tokens})
         trainer = trl.GRPOTrainer(model=net, processing_class=processor, reward_funcs=reward, args=config, callbacks=[Clock()],
                                   train_dataset=datasets.Dataset.from_list(rows * rounds))
-        seen = []
-        real = trainer._generate_and_score_completions
-        trainer._generate_and_score_completions = lambda inputs: (out := real(inputs), seen.extend(out["prompt_mask"].sum(1).tolist()[::group]))[0]
+        seen, generate, score = [], trainer._generate, trainer._generate_and_score_completions
+
+        def timed(prompts):
+            began = model.clock()
+            out = generate(prompts)
+            generating.append(model.clock() - began)
+            return out
+
+        trainer._generate = timed
+        trainer._generate_and_score_completions = lambda inputs: (out := score(inputs), seen.extend(out["prompt_mask"].sum(1).tolist()[::group]))[0]
         trainer.train()
-    return took, seen[:len(samples)]
+    return took, generating, seen[:len(samples)]
 
 
 def train(args):
@@ -372,7 +388,7 @@ def train(args):
         if vlm.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         if importlib.util.find_spec("trl"):                                    # steps alternate
-            theirs, their_lengths = trl_steps(vlm, samples, args.group, args.new_tokens, args.rounds + 1, turn)
+            theirs, _, their_lengths = trl_steps(vlm, samples, args.group, args.new_tokens, args.rounds + 1, turn)
         else:
             for _ in range(args.rounds + 1):
                 turn()
