@@ -86,7 +86,7 @@ def test_find_answer():
 def test_video_answer():
     """Bug: the box of another frame; frames that jump, or stand still; a thing that leaves, or runs into another."""
     asked = collections.Counter()
-    for s in toy("video") + toy("video", "test", 10, difficulty="hard"):
+    for s in toy("video", "train", 30) + toy("video", "test", 6, difficulty="hard"):
         name, i = re.fullmatch(r"These are frames of a video. Find the (\w+ \w+) in image (\d).", s.question).groups()
         i, (target,) = int(i) - 1, s.targets
         assert target == {"image": i, "box": data.object_box(objects(s, i)[name])} and len(s.images) == 3

@@ -717,6 +717,7 @@ def test_zoom_gain_and_harm(tmp_path, monkeypatch):
     assert "zoom gain 42.9%, zoom harm 14.3%" in open(tmp_path / "out" / "report.html").read()
 
 
+@pytest.mark.slow
 def test_as_a_script(bench):
     folder, _ = bench
     (folder / "texts.jsonl").write_text("".join(json.dumps(r) + "\n" for r in texts("(110, 55)", "(3, 3)")))
