@@ -501,7 +501,10 @@ MUTATIONS = [
     ("model", 'with open(path + ".tmp", "w", encoding', 'with open(path, "w", encoding', test_rows_survive_a_crash, {}),
 ]
 
-@pytest.mark.parametrize("module, old, new, test, arguments", MUTATIONS, ids=[f"{m}: {old.strip()} -> {new.strip()}" for m, old, new, *_ in MUTATIONS])
+SLOW = test_ranks_and_micro_batches_change_nothing, test_two_ranks_evaluate_as_one       # each bug starts processes of its own
+
+@pytest.mark.parametrize("module, old, new, test, arguments", [pytest.param(*m, marks=[pytest.mark.slow] * (m[3] in SLOW)) for m in MUTATIONS],
+                         ids=[f"{m}: {old.strip()} -> {new.strip()}" for m, old, new, *_ in MUTATIONS])
 def test_mutations_turn_a_test_red(module, old, new, test, arguments, models, models64, tmp_path, capsys, monkeypatch):
     """Bug: a test that no bug can turn red."""
     def again(made, v):
