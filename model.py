@@ -134,8 +134,7 @@ class KVCache:
 
     def share(self, group):
         """A cache of empty rows that continue the rows `group` (B,) of this one, which holds prompts."""
-        new = KVCache(len(self.keys), len(group), self.lengths.device)
-        return new.seated(self, group)
+        return KVCache(len(self.keys), len(group), self.lengths.device).seated(self, group)
 
     def seated(self, prompts, group):
         order = torch.arange(len(group), device=group.device)
@@ -739,8 +738,11 @@ def peak_memory():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def is_out_of_memory(error):
-    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+def answer_out_of_memory(error, knobs):
+    """Ends the program with what to turn, in order; any other error goes on as it came."""
+    if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
+        raise error
+    fail(f"out of memory ({' '.join(str(error).split())[:160]}). Turn, in this order: {knobs}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------

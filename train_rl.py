@@ -491,8 +491,6 @@ if __name__ == "__main__":
     except data.DataError as e:
         model.fail(str(e))
     except RuntimeError as e:
-        if not model.is_out_of_memory(e):
-            raise
-        model.fail(f"out of memory ({' '.join(str(e).split())[:160]}). Turn, in this order: {'; '.join(model.KNOBS.values())}. Then --resume")
+        model.answer_out_of_memory(e, f"{'; '.join(model.KNOBS.values())}. Then --resume")
     except KeyboardInterrupt:
         model.fail("interrupted; what was saved last is in the run's checkpoint folder")

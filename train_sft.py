@@ -1033,9 +1033,6 @@ if __name__ == "__main__":
     except data.DataError as e:
         model.fail(str(e))
     except RuntimeError as e:
-        if not model.is_out_of_memory(e):
-            raise
-        model.fail(f"out of memory ({' '.join(str(e).split())[:160]}). Turn, in this order: {model.KNOBS['activations']}; of a search, a smaller --trees; "
-                   f"{model.KNOBS['optimizer']}; a smaller model")
+        model.answer_out_of_memory(e, f"{model.KNOBS['activations']}; of a search, a smaller --trees; {model.KNOBS['optimizer']}; a smaller model")
     except KeyboardInterrupt:
         model.fail("interrupted; finished trees and paid replies are kept: the same command goes on from there")

@@ -383,11 +383,12 @@ def train(args):
     result = {"packed_speedup": speedup, "packed_memory_ratio": peak["plain"] / peak["packed"], "max_grad_gap": gap,
               "step_seconds": None, "trl_step_seconds": None, "ratio_trl": None}
     if args.step:
+        peer = importlib.util.find_spec("trl")
         steps, done = our_steps(vlm, samples, args.group, args.new_tokens, args.micro_tokens or train_rl.Config.micro_tokens, args.offload), []
         turn = lambda: done.append(next(steps))
         if vlm.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        if importlib.util.find_spec("trl"):                                    # steps alternate
+        if peer:                                                               # steps alternate
             theirs, _, their_lengths = trl_steps(vlm, samples, args.group, args.new_tokens, args.rounds + 1, turn)
         else:
             for _ in range(args.rounds + 1):
@@ -397,7 +398,7 @@ def train(args):
         print("share of the step: " + ", ".join(f"{k[6:]} {v:.0%}" for k, v in metrics.items() if k.startswith("share_"))
               + (f"; peak memory {model.peak_memory() / 1e9:.1f} GB" if vlm.device.type == "cuda" else "")
               + f"\nstep      {len(samples)} prompts x {args.group} answers of {args.new_tokens} tokens, prompts of {lengths[0]:,}: {result['step_seconds']:.2f} s")
-        if importlib.util.find_spec("trl"):
+        if peer:
             result |= {"trl_step_seconds": statistics.median(theirs[1:]), "ratio_trl": statistics.median(t / o for t, o in zip(theirs[1:], seconds))}
             print(f"TRL       the same, prompts of {their_lengths[0]:,}: {result['trl_step_seconds']:.2f} s   ratio {result['ratio_trl']:.1f}")
     print(json.dumps({k: v if v is None else float(f"{v:.3g}") for k, v in result.items()}))
