@@ -1,15 +1,22 @@
-"""How an episode unfolds: sample a turn, call the tool, look, go on.
+"""How an episode unfolds: sample a turn, call the tool, look at the crop, go on.
 
-    rollout(vlm, samples, group_size) -> list[Episode]        all of sample 0, then all of sample 1, ...
+    rollout(vlm, samples, group_size) -> list[Episode], the episodes of a prompt side by side
 
-The sampler is written by hand: a KV cache instead of `generate`. A group's prompt (its image above all) runs through the
-model once and its cache is handed to all members; a new turn runs only the tokens of the observation. Tokens in, tokens
-out: what was sampled is never decoded and encoded again, and the mask of trained tokens records who wrote each token.
+    prompt -> turn -> crop -> turn -> crop -> ... -> turn with the answer
 
-Not here, from ViGoRL: resampling of a turn after an unparsable call (its own code goes on from a broken prompt); the red
-dot on web crops; the character-length filter of prompts.
+A turn is written by `sample_turn`, a crop comes from `env_step`, `unfold` alternates the two.
+Sampling is written by hand: a cache in place of transformers' `generate`. The prompt, its image
+above all, runs through the model once for its whole group, and a new turn runs only the tokens of
+the observation. Tokens in, tokens out: what was sampled is never decoded and encoded again, and
+`completion_mask` records who wrote each token.
+
+Left out of ViGoRL: sampling a turn again after a call that cannot be read (the paper's code goes on
+from a broken prompt); the red dot on web crops; the filter of prompts by length in characters.
+
+Shapes:  P prompts   G episodes per prompt   B rows, one per running episode   V vocabulary
 """
-import json, math, re
+import json
+import re
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -17,248 +24,495 @@ import torch
 from PIL import Image
 
 import data
+from appendix import files
 
+
+# --------------------------------------------------------------------------------------------------
+# episodes
 
 @dataclass
 class Turn:
-    """What the assistant wrote in one turn and what its tool call led to."""
+    """What the assistant wrote in one turn, and what its tool call led to."""
     text: str                       # tags included, without <|im_end|>
-    point: tuple = None             # (x, y) of the tool call, in the model's own convention
-    crop: tuple = None              # the window shown for it, source pixels of image 0
-    error: str = None               # said instead of a crop when the call was invalid
-    forced: bool = False            # the turn opens with the injected data.FORCE
+    point: tuple = None             # (x, y) of the tool call, in the model's own coordinates
+    crop: tuple = None              # window shown for it, in source pixels of image 0
+    error: str = None               # message in place of a crop, if the call was invalid
+    forced: bool = False            # does the turn open with the injected data.FORCE?
+
+
+@dataclass
+class Trace:
+    """A conversation to learn from: the assistant's turns as text."""
+    sample: data.Sample
+    turns: list                     # texts
+    kind: str = ""                  # how it was found
 
 
 @dataclass
 class Episode:
     """One conversation, as the trainer needs it and as the report draws it."""
     sample: data.Sample
-    ids: list                       # every token: prompt, turns, observations
-    sampled: list                   # True exactly where the policy chose the token, its end-of-turn token included
-    logprobs: list                  # the sampler's log-probability of each sampled token, 0.0 elsewhere
-    views: list                     # model.View, in the order in which their tokens stand in `ids`
+    ids: list = field(default_factory=list)             # all tokens: prompt, turns, observations
+    completion_mask: list = field(default_factory=list) # True where the policy chose the token
+    logprobs: list = field(default_factory=list)        # the sampler's, of these tokens; else 0.0
+    views: list = field(default_factory=list)           # model.View, in the order of their tokens
     turns: list = field(default_factory=list)
-    stop: str = ""                  # "answer" | "no_action" | "invalid" | "length"
-    frames: list = field(default_factory=list)     # per prompt image: (sx, sy, width, height), see rewards.py
-    parts: dict = field(default_factory=dict)      # rewards.score(...)
+    finish_reason: str = ""                 # "answer", "no_action", "invalid" or "length"
+    frames: list = field(default_factory=list)          # per prompt image: (sx, sy, width, height)
+    reward_components: dict = field(default_factory=dict)       # rewards.score(...)
     advantage: float = 0.0
+    behaviour: dict = field(default_factory=dict)       # counts, by appendix/analysis.py
+    token_texts: list = field(default_factory=list)     # tokens as text, for the report
+    shown_as: dict = field(default_factory=dict)        # settings of its crops, for the report
 
     @property
     def text(self):
         return "\n".join(t.text for t in self.turns)
 
-    def say(self, vlm, ids, logprobs=None, views=(), sampled=True):
-        """Append tokens: the policy's (sampled) or the environment's."""
+    def append_sampled(self, ids, logprobs=None):
+        """Append tokens that the policy chose, the end-of-turn token included."""
         self.ids += ids
-        self.sampled += [sampled] * len(ids)
+        self.completion_mask += [True] * len(ids)
         self.logprobs += logprobs or [0.0] * len(ids)
+
+    def append_given(self, ids, views=()):
+        """Append tokens of the prompt or the environment, and the views among them."""
+        self.ids += ids
+        self.completion_mask += [False] * len(ids)
+        self.logprobs += [0.0] * len(ids)
         self.views += views
+
+    def append_turn(self, turn, finish_reason=""):
+        """Record a turn whose tokens are there already. finish_reason: why it is the last one."""
+        self.turns.append(turn)
+        self.finish_reason = finish_reason
+
+    def copy(self):
+        """An episode that goes on from here by itself. The views and their features are shared."""
+        return Episode(self.sample, list(self.ids), list(self.completion_mask), list(self.logprobs),
+                       list(self.views), list(self.turns), frames=self.frames)
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    """How episodes unfold. The fields of the same name in a script's Config are the flags."""
+    style: str = "zoom"                 # style of the prompt; only "zoom" has a tool
+    zoom: str = "on"                    # "on"; "off": no zooms; "black": crops without content
+    max_zooms: int = 3                  # tool calls per episode, failed ones included
+    max_new_tokens: int = 64            # tokens per turn
+    temperature: float = 1.0            # sampling temperature; 0: the most probable token
+    crop_from: str = "source"           # source of crops: stored image, or "seen": the fed copy
+    seed: int = 0                       # random seed of the sampled tokens
+    max_batch_tokens: int = 262_144     # cache slots at a time (3B: 36 kB each)
+    graphs: bool = False                # CUDA graphs while decoding
+
+    @property
+    def zoom_limit(self):
+        """Tool calls that an episode may make before it must answer."""
+        return self.max_zooms if self.style == "zoom" and self.zoom != "off" else 0
 
 
 def begin(vlm, sample, style="zoom", views=None):
-    """The episode that holds a sample's prompt, up to the open assistant turn."""
-    try:
-        views = views or [vlm.view(data.image(sample, i), i) for i in range(len(sample.images))]
-    except ValueError as e:                                                        # an image of 1 x 1000 pixels, say
-        raise data.DataError(str(e) if isinstance(e, data.DataError) else f"sample {sample.id}: {e}") from None
-    frames = [(*v.scale, *v.source.size) for v in views]
-    system, text = data.prompt(sample, style, frames)
-    e = Episode(sample, [], [], [], [], frames=frames)
-    e.say(vlm, vlm.chat("system", system) + vlm.chat("user", *views, text) + vlm.chat("assistant", open=True), views=views, sampled=False)
-    return e
+    """The episode that holds a sample's prompt, up to the open assistant turn.
 
+    views: the prompt's own views, if there are some already. Raises DataError for an image that
+    cannot be fed (1 x 1000 pixels, say).
+    """
+    if views is None:
+        views = []
+        for i in range(len(sample.images)):
+            image = files.sample_image(sample, i)
+            try:
+                views.append(vlm.view(image, i))
+            except ValueError as e:
+                raise data.DataError(f"sample {sample.id}: {e}") from None
+    frames = [(*view.scale, *view.source.size) for view in views]
+    system, text = data.prompt(sample, style, frames)
+    episode = Episode(sample, frames=frames)
+    episode.append_given(vlm.chat("system", system))
+    episode.append_given(vlm.chat("user", *views, text), views)
+    episode.append_given(vlm.chat("assistant", open=True))
+    return episode
+
+
+# --------------------------------------------------------------------------------------------------
+# the environment: what a turn leads to
 
 def crop(vlm, view, x, y, crop_from="source", black=False):
-    """The tool. A square window of `spec.window` source pixels around the source pixel (x, y), moved inside the image where
-    it would stick out (ViGoRL clips it and then squashes what is left), fed at `spec.crop` pixels a side. It begins at a multiple
-    of 4 pixels: the toy world's fine patterns then look the same in every crop, which is what a small model can learn fast.
+    """The tool: a square window of spec.window source pixels around source pixel (x, y) -> View.
 
-    crop_from "source": cut from the image as stored, so a zoom brings new pixels; "seen": from the copy that the model was
-    fed, as in the paper's training code. black: the control that shows what zooming is worth: a crop without content."""
+    The window is moved inside the image where it would stick out (ViGoRL clips it and then squashes
+    what is left), and fed at spec.crop_side pixels a side. It begins at a multiple of 4 pixels: so
+    the toy world's fine patterns look the same in every crop, which a small model learns fast.
+
+    crop_from "source": cut from the image as stored, so that a zoom brings new pixels; "seen": from
+    the copy that the model was fed, as in the paper's training code. black: the control that shows
+    what zooming is worth, a crop without content.
+    """
     source = view.source
     if crop_from == "seen":
-        source = source.resize(view.fed, Image.Resampling.BICUBIC).resize(source.size, Image.Resampling.BICUBIC)
+        source = source.resize(view.fed, Image.Resampling.BICUBIC)
+        source = source.resize(view.source.size, Image.Resampling.BICUBIC)
     if black:
         source = Image.new("RGB", source.size)
-    w, h = min(vlm.spec.window, source.width), min(vlm.spec.window, source.height)
-    left, top = (min(max(round(c - s / 2), 0) // 4 * 4, size - s) for c, s, size in ((x, w, source.width), (y, h, source.height)))
-    side = max(vlm.spec.crop // vlm.factor, 1) * vlm.factor
-    fed = (max(round(side * w / vlm.spec.window / vlm.factor), 1) * vlm.factor, max(round(side * h / vlm.spec.window / vlm.factor), 1) * vlm.factor)
-    return vlm.view(source, view.index, (left, top, left + w, top + h), fed)
+    width = min(vlm.spec.window, source.width)
+    height = min(vlm.spec.window, source.height)
+    left = window_start(x, width, source.width)
+    top = window_start(y, height, source.height)
+    fed = fed_length(vlm, width), fed_length(vlm, height)
+    return vlm.view(source, view.index, (left, top, left + width, top + height), fed)
+
+
+def window_start(center, length, side):
+    """Where a window of this length around `center` begins on a side of the image."""
+    start = max(round(center - length / 2), 0) // 4 * 4
+    return min(start, side - length)
+
+
+def fed_length(vlm, length):
+    """Pixels at which `length` source pixels of a crop are fed: a multiple of vlm.factor."""
+    side = max(vlm.spec.crop_side // vlm.factor, 1) * vlm.factor
+    return max(round(side * length / vlm.spec.window / vlm.factor), 1) * vlm.factor
 
 
 def read_call(text):
     """The first tool call of a turn -> ((x, y), None), or (None, what was wrong with it)."""
-    call = re.search(r"<tool_call>(.*?)</tool_call>", text, re.S)
+    unreadable = None, "The tool call could not be read."
+    found = re.search(r"<tool_call>(.*?)</tool_call>", text, re.DOTALL)
+    if found is None:
+        return unreadable
     try:
-        x, y = json.loads(call[1])["arguments"]["coordinate"]
-        assert type(x) is int and type(y) is int and max(abs(x), abs(y)) < 1e6 and json.loads(call[1])["name"] == "search_coordinate"
-        return (x, y), None
-    except (TypeError, KeyError, ValueError, AssertionError, RecursionError):
-        return None, "The tool call could not be read."
+        call = json.loads(found[1])
+        x, y = call["arguments"]["coordinate"]
+        name = call["name"]
+    except (TypeError, KeyError, ValueError, RecursionError):
+        return unreadable
+    for number in (x, y):
+        if type(number) is not int or abs(number) >= 1e6:
+            return unreadable
+    if name != "search_coordinate":
+        return unreadable
+    return (x, y), None
 
 
-def draw(logits, u, temperature):
-    """Sample by inverse transform: logits (B, V), u (B,) uniform -> tokens (B,), their log-probabilities (B,).
-
-    One uniform number, fixed before the rollout begins, decides each token of each episode: which rows are still running
-    changes nothing for the others. No top-p or top-k: the trainer could not reproduce the log-probabilities."""
-    p = torch.softmax(logits / (temperature or 1.0), -1)                                       # (B, V)
-    if temperature == 0:
-        tokens = p.argmax(-1)
-    else:
-        total = p.cumsum(-1, dtype=torch.double)
-        tokens = torch.searchsorted(total, u[:, None] * total[:, -1:], right=True)[:, 0].clamp(max=logits.shape[1] - 1)
-    return tokens, p.gather(1, tokens[:, None])[:, 0].log()
+def finish_reason(text, ended, zooms_left):
+    """Why an episode is over after this turn; "" if it is not."""
+    if not ended:
+        return "length"
+    if "</answer>" in text:
+        return "answer"
+    if "<tool_call>" not in text:
+        return "no_action"
+    return "" if zooms_left else "invalid"
 
 
-def sample_turn(vlm, cache, logits, starts, u, temperature, max_new_tokens, graphs=False, left=None, patience=0, stop=None):
-    """One assistant turn for every row, token by token. logits (B, V) of the first token, u (B, max_new_tokens), left: how many
-    tokens each row may still write (default: all of max_new_tokens).
+def env_step(vlm, episode, text, ended, zooms_left, forced=False, config=RolloutConfig()):
+    """The environment's move after the turn `text`, whose tokens the episode holds already.
 
-    -> ids and logprobs per row, the position of each row's last token. That token (mostly <|im_end|>, which is sampled, counted
-    and trained like any other) is not yet in the cache: it goes in with what follows it. Rows that have ended wait, until no
-    more than `patience` rows still write; these are then left in the middle of their turn, to go on beside the others.
-    Everything stays on the device; on a GPU the question whether all have ended, which waits for it, is put every 8 tokens.
-    graphs: model.VLM.graph. stop (V,): tokens that end a row too, which tree search asks for."""
-    B, positions = len(starts), torch.tensor(starts, device=vlm.device)
-    left = torch.tensor(left or [max_new_tokens] * B, device=vlm.device)             # (B,)
-    ids, logps = torch.zeros(B, max_new_tokens, dtype=torch.long, device=vlm.device), torch.zeros(B, max_new_tokens, device=vlm.device)
-    n, live = torch.zeros_like(positions), torch.ones_like(positions)                # (B,) tokens so far; 1 while the turn goes on
-    cache.reserve(max_new_tokens)
-    step, ask = vlm.graph(cache, B) if graphs else partial(vlm.decode, cache), 8 if vlm.device.type == "cuda" else 1
-    for t in range(max_new_tokens):
-        tokens, logps[:, t] = draw(logits, u[:, t], temperature)
-        ids[:, t] = tokens
-        n += live
-        live = live * (tokens != vlm.im_end) * (n < left) * (1 if stop is None else ~stop[tokens])
-        if t + 1 == max_new_tokens or (t + 1) % ask == 0 and live.sum() <= patience:
-            break
-        logits = step(tokens, positions, live)
-        positions = positions + live
-    cut = lambda x: [row[:k] for row, k in zip(x.tolist(), n.tolist())]
-    return cut(ids), cut(logps), positions.tolist()
-
-
-def respond(vlm, e, text, ended=True, forced=False, zooms_left=1, crop_from="source", black=False):
-    """The environment's move after the turn `text` (whose tokens `e` holds already): record the turn, then either stop
-    the episode or append the observation, up to the open header of the next turn.
-
-    -> the ids appended and their new views, or None if the episode is over (e.stop says why)."""
-    turn = Turn(text, forced=forced)
-    e.turns.append(turn)
-    e.stop = ("length" if not ended else "answer" if "</answer>" in text else "no_action" if "<tool_call>" not in text
-              else "" if zooms_left else "invalid")
-    if e.stop:
+    Records the turn; ends the episode or appends the observation, up to the open header of the next
+    turn. ended: did the turn end by itself? forced: does its text open with data.FORCE?
+    -> (ids appended, their new views), or None if the episode is over.
+    """
+    reason = finish_reason(text, ended, zooms_left)
+    if reason:
+        episode.append_turn(Turn(text, forced=forced), reason)
         return None
-    view, shown = e.views[0], []
-    turn.point, turn.error = read_call(text)
-    if turn.point:
-        x, y = view.to_source(*turn.point)
+
+    view = episode.views[0]                             # the tool zooms into the first image
+    point, error = read_call(text)
+    if point:
+        x, y = view.to_source(*point)
         if not (0 <= x < view.source.width and 0 <= y < view.source.height):
-            turn.error = f"The coordinate {turn.point} lies outside the image."
-    if turn.error:
-        message = vlm.chat("user", data.REFUSE.format(error=turn.error))
+            error = f"The coordinate {point} lies outside the image."
+    if error:
+        episode.append_turn(Turn(text, point, error=error, forced=forced))
+        new_views = []
+        message = vlm.chat("user", data.REFUSE.format(error=error))
     else:
-        shown = [crop(vlm, view, x, y, crop_from, black)]
-        turn.crop = shown[0].box
-        message = vlm.chat("user", data.OBSERVE[0], *shown, data.OBSERVE[1])
-    ids = vlm.ids("\n") + message + vlm.chat("assistant", open=True) + (vlm.ids(data.FORCE) if zooms_left == 1 else [])
-    e.say(vlm, ids, views=shown, sampled=False)
-    return ids, shown
+        shown = crop(vlm, view, x, y, config.crop_from, black=config.zoom == "black")
+        episode.append_turn(Turn(text, point, shown.box, forced=forced))
+        new_views = [shown]
+        message = vlm.chat("user", data.OBSERVE[0], shown, data.OBSERVE[1])
+    ids = vlm.ids("\n") + message + vlm.chat("assistant", open=True)
+    if zooms_left == 1:                                 # the next turn must answer
+        ids = ids + vlm.ids(data.FORCE)
+    episode.append_given(ids, new_views)
+    return ids, new_views
 
 
 def replay(vlm, sample, texts, style="zoom", max_zooms=3):
-    """A trace (the assistant's turns as text) -> the Episode that would have produced it, for supervised fine-tuning."""
-    e = begin(vlm, sample, style)
-    max_zooms = 0 if texts[0].startswith(data.FORCE) else max_zooms                 # a trace in which no zoom was allowed
-    if style == "zoom" and max_zooms == 0:
-        e.say(vlm, vlm.ids(data.FORCE), sampled=False)
+    """A trace (the assistant's turns as text) -> the Episode that would have produced it."""
+    can_zoom = style == "zoom"
+    if texts[0].startswith(data.FORCE):                 # a trace in which no zoom was allowed
+        max_zooms = 0
+    episode = begin(vlm, sample, style)
+    if can_zoom and max_zooms == 0:
+        episode.append_given(vlm.ids(data.FORCE))
     for k, text in enumerate(texts):
-        forced = style == "zoom" and k == max_zooms
-        e.say(vlm, vlm.ids(text[len(data.FORCE):] if forced and text.startswith(data.FORCE) else text) + [vlm.im_end])
-        if respond(vlm, e, text, True, forced, max_zooms - k if style == "zoom" else 0) is None:
+        forced = can_zoom and k == max_zooms
+        written = text.removeprefix(data.FORCE) if forced else text
+        episode.append_sampled(vlm.ids(written) + [vlm.im_end])
+        zooms_left = max_zooms - k if can_zoom else 0
+        if env_step(vlm, episode, text, True, zooms_left, forced) is None:
             break
-    return e
+    return episode
 
+
+# --------------------------------------------------------------------------------------------------
+# sampling
+
+def sample_tokens(logits, u, temperature):
+    """Inverse transform sampling: logits (B, V), u (B,) uniform -> tokens (B,), logprobs (B,).
+
+    One uniform number, fixed before the rollout begins, decides each token of each episode: which
+    other rows still run changes nothing. No top-p or top-k: the trainer could not reproduce the
+    log-probabilities.
+    """
+    p = torch.softmax(logits / (temperature or 1.0), -1)                                # (B, V)
+    if temperature == 0:
+        tokens = p.argmax(-1)
+    else:
+        total = p.cumsum(-1, dtype=torch.double)                                        # (B, V)
+        level = u[:, None] * total[:, -1:]
+        tokens = torch.searchsorted(total, level, right=True)[:, 0]
+        tokens = tokens.clamp(max=logits.shape[1] - 1)
+    return tokens, p.gather(1, tokens[:, None])[:, 0].log()
+
+
+@dataclass(frozen=True)
+class TurnOptions:
+    max_new_tokens: int                 # tokens of a turn
+    temperature: float = 1.0
+    budgets: list = None                # tokens that each row may still write; None: max_new_tokens
+    patience: int = 0                   # stop when no more than this many rows still write
+    stop_tokens: torch.Tensor = None    # bool (V,): further tokens that end a row (tree search)
+    graphs: bool = False                # CUDA graphs
+
+
+def sample_turn(vlm, cache, logits, positions, u, options):
+    """Sample one assistant turn for every row, token by token.
+
+    logits (B, V) of the first token; positions: B next positions; u (B, max_new_tokens) uniform.
+    -> ids and logprobs, a list per row, and the position of each row's last token. That token
+    (mostly <|im_end|>, which is sampled, counted and trained like any other) is not in the cache
+    yet: it goes in with what follows it.
+
+    A row that has ended waits for the others, until no more than `patience` rows still write. Those
+    are left in the middle of their turn.
+    """
+    device = vlm.device
+    B = len(positions)
+    n = options.max_new_tokens
+    positions = torch.tensor(positions, device=device)                                  # (B,)
+    budgets = torch.tensor(options.budgets or [n] * B, device=device)                   # (B,)
+    ids = torch.zeros(B, n, dtype=torch.long, device=device)
+    logprobs = torch.zeros(B, n, device=device)
+    written = torch.zeros(B, dtype=torch.long, device=device)
+    live = torch.ones(B, dtype=torch.bool, device=device)
+    # Everything stays on the device. To ask whether all rows have ended waits for a GPU, so there
+    # the question comes every 8 tokens.
+    check_every = 8 if device.type == "cuda" else 1
+    cache.reserve(n)
+    decode_step = decoder(vlm, cache, B, options.graphs)
+    for t in range(n):
+        tokens, token_logprobs = sample_tokens(logits, u[:, t], options.temperature)
+        ids[:, t] = tokens
+        logprobs[:, t] = token_logprobs
+        written += live
+        ended = tokens == vlm.im_end
+        if options.stop_tokens is not None:
+            ended = ended | options.stop_tokens[tokens]
+        live = live & ~ended & (written < budgets)
+        if t + 1 == n:
+            break
+        if (t + 1) % check_every == 0 and live.sum() <= options.patience:
+            break
+        logits = decode_step(tokens, positions, live)
+        positions = positions + live
+    lengths = written.tolist()
+    return first_of_each(ids, lengths), first_of_each(logprobs, lengths), positions.tolist()
+
+
+def decoder(vlm, cache, rows, graphs):
+    """The function that computes the next logits: tokens, positions, live (B,) -> (B, V)."""
+    if graphs:
+        from appendix.graphs import captured_decode_step
+        return captured_decode_step(vlm, cache, rows)
+    return partial(vlm.decode_step, cache)
+
+
+def first_of_each(values, lengths):
+    """values (B, n) -> a list per row, of its first lengths[b] values."""
+    return [row[:length] for row, length in zip(values.tolist(), lengths)]
+
+
+# --------------------------------------------------------------------------------------------------
+# rollout
 
 @torch.no_grad()
-def rollout(vlm, samples, group_size=1, *, max_zooms=3, max_new_tokens=64, temperature=1.0, seed=0, style="zoom", zoom="on",
-            crop_from="source", views=None, max_batch_tokens=262_144, skip=0, graphs=False):
-    """group_size episodes for each sample.
+def rollout(vlm, samples, group_size=1, config=RolloutConfig(), first_sample=0, views=None):
+    """group_size episodes for each sample -> list[Episode], those of a sample side by side.
 
-    max_zooms: after so many calls (those that fail count too) the next turn opens with data.FORCE and must answer; its
-    injected tokens are not trained on. zoom: "on"; "off" forces the answer in the first turn; "black" shows empty crops.
-    views: the samples' own prompt views, if already encoded. Single-turn styles ("think", "boxes") end with their first turn.
-    max_batch_tokens: cache slots at once (of a 3B model 36 kB each): what does not fit is run in parts, with the same result.
-    skip: how many samples of the same batch come before these (other ranks run them): each keeps its own random numbers.
-    graphs: on a GPU, decode with captured CUDA graphs."""
-    limit = max_zooms if style == "zoom" and zoom != "off" else 0
-    prompts = [begin(vlm, s, style, views and views[i]) for i, s in enumerate(samples)]
-    if style == "zoom" and limit == 0:
-        for e in prompts:
-            e.say(vlm, vlm.ids(data.FORCE), sampled=False)
-    share = [p for p in range(len(prompts)) for _ in range(group_size)]
-    episodes = [Episode(e.sample, list(e.ids), list(e.sampled), list(e.logprobs), list(e.views), frames=e.frames)
-                for e in (prompts[p] for p in share)]
-    u = torch.rand(skip * group_size + len(share), limit + 1, max_new_tokens, generator=torch.Generator().manual_seed(seed), dtype=torch.double)
-    u = u[skip * group_size:].to(vlm.device)
-    growth = (limit + 1) * max_new_tokens + limit * ((vlm.spec.crop // vlm.factor) ** 2 + 64)           # of one episode, at most
-    parts, size = [[]], 0
-    for i, p in enumerate(share):
-        new = not parts[-1] or share[i - 1] != p                                    # a prompt's episodes stand together
-        if parts[-1] and size + new * len(prompts[p].ids) + growth > max_batch_tokens:
-            parts, size, new = parts + [[]], 0, True
-        parts[-1].append(i)
-        size += new * len(prompts[p].ids) + growth
-    for part in parts:
-        first = share[part[0]]
-        unfold(vlm, prompts[first:share[part[-1]] + 1], [share[i] - first for i in part], [episodes[i] for i in part], u[part],
-               temperature, style, zoom, limit, crop_from, graphs)
+    After max_zooms tool calls the next turn opens with data.FORCE and must answer; these injected
+    tokens are not trained on. Styles without a tool ("think", "boxes") end with their first turn.
+
+    first_sample: the place of samples[0] in the batch of all ranks. Every episode of the batch has
+    random numbers of its own, so neither ranks nor memory change what is sampled.
+    views: the prompt views of each sample, if they are encoded already.
+    """
+    prompts = []
+    for i, sample in enumerate(samples):
+        prompt = begin(vlm, sample, config.style, views[i] if views else None)
+        if config.style == "zoom" and config.zoom_limit == 0:
+            prompt.append_given(vlm.ids(data.FORCE))
+        prompts.append(prompt)
+    episodes = []
+    for prompt in prompts:
+        for _ in range(group_size):
+            episodes.append(prompt.copy())
+
+    before = first_sample * group_size                  # episodes of other ranks
+    u = torch.rand(before + len(episodes), config.zoom_limit + 1, config.max_new_tokens,
+                   dtype=torch.double, generator=torch.Generator().manual_seed(config.seed))
+    u = u[before:]                                      # (P * G, turns, tokens of a turn)
+    for first, last in split_by_memory(vlm, prompts, group_size, config):
+        first_prompt = first // group_size
+        last_prompt = (last - 1) // group_size
+        group = [i // group_size - first_prompt for i in range(first, last)]
+        unfold(vlm, prompts[first_prompt:last_prompt + 1], group, episodes[first:last],
+               u[first:last], config)
     return episodes
 
 
-def unfold(vlm, prompts, group, episodes, u, temperature, style, zoom, limit, crop_from, graphs=False):
-    """Run `episodes`, which hold their prompts, to their ends. group: the prompt of each; u (B, limit + 1, max_new_tokens)."""
-    cache = vlm.new_cache(len(prompts))
-    logits, starts = vlm.extend(cache, [e.ids for e in prompts], [0] * len(prompts), [v for e in prompts for v in e.views])
-    cache, logits, starts = cache.share(torch.tensor(group, device=vlm.device)), logits[group], [starts[p] for p in group]
-    active, written, longest = list(range(len(episodes))), [0] * len(episodes), u.shape[2]      # row b of the cache is episode active[b]
-    while True:
-        done = torch.tensor([written[i] for i in active], device=vlm.device)                   # tokens of the turn that are there already
-        turns = torch.tensor([len(episodes[i].turns) for i in active], device=vlm.device)
-        ahead = (done[:, None] + torch.arange(longest, device=vlm.device)).clamp(max=longest - 1)
-        numbers = u[torch.tensor(active, device=vlm.device)[:, None], turns[:, None], ahead]   # (B, longest)
-        ids, logps, starts = sample_turn(vlm, cache, logits, starts, numbers, temperature, longest - min(written[i] for i in active), graphs,
-                                         left=[longest - written[i] for i in active], patience=len(active) // 8)
-        rows, chunks, shown = [], [], []
-        for b, i in enumerate(active):
-            e = episodes[i]
-            e.say(vlm, ids[b], logps[b])
-            written[i] += len(ids[b])
-            ended, forced = ids[b][-1] == vlm.im_end, style == "zoom" and len(e.turns) == limit
-            if ended or written[i] >= longest:
-                text = (data.FORCE if forced else "") + vlm.text(e.ids[-written[i]:][:-1] if ended else e.ids[-written[i]:])
-                answer = respond(vlm, e, text, ended, forced, limit - len(e.turns), crop_from, zoom == "black")
-                written[i] = 0
-            else:
-                answer = [], []                                                     # still writing: goes on beside the others
-            if answer:
-                rows.append(b)
-                chunks.append(ids[b][-1:] + answer[0])
-                shown += answer[1]
-        if not rows:
-            return
-        cache, active, starts = cache.rows(torch.tensor(rows, device=vlm.device)), [active[b] for b in rows], [starts[b] for b in rows]
-        logits, starts = vlm.extend(cache, chunks, starts, shown)
+def split_by_memory(vlm, prompts, group_size, config):
+    """Cut the P * G episodes into parts whose cache fits into config.max_batch_tokens.
 
+    -> [(first, last)], last excluded. A single episode that does not fit is a part by itself.
+    """
+    limit = config.zoom_limit
+    crop_tokens = (vlm.spec.crop_side // vlm.factor) ** 2 + 64          # and the text around it
+    growth = (limit + 1) * config.max_new_tokens + limit * crop_tokens  # of one episode, at most
+    parts = []
+    first = 0
+    size = 0                                            # cache slots of the part from `first` on
+    for i in range(len(prompts) * group_size):
+        prompt = len(prompts[i // group_size].ids)
+        new_prompt = i == first or i % group_size == 0 or not vlm.shares_prompts
+        cost = growth + prompt if new_prompt else growth
+        if i > first and size + cost > config.max_batch_tokens:
+            parts.append((first, i))
+            first = i
+            size = 0
+            cost = growth + prompt
+        size += cost
+    parts.append((first, len(prompts) * group_size))
+    return parts
+
+
+@dataclass
+class Row:
+    """An episode that is still running; a row of the cache holds its tokens."""
+    episode: Episode
+    u: torch.Tensor                 # (turns, tokens of a turn): the numbers that decide its tokens
+    written: int = 0                # tokens of the present turn
+
+    def append(self, ids, logprobs):
+        self.episode.append_sampled(ids, logprobs)
+        self.written += len(ids)
+
+    def next_numbers(self):
+        """The uniform numbers of this turn, those of the tokens to come in front."""
+        return self.u[len(self.episode.turns)].roll(-self.written)
+
+    def take_turn(self, ended, vlm):
+        """The text of a turn that is over. The next one begins at 0 tokens."""
+        ids = self.episode.ids[-self.written:]
+        self.written = 0
+        return vlm.text(ids[:-1] if ended else ids)
+
+
+def unfold(vlm, prompts, group, episodes, u, config):
+    """Run B episodes, which hold their prompts, to their ends.
+
+    group: the prompt of each; u (B, turns, tokens of a turn).
+    """
+    # The prompts run through the model once; then every episode gets a row of its own.
+    cache = vlm.new_cache(len(prompts))
+    prompt_views = [view for prompt in prompts for view in prompt.views]
+    logits, positions = vlm.prefill(cache, [prompt.ids for prompt in prompts],
+                                    [0] * len(prompts), prompt_views)
+    cache = cache.branch(torch.tensor(group, device=vlm.device))
+    logits = logits[group]
+    positions = [positions[p] for p in group]
+    rows = [Row(episode, numbers) for episode, numbers in zip(episodes, u)]
+
+    while True:
+        # Every row writes, until most have ended their turns.
+        ids, logprobs, positions = sample_rows(vlm, cache, logits, positions, rows, config)
+
+        # The environment answers those that have ended; some episodes are over.
+        going_on = []                                   # rows of the cache that stay
+        chunks = []                                     # what each of them reads next
+        new_views = []
+        for b, row in enumerate(rows):
+            row.append(ids[b], logprobs[b])
+            answer = answer_row(vlm, row, config)
+            if answer is not None:
+                going_on.append(b)
+                chunks.append(ids[b][-1:] + answer[0])  # its last token is not in the cache yet
+                new_views += answer[1]
+        if not going_on:
+            return
+
+        # The rows that go on read what they were answered.
+        rows = [rows[b] for b in going_on]
+        positions = [positions[b] for b in going_on]
+        cache = cache.select_rows(torch.tensor(going_on, device=vlm.device))
+        logits, positions = vlm.prefill(cache, chunks, positions, new_views)
+
+
+def sample_rows(vlm, cache, logits, positions, rows, config):
+    """`sample_turn` for rows of which some may be in the middle of their turn."""
+    budgets = [config.max_new_tokens - row.written for row in rows]
+    options = TurnOptions(max(budgets), config.temperature, budgets, patience=len(rows) // 8,
+                          graphs=config.graphs)
+    u = torch.stack([row.next_numbers() for row in rows]).to(vlm.device)
+    return sample_turn(vlm, cache, logits, positions, u, options)
+
+
+def answer_row(vlm, row, config):
+    """`env_step` if the row's turn is over -> (ids, views) to read; None if the episode is over.
+
+    A row that is still writing reads nothing and goes on beside the others.
+    """
+    episode = row.episode
+    ended = episode.ids[-1] == vlm.im_end
+    if not ended and row.written < config.max_new_tokens:
+        return [], []
+    zooms_left = config.zoom_limit - len(episode.turns)
+    forced = config.style == "zoom" and zooms_left == 0
+    text = row.take_turn(ended, vlm)
+    if forced:
+        text = data.FORCE + text
+    return env_step(vlm, episode, text, ended, zooms_left, forced, config)
+
+
+# --------------------------------------------------------------------------------------------------
+# what the cache saves
 
 def naive_work(vlm, episodes):
-    """What a sampler runs that sends the whole conversation again each turn, for every member of a group, as TRL and both
-    papers' code do -> {"tokens": prefilled, "patches": seen by the vision tower}. `vlm.work` counts what this one ran."""
+    """What a sampler without a cache across turns would have run -> {"tokens", "patches"}.
+
+    It sends the whole conversation again each turn, for every member of a group, as TRL and both
+    papers' code do. tokens are prefilled, patches are seen by the vision tower; `vlm.work` counts
+    what this sampler ran.
+    """
     work = {"tokens": 0, "patches": 0}
-    for e in episodes:
-        for t in (t for t, on in enumerate(e.sampled) if on and not e.sampled[t - 1]):          # a turn begins
-            work["tokens"] += t
-            work["patches"] += e.ids[:t].count(vlm.image_token) * vlm.processor.merge_size ** 2
+    for episode in episodes:
+        mask = episode.completion_mask
+        for t in range(1, len(mask)):
+            if mask[t] and not mask[t - 1]:             # a turn begins
+                work["tokens"] += t
+                image_tokens = episode.ids[:t].count(vlm.image_token)
+                work["patches"] += image_tokens * vlm.processor.merge_size ** 2
     return work

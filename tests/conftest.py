@@ -2,7 +2,7 @@
 Shared by the tests: two random tiny models, one of each family, the `slow` and `cuda` markers, and a way to put a bug into a
 source file. The models are random, not the shipped checkpoint: what a test here claims holds for any weights.
 """
-import contextlib, copy, http.server, inspect, json, os, sys, threading, time, types
+import ast, contextlib, copy, http.server, importlib, inspect, json, os, re, sys, textwrap, threading, time, types
 
 import pytest
 import torch
@@ -11,6 +11,7 @@ import transformers
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 import data, model
+from appendix import endpoint, prefix, tiny
 
 torch.set_num_threads(1)
 
@@ -35,7 +36,7 @@ def pytest_collection_modifyitems(config, items):
 # models
 
 def tiny_qwen2_5():
-    return model.make_tiny([data.prompt(s)[1] for task in data.TASKS[:4] for s in data.toy(task, "train", 10)], data.PHRASES)
+    return tiny.make_tiny([data.prompt(s)[1] for task in data.TASKS[:4] for s in data.toy(task, "train", 10)], data.PHRASES)
 
 def tiny_qwen3():
     """Qwen3-VL by hand: other patches (16), coordinates (0-1000), rotary layout (interleaved), and deepstack. Its crops are
@@ -57,7 +58,7 @@ def tiny_qwen3():
             torch.nn.init.normal_(p, std=p[0].numel() ** -0.5)
     spec = model.Spec("nowhere", "thousand", 128 * 128, 80, 128)
     processor = model.Qwen2VLImageProcessorPil(patch_size=16, size={"shortest_edge": 64 * 64, "longest_edge": 128 * 128})
-    return model.VLM(net, base.tokenizer, processor, "tiny-qwen3", spec)
+    return prefix.PrefixVLM(net, base.tokenizer, processor, "tiny-qwen3", spec)
 
 FAMILIES = {"qwen2.5": tiny_qwen2_5, "qwen3": tiny_qwen3}
 
@@ -75,7 +76,7 @@ def models64(models):
         for m in net.modules():
             if type(m).__name__.endswith("RMSNorm"):
                 m.forward = types.MethodType(lambda m, x: torch.nn.functional.rms_norm(x, x.shape[-1:], m.weight, m.variance_epsilon), m)
-        out[family] = model.VLM(net, single.tokenizer, single.processor, single.name, single.spec)
+        out[family] = prefix.PrefixVLM(net, single.tokenizer, single.processor, single.name, single.spec)
         assert out[family].dtype == torch.float64
     return out
 
@@ -160,7 +161,7 @@ class Server:
 
 @pytest.fixture
 def hurry(monkeypatch):
-    monkeypatch.setattr(model.time, "sleep", lambda s, sleep=time.sleep: sleep(s if s == 0.9 else 0))      # the late server stays late
+    monkeypatch.setattr(endpoint.time, "sleep", lambda s, sleep=time.sleep: sleep(s if s == 0.9 else 0))      # the late server stays late
 
 # -----------------------------------------------------------------------------
 # numbers and mutants
@@ -173,37 +174,135 @@ def close(got, want, tolerance):
     error = (got - want).abs().max().item()
     assert error <= tolerance * scale, f"off by {error:.2g}, scale {scale:.2g}"
 
-def mutant(name, old, new):
-    """The module `name` with one line changed."""
-    with open(os.path.join(ROOT, name + ".py"), encoding="utf-8") as f:
-        source = f.read()
-    assert source.count(old) == 1, f"{old!r} must stand in {name}.py exactly once: update MUTATIONS"
-    made = types.ModuleType(name)
-    made.__file__ = os.path.join(ROOT, name + ".py")
-    sys.modules[name], real = made, sys.modules.get(name)      # dataclasses look their module up
-    try:
-        exec(compile(source.replace(old, new), f"{name} with a bug", "exec"), made.__dict__)
-    finally:
-        sys.modules[name] = real
-    return made
-
-# what a bug may end in; a NameError, say, is a bug of the mutation itself
+# What a planted bug may end in; a NameError, say, is a bug of the mutation itself.
 RED = (AssertionError, ArithmeticError, RuntimeError, IndexError, OSError, ValueError, SystemExit, pytest.fail.Exception)
 
-green = set()
+green = set()                                                  # (test, arguments) that passed without a bug
 
-def check_mutation(name, old, new, test, arguments, fixtures, patch):
-    """The test is green with the module as it is and red with the bug in it. fixtures(made): what the test may ask for beyond
-    its arguments, as functions that make it with the changed module."""
-    wants = [fixture for fixture in inspect.signature(test).parameters if fixture not in arguments]
-    for change, outcome in ((old, contextlib.nullcontext()), (new, pytest.raises(RED))):
-        if change == old and (test, repr(arguments)) in green:
-            continue
-        made = mutant(name, old, change)
-        patch.setitem(test.__globals__, name, made)
-        with all_in_float64() if "float64" in wants else contextlib.nullcontext(), outcome:
-            test(**arguments, **{fixture: fixtures(made)[fixture]() for fixture in wants})
-            green.add((test, repr(arguments)))
+
+def parse_code(code):
+    """Source of one expression or of statements -> ("expression", node) or ("statements", [nodes])."""
+    body = ast.parse(textwrap.dedent(code).strip()).body
+    if len(body) == 1 and isinstance(body[0], ast.Expr):
+        return "expression", body[0].value
+    return "statements", body
+
+
+class Planter(ast.NodeTransformer):
+    """Replaces `old` by `new` wherever it stands, compared as syntax trees; counts how often."""
+    def __init__(self, old, new):
+        self.kind, self.old = parse_code(old)
+        _, self.new = parse_code(new)
+        if self.kind == "statements" and not isinstance(self.new, list):
+            self.new = [ast.Expr(self.new)]
+        self.found = 0
+
+    def same(self, node, other):
+        # Load and Store do not matter: an expression may stand on the left side.
+        return re.sub(r"ctx=\w+\(\)", "", ast.dump(node)) == re.sub(r"ctx=\w+\(\)", "", ast.dump(other))
+
+    def visit(self, node):
+        if self.kind == "expression" and isinstance(node, ast.expr) and self.same(node, self.old):
+            self.found += 1
+            # `new` may be the same kind of thing only: an expression, or None for a bare statement.
+            return ast.copy_location(copy.deepcopy(self.new if isinstance(self.new, ast.expr) else ast.Constant(None)), node)
+        node = self.generic_visit(node)
+        if self.kind == "statements":
+            for field in ("body", "orelse", "finalbody"):
+                block = getattr(node, field, None)
+                if isinstance(block, list):
+                    setattr(node, field, self.replace_in(block))
+        return node
+
+    def replace_in(self, block):
+        n = len(self.old)
+        out, i = [], 0
+        while i < len(block):
+            part = block[i:i + n]
+            if len(part) == n and all(map(self.same, part, self.old)):
+                self.found += 1
+                out += copy.deepcopy(self.new)
+                i += n
+            else:
+                out.append(block[i])
+                i += 1
+        return out
+
+
+def find_definition(tree, path):
+    """The node of a function or class "Class.method", or of the module-level statement that assigns the name."""
+    node = tree
+    for name in path.split("."):
+        for child in ast.walk(node) if node is not tree else node.body:
+            if child is not node and isinstance(child, (ast.FunctionDef, ast.ClassDef)) and child.name == name:
+                node = child
+                break
+            if isinstance(child, ast.Assign) and any(isinstance(t, ast.Name) and t.id == name for t in child.targets):
+                return child
+        else:
+            raise AssertionError(f"there is no {path}: update MUTATIONS")
+    return node
+
+
+@contextlib.contextmanager
+def planted(target, old, new, patch):
+    """Within the block, `old` in the function `target` ("module:Class.method") reads `new`.
+
+    A function keeps its identity and gets another code object, so whoever imported it sees the bug. A module-level statement is
+    run again in the module; names that other modules imported from it keep the old value."""
+    module_name, path = target.split(":")
+    module = importlib.import_module(module_name)
+    with open(module.__file__, encoding="utf-8") as f:
+        tree = ast.parse(f.read())
+    definition = find_definition(tree, path)
+    planter = Planter(old, new)
+    planter.visit(definition)
+    assert planter.found == 1, f"{old!r} stands in {target} {planter.found} times, expected once: update MUTATIONS"
+    ast.fix_missing_locations(tree)
+    made = types.ModuleType(module_name)
+    made.__file__ = module.__file__
+    if isinstance(definition, ast.FunctionDef):
+        code = compile(tree, f"{target} with a bug", "exec")
+        for name in path.split("."):
+            code = next(c for c in code.co_consts if isinstance(c, types.CodeType) and c.co_name == name)
+        live = module
+        for name in path.split("."):
+            live = inspect.getattr_static(live, name)
+        live = getattr(live, "__func__", live)                 # staticmethod, classmethod
+        live = inspect.unwrap(getattr(live, "fget", live))     # property; torch.no_grad() and the like
+        patch.setattr(live, "__code__", code)
+    else:
+        real = sys.modules[module_name]
+        sys.modules[module_name] = made                        # dataclasses look their module up
+        try:
+            exec(compile(tree, f"{target} with a bug", "exec"), made.__dict__)
+        finally:
+            sys.modules[module_name] = real
+        patch.setattr(module, path.split(".")[0], getattr(made, path.split(".")[0]))
+    try:
+        yield
+    finally:
+        patch.undo()
+
+
+def check_mutation(target, old, new, test, arguments, fixtures):
+    """The test is green with the code as it is, and red with the bug planted. fixtures: {name: function that makes what the test asks
+    for beyond its arguments}; they are made anew, with the bug in place."""
+    wants = [name for name in inspect.signature(test).parameters if name not in arguments]
+
+    def run_test():
+        with all_in_float64() if "float64" in wants else contextlib.nullcontext():
+            test(**arguments, **{name: made[name]() for name in wants})
+
+    made = {"float64": lambda: None, **fixtures}
+    key = test, repr(arguments)
+    if key not in green:
+        run_test()
+        green.add(key)
+    with pytest.MonkeyPatch.context() as own, planted(target, old, new, own), pytest.raises(RED):
+        run_test()
+
 
 def names(mutations):
-    return [f"{old.strip()} -> {new.strip()}" for old, new, *_ in mutations]
+    """Ids for pytest: what is changed into what, in one line."""
+    return [f"{target} {' '.join(old.split())} -> {' '.join(new.split())}" for target, old, new, *_ in mutations]

@@ -1,22 +1,21 @@
-"""evaluate.py: intervals, averages and comparisons, predictions from the command line, a run that goes on where it stopped, what an
-episode did, and a report that nothing written by a model can break. At the end MUTATIONS puts bugs into evaluate.py.
+"""evaluate.py: intervals, averages and comparisons, predictions from the command line, a run that goes on where it stopped. The report
+is in test_report.py, what an episode did in test_analysis.py. At the end MUTATIONS puts bugs into evaluate.py and its parts.
 
     python -m pytest tests/test_evaluate.py        # no model is loaded
 """
-import base64, hashlib, io, json, os, random, re, subprocess, sys, time
-from html.parser import HTMLParser
+import json, os, random, re, subprocess, sys, time
 
 import pytest
 import torch
 from PIL import Image
 
-from conftest import Server, check_mutation, names
+from conftest import ROOT, check_mutation, names
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path.insert(0, ROOT)
 import data, evaluate, rewards, zoom_rollout
+from appendix import analysis, averages, evaluation_run, files, predictions, prefix
 from data import Sample
-from zoom_rollout import Episode, Turn
+from evaluate import RunOptions
+from zoom_rollout import Episode, RolloutConfig, Turn
 
 EVIL = """<script>alert(1)</script>"><img src=x onerror=alert(1)></style></svg></pre><!-- ' onload='x' javascript:alert(1) &lt;b&gt; ${7*7}"""
 
@@ -39,9 +38,9 @@ def point(id="p", image=None, **more):
 
 
 def episode(sample, *turns, recipe="vigorl-zoom", scale=(2.0, 4.0), stop="answer"):
-    frames = [(*scale, *data.image(sample, i).size) for i in range(len(sample.images))]
+    frames = [(*scale, *files.sample_image(sample, i).size) for i in range(len(sample.images))]
     e = Episode(sample, [1, 2, 3], [False, True, True], [0.0, -0.1, -0.2], [], list(turns), stop, frames, advantage=0.5)
-    e.parts = rewards.score(sample, e.text, e.turns, recipe, frames, 3)
+    e.reward_components = rewards.score(sample, e.text, e.turns, recipe, frames, 3)
     return e
 
 
@@ -50,30 +49,6 @@ def zoomed(sample=None, answer="checked"):
     return episode(sample or choice(), Turn("<think> at (55, 14) </think>\n" + data.tool_call(55, 14), (55, 14), (90, 36, 130, 76)),
                    Turn("<think> at (999, 1) </think>\n" + data.tool_call(999, 1), (999, 1), None, "The coordinate (999, 1) lies outside the image."),
                    Turn(data.FORCE + f" {answer} </answer>", forced=True))
-
-
-class Page(HTMLParser):
-    """Tags with their attributes, and the text between them, as a browser would find them."""
-
-    def __init__(self, path):
-        super().__init__()
-        self.tags, self.said, self.source = [], "", open(path, encoding="utf-8").read()
-        self.feed(self.source)
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_data(self, text):
-        self.said += text
-
-    def all(self, tag, **attrs):
-        return [found for name, found in self.tags if name == tag and all(found.get(k.rstrip("_")) == v for k, v in attrs.items())]
-
-
-def page(tmp_path, episodes, **more):
-    path = str(tmp_path / "report.html")
-    evaluate.report(path, more.pop("title", "A title"), episodes if episodes and isinstance(episodes[0], tuple) else [("all", episodes)], **more)
-    return Page(path)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -119,7 +94,7 @@ def test_right_means_the_same_for_every_recipe():
     for recipe in ("univg-r1", "vigorl", "accuracy"):
         for edge, right in ((100, True), (51, True), (49, False)):
             e = episode(box, Turn(f"<think> x </think>\n<answer> (0, 0),({edge}, 100) </answer>"), recipe=recipe, scale=(1, 1))
-            assert evaluate.is_right(e.parts) == right, (recipe, edge)
+            assert evaluate.is_right(e.reward_components) == right, (recipe, edge)
 
 
 def test_paired_against_hand_numbers():
@@ -191,138 +166,36 @@ def gold_first(n=400, options=4):
 
 def test_an_always_first_answer_scores_chance_once_options_are_permuted():
     """Bug: V* and SAT put the right option first; a model that says "A" to all scores 100 %."""
-    said = lambda samples: evaluate.summary_of(evaluate.from_predictions(samples, {s.id: "<answer> A </answer>" for s in samples}))
+    said = lambda samples: evaluate.summary_of(predictions.from_predictions(samples, {s.id: "<answer> A </answer>" for s in samples}))
     assert said(gold_first())["accuracy"] == 1
-    s = said(evaluate.arrange(gold_first(), seed=0))
+    s = said(evaluation_run.arrange(gold_first(), seed=0))
     assert s["low"] < 0.25 < s["high"] and s["n"] == 400
-    circular = said(evaluate.arrange(gold_first(50), seed=0, circular=True))
+    circular = said(evaluation_run.arrange(gold_first(50), seed=0, circular=True))
     assert (circular["n"], circular["accuracy"], circular["all_rotations"]) == (200, 0.25, 0)
-    right = said(evaluate.arrange(gold_first(50, options=2), 0, True))
+    right = said(evaluation_run.arrange(gold_first(50, options=2), 0, True))
     assert right["accuracy"] == 0.5
 
 
 def test_arrange_moves_the_gold_along():
     samples = gold_first(50) + [point("p", "x.png"), Sample("h", ["x.png"], "?", "choice", ["a", "b"], None)]
     for circular, count in ((False, 50), (True, 200)):
-        arranged = evaluate.arrange(samples, 3, circular)
+        arranged = evaluation_run.arrange(samples, 3, circular)
         choices = [s for s in arranged if s.answer_type == "choice" and s.answer is not None]
         assert len(choices) == count and len({s.id for s in arranged}) == len(arranged)
         assert all(s.options[s.answer] == "option 0" and [f"option {k}" for k in s.meta["order"]] == s.options for s in choices)
         assert {s.answer for s in choices} == {0, 1, 2, 3} and next(s for s in arranged if s.id == "p") == samples[50]
         assert all(s.answer is None for s in arranged if s.id.startswith("h"))
         for s in choices[:8]:
-            e = evaluate.from_predictions([s], {s.id: "B"})[0]
+            e = predictions.from_predictions([s], {s.id: "B"})[0]
             assert evaluate.right(e) == (s.meta["order"][1] == 0)
-    assert evaluate.arrange(samples[7:9], 3) == evaluate.arrange(samples, 3)[7:9]      # by seed and id, whatever stands around it
-    assert evaluate.arrange(samples, 4) != evaluate.arrange(samples, 3) and samples == gold_first(50) + samples[50:]
+    assert evaluation_run.arrange(samples[7:9], 3) == evaluation_run.arrange(samples, 3)[7:9]      # by seed and id, whatever stands around it
+    assert evaluation_run.arrange(samples, 4) != evaluation_run.arrange(samples, 3) and samples == gold_first(50) + samples[50:]
 
 
 def test_random_choice_lands_on_chance():
-    rng, samples = random.Random(5), evaluate.arrange(gold_first(3000), 1)
-    s = evaluate.summary_of(evaluate.from_predictions(samples, {s.id: f"<answer> {rng.choice(s.options)} </answer>" for s in samples}))
+    rng, samples = random.Random(5), evaluation_run.arrange(gold_first(3000), 1)
+    s = evaluate.summary_of(predictions.from_predictions(samples, {s.id: f"<answer> {rng.choice(s.options)} </answer>" for s in samples}))
     assert s["low"] < 0.25 < s["high"] and s["high"] - s["low"] < 0.04 and s["wrong_format"] == 0
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# What an episode did
-
-def thought(*lines, sample=None, crops=()):
-    return evaluate.behaviour(episode(sample or choice(), Turn("<think> " + "\n".join(lines) + " </think>\n<answer> x </answer>"), scale=(1, 1)))
-
-
-@pytest.mark.parametrize("lines, want", [
-    (["The cat is at (10, 10).", "Its tail at (20, 15)."], dict(regions=1)),                        # 11 pixels apart of 200: one place
-    (["The cat is at (10, 10).", "A dog at (150, 80)."], dict(regions=2)),
-    (["First I look at the cat (10, 10)."], dict(regions=1, subgoals=1)),
-    (["First I look at the cat.", "It sits at (10, 10)."], dict(regions=1)),                        # a plan without a point is not grounded
-    (["The cat (10, 10).", "A dog (150, 80).", "The cat again (12, 12)."], dict(regions=2, verification=1)),
-    (["The cat (10, 10).", "The cat (12, 12)."], dict(regions=1)),                                  # staying is no return
-    (["Let me verify the cat at (10, 10)."], dict(regions=1, subgoals=1, verification=1)),
-    (["The cat (10, 10).", "Wait, that is a dog.", "The cat is at (150, 80)."], dict(regions=2, backtracking=1)),
-    (["The cat (10, 10) is not there, it is at (150, 80)."], dict(regions=2, backtracking=1)),
-    (["The cat (10, 10).", "Actually it is at (12, 12).", "A dog (150, 80)."], dict(regions=2)),    # the correction stayed in place
-    (["At (500, 10) and (-3, 4)."], dict(regions=0)),                                               # outside the image
-    (["Nothing to see; wait, check first."], dict(regions=0)),
-])
-def test_behaviour_follows_its_rules(lines, want):
-    assert thought(*lines) == dict(subgoals=0, verification=0, backtracking=0) | want
-
-
-def test_behaviour_reads_zooms_and_own_words_only():
-    far = Turn("<think> there </think>\n" + data.tool_call(5, 5), (5, 5), (0, 0, 40, 40))
-    assert evaluate.behaviour(zoomed())["regions"] == 1                        # a point named and zoomed into; (999, 1) is outside
-    e = episode(choice(), *zoomed().turns[:1], far, *zoomed().turns[:1])
-    assert {k: evaluate.behaviour(e)[k] for k in ("regions", "verification")} == dict(regions=2, verification=1)
-    assert evaluate.behaviour(episode(choice(), Turn(data.FORCE + " checked </answer>", forced=True))) == {}
-    assert evaluate.behaviour(episode(choice(), Turn("first check (10, 10)"))) == {}               # no thought
-    e = episode(choice(), Turn("<think>" + "((1, 1) wait " * 400_000), Turn("<think>" * 700_000))
-    began = time.process_time()
-    evaluate.behaviour(e)
-    assert time.process_time() - began < 2                                     # 10 MB
-
-
-def test_pointing_counts_points_where_the_box_is_known():
-    known = choice(meta={"evidence": [{"image": 0, "box": [100, 50, 120, 60]}]})
-    assert thought("At (110, 55).", "Then (10, 10).", sample=known)["pointed"] == 1
-    assert thought("At (110, 55).", "Then (10, 10).", sample=known)["points"] == 2
-    e = zoomed(known)                                                          # its zoom at source (110, 56); its thoughts do not count
-    assert (evaluate.behaviour(e)["points"], evaluate.behaviour(e)["pointed"]) == (1, 1)
-    s = evaluate.summary_of([e, zoomed(choice()), episode(known, Turn("<think> (1, 1) </think>"))])
-    assert (s["points"], s["pointing"], s["regions"]) == (2, 0.5, 1) and "points" not in evaluate.behaviour(zoomed())
-    two = Sample("t", [photo(), photo()], "?", "point", targets=[{"image": 1, "box": [0, 0, 9, 9]}])
-    assert "points" not in thought("At (5, 5).", sample=two)                   # of which image?
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# A judge that counts the same
-
-def counted(*numbers):
-    return json.dumps(dict(zip(evaluate.COUNTS, numbers)))
-
-
-def ask(replies, *episodes):
-    """The judge says these -> (the prompts it was sent, what it counted)"""
-    prompts = []
-
-    class Judge:
-        model, url = "big-model", "nowhere"
-
-        def ask(self, jobs, temperature):
-            prompts.extend(text for _, _, text in jobs)
-            return replies[:len(jobs)]
-    evaluate.ask_judge(Judge(), {"a run": list(episodes)})
-    return prompts, [getattr(e, "judged", None) for e in episodes]
-
-
-def test_the_judge_is_told_what_the_rules_are():
-    """Bug: judge and rules count different things, or the judge sees points in other coordinates than the thoughts'."""
-    rules = " ".join(evaluate.behaviour.__doc__.replace(" (MARKERS)", "").split())
-    for name in evaluate.COUNTS:
-        said = re.search(rf"^- {name}: ([^;\n]*)", evaluate.JUDGE, re.M)[1]
-        assert f"{name} {said} " in rules
-    silent = episode(choice(), Turn("checked"))
-    (prompt,), _ = ask([""], silent, zoomed())
-    assert "x from 0 to 100, y from 0 to 25" in prompt and "Which pattern?" in prompt and '{"regions": ...' in prompt and "within a tenth" in prompt
-    assert prompt.endswith("\n1. at (55, 14)\n2. It zooms into (55, 14).\n3. at (999, 1)") and evaluate.NEAR == 0.1
-
-
-@pytest.mark.parametrize("reply, want", [(counted(3, 2, 1, 0), [3, 2, 1, 0]), (f"A draft: {counted(9, 9, 9, 9)}. So:\n```json\n{counted(3, 2, 1, 0)}\n```", [3, 2, 1, 0]),
-                                         ("I see three places.", None), ("", None), (counted(3, 2, 1), None), (counted(3, 2, 1, -1), None), (counted(3, 2, 1, 0.5), None),
-                                         (counted(3, 2, 1, 10 ** 9), None), (counted(3, 2, 1, "many"), None), (counted(3, 2, 1, 0)[:-1], None)])
-def test_only_four_counts_are_a_reply(reply, want):
-    _, (silent, judged) = ask([reply], episode(choice(), Turn("checked")), zoomed())
-    assert silent is None and judged == (dict(zip(evaluate.COUNTS, want)) if want else {})
-
-
-def test_agreement_by_hand():
-    """Regions by the rules: 1, 1, 1; by the judge: 1, 1, 2. Same in 2 of 3, which is what chance would give; the fourth reply is no count."""
-    episodes = [zoomed() for _ in range(5)]
-    ask([counted(1, 0, 0, 0), counted(1, 1, 0, 0), counted(2, 0, 0, 0), "?"], *episodes[:4])
-    found = evaluate.agreement(episodes)
-    assert (found["n"], found["unjudged"]) == (3, 1)
-    assert found["regions"] == pytest.approx(dict(judge=4 / 3, rules=1, same=2 / 3, chance=2 / 3))
-    assert found["subgoals"] == pytest.approx(dict(judge=1 / 3, rules=0, same=2 / 3, chance=2 / 3)) and found["backtracking"]["same"] == 1
-    assert evaluate.agreement(episodes[3:]) == {"n": 0, "unjudged": 1}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -339,13 +212,13 @@ class View:
 
 
 def fake_rollout(monkeypatch, answer=lambda sample, zoom: "checked", fail=lambda samples: None):
-    """-> the list of calls: (ids, seed, views, options)"""
+    """-> the list of calls: (ids, seed, views, config, first_sample)"""
     calls = []
 
-    def rollout(vlm, samples, group_size, *, seed, views=None, **options):
+    def rollout(vlm, samples, group_size, config, first_sample=0, views=None):
         fail(samples)
-        calls.append(([s.id for s in samples], seed, views, options))
-        episodes = [zoomed(s, answer(s, options["zoom"])) for s in samples]
+        calls.append(([s.id for s in samples], config.seed, views, config, first_sample))
+        episodes = [zoomed(s, answer(s, config.zoom)) for s in samples]
         for e in episodes:
             e.views = [View()]
         return episodes
@@ -353,20 +226,25 @@ def fake_rollout(monkeypatch, answer=lambda sample, zoom: "checked", fail=lambda
     return calls
 
 
+def run_episodes(samples, config=RolloutConfig(temperature=0.0), **options):
+    return evaluate.run_episodes(Eyes(), samples, config, RunOptions(progress=False, **options))
+
+
 def test_run_scores_in_order_and_keeps_memory_small(monkeypatch):
     """Batches, seeds and views must go to the rollout together; thousands of decoded screenshots must not stay in memory."""
     calls, saved = fake_rollout(monkeypatch), []
     samples = [choice(str(i)) for i in range(5)]
-    episodes = evaluate.run(Eyes(), samples, zoom="black", seed=7, batch=2, progress=False, save=saved.append, keep=2, max_new_tokens=9)
-    assert [e.sample.id for e in episodes] == list("01234") and all(e.parts["accuracy"] == 1 for e in episodes)
-    assert [(ids, seed) for ids, seed, _, _ in calls] == [(["0", "1"], 7), (["2", "3"], 9), (["4"], 11)]
-    assert calls[0][3] == dict(zoom="black", style="zoom", temperature=0.0, skip=0, max_zooms=3, max_new_tokens=9)
+    config = RolloutConfig(zoom="black", temperature=0.0, seed=7, max_new_tokens=9)
+    episodes = run_episodes(samples, config, batch=2, save=saved.append, keep=2)
+    assert [e.sample.id for e in episodes] == list("01234") and all(e.reward_components["accuracy"] == 1 for e in episodes)
+    assert [(ids, seed) for ids, seed, *_ in calls] == [(["0", "1"], 7), (["2", "3"], 9), (["4"], 11)]
+    assert calls[0][3] == config == RolloutConfig(style="zoom", zoom="black", temperature=0.0, max_zooms=3, max_new_tokens=9, seed=7) and calls[0][4] == 0
     assert all(e.views == [] for e in episodes) and [e for batch in saved for e in batch] == episodes
-    assert [bool(e.pieces) for e in episodes] == [True, True, False, False, False]
-    assert episodes[4].looked == {"zoom": "black", "crop_from": "source", "fed": (100, 25)}
+    assert [bool(e.token_texts) for e in episodes] == [True, True, False, False, False]
+    assert episodes[4].shown_as == {"zoom": "black", "crop_from": "source", "fed": (100, 25)}
     calls.clear()
-    episodes = evaluate.run(Eyes(), samples, batch=2, progress=False, views=[[i] for i in range(5)])
-    assert [views for _, _, views, _ in calls] == [[[0], [1]], [[2], [3]], [[4]]]
+    episodes = run_episodes(samples, batch=2, views=[[i] for i in range(5)])
+    assert [views for _, _, views, *_ in calls] == [[[0], [1]], [[2], [3]], [[4]]]
     assert all(e.views[0].features == "big" for e in episodes)                 # the caller's views stay encoded
 
 
@@ -376,18 +254,18 @@ def test_a_batch_that_does_not_fit_is_halved(monkeypatch):
             raise torch.cuda.OutOfMemoryError
     calls = fake_rollout(monkeypatch, fail=fail)
     samples = [choice(str(i)) for i in range(5)]
-    assert [e.sample.id for e in evaluate.run(Eyes(), samples, batch=8, progress=False)] == list("01234")
+    assert [e.sample.id for e in run_episodes(samples, batch=8)] == list("01234")
     assert [ids for ids, *_ in calls] == [["0", "1"], ["2", "3"], ["4"]]
     fake_rollout(monkeypatch, fail=lambda samples: (_ for _ in ()).throw(torch.cuda.OutOfMemoryError()))
     with pytest.raises(torch.cuda.OutOfMemoryError):                           # one episode does not fit: no endless loop
-        evaluate.run(Eyes(), samples, batch=8, progress=False)
+        run_episodes(samples, batch=8)
 
 
 def test_record_is_one_json_row():
     row = json.loads(json.dumps(evaluate.record(zoomed())))
-    assert (row["answer"], row["options"], row["stop"], row["advantage"], row["tokens"]) == ("checked", ["lined", "checked"], "answer", 0.5, 2)
+    assert (row["answer"], row["options"], row["finish_reason"], row["advantage"], row["tokens"]) == ("checked", ["lined", "checked"], "answer", 0.5, 2)
     assert row["turns"][0]["crop"] == [90, 36, 130, 76] and row["turns"][0]["point"] == [55, 14] and row["turns"][2]["forced"]
-    assert row["turns"][1]["error"] and row["parts"]["accuracy"] == 1
+    assert row["turns"][1]["error"] and row["reward_components"]["accuracy"] == 1
     assert evaluate.record(episode(point(), Turn("")))["answer"] == "(100, 50, 120, 60)"
     assert row["verdict"] == "right" and row["frames"] == [[2, 4, 200, 100]]
 
@@ -395,10 +273,15 @@ def test_record_is_one_json_row():
 def test_an_episode_comes_back_from_its_row():
     """What a stopped run has written is drawn and counted as if it had never stopped."""
     e = zoomed()
-    e.looked, e.pieces = {"zoom": "black", "crop_from": "seen", "fed": [100, 25]}, [["a", -0.1], ["b", None]]
+    e.shown_as, e.token_texts = {"zoom": "black", "crop_from": "seen", "fed": [100, 25]}, [["a", -0.1], ["b", None]]
     back = evaluate.restore(json.loads(json.dumps(evaluate.record(e))), e.sample)
-    assert evaluate.summary_of([back]) == evaluate.summary_of([e]) and evaluate.card({}, back) == evaluate.card({}, e)
+    assert evaluate.summary_of([back]) == evaluate.summary_of([e]) and card.make_card(page.Album(), back, 640) == card.make_card(page.Album(), e, 640)
     assert evaluate.record(back) == evaluate.record(e) and back.turns == e.turns
+
+
+def test_token_texts_tell_chosen_tokens_from_given_ones():
+    e = Episode(choice(), [9, 9, 2, 1, 1, 3, 2, 3, 1], [False, False, True, False, False, False, True, True, False], [0, 0, -0.5, 0, 0, 0, -0.25, -1.0, 0], [])
+    assert evaluate.token_texts(Eyes(), e) == [["look", -0.5], ["[image] there", None], ["look", -0.25], [" there", -1.0]]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -457,7 +340,7 @@ def test_fed_pixels_are_those_of_the_family(tmp_path, monkeypatch, capsys):
     (tmp_path / "t.jsonl").write_text(json.dumps({"id": "p", "text": "(110, 55)"}))
     heights = {}
     for name in ("qwen2.5-vl-3b", "qwen3-vl-2b"):
-        monkeypatch.setattr(evaluate, "record", lambda e: heights.update({name: e.frames[0][1]}) or {})
+        monkeypatch.setattr(evaluation_run, "record", lambda e: heights.update({name: e.frames[0][1]}) or {})
         evaluate.main(["--data", str(tmp_path / "b.jsonl"), "--predictions", str(tmp_path / "t.jsonl"), "--convention", "fed", "--model", name, "--out", str(tmp_path / name)])
         assert f"pixels of the image as fed to {name}, 2,850,000 at most" in capsys.readouterr().out
     assert heights == {"qwen2.5-vl-3b": 500 / 504, "qwen3-vl-2b": 500 / 512}
@@ -491,7 +374,6 @@ def test_wrong_use_is_one_line(bench, capsys):
     for flags, said in ((["--data", "nowhere.jsonl"], "cannot read nowhere.jsonl"), (["--batch", "0"], "--batch and --max-new-tokens must be at least 1"),
                         (["--circular"], "--circular asks a model again"), (["--compare", "x"], "--compare needs two folders"),
                         (["--predictions", "nowhere.jsonl"], "cannot read nowhere.jsonl"), (["--out", "/proc/x"], "cannot write into /proc/x"),
-                        (["--judge", "localhost:8000"], "--judge is 'localhost:8000'; expected an address"),
                         (["--convention", "fed", "--model", "other"], "--convention fed needs --max-pixels")):
         with pytest.raises(SystemExit) as stop:
             run(good, *flags)
@@ -517,8 +399,8 @@ def test_wrong_use_is_one_line(bench, capsys):
 def test_adversarial_predictions_are_scored_by_the_rule(kind, text, right, unreadable):
     samples = {"point": point(image="x.png"), "choice": choice(image="x.png"),
                "box": Sample("b", ["x.png"], "Box it.", "box", targets=[{"image": 0, "box": [100, 50, 120, 60]}])}
-    e = evaluate.from_predictions([samples[kind]], {samples[kind].id: text})[0]
-    assert (evaluate.right(e), e.parts["wrong_format"]) == (right, unreadable)
+    e = predictions.from_predictions([samples[kind]], {samples[kind].id: text})[0]
+    assert (evaluate.right(e), e.reward_components["wrong_format"]) == (right, unreadable)
     assert evaluate.record(e)["verdict"] == ("right" if right else "wrong")
 
 
@@ -527,73 +409,11 @@ def test_ten_thousand_predictions_in_ten_seconds():
     samples = [point(str(i), "x.png") if i % 2 else choice(str(i), "x.png") for i in range(10_000)]
     said = {s.id: f"<think> First look at ({i % 200}, 50). " + "It is here, at (110, 55). " * 10 + "</think> <answer> (110, 55) </answer>" for i, s in enumerate(samples)}
     began = time.process_time()
-    episodes = evaluate.from_predictions(samples, said)
+    episodes = predictions.from_predictions(samples, said)
+    analysis.describe(episodes)
     s = evaluate.summary_of(episodes)
     assert [evaluate.record(e) for e in episodes] and time.process_time() - began < 10
     assert (s["n"], s["correct"], s["wrong_format"], s["subgoals"]) == (10_000, 5_000, 0, 1)
-
-
-CAT = "<think> First the cat (10, 10). Wait, the dog (150, 80). </think>\n<answer> checked </answer>"
-
-
-def test_judge(bench, capsys):
-    """Claim: what thought something is judged; the counts stand beside the rules' in rows, summary, report and on the screen; the same command
-    asks for nothing twice, and without --judge nothing changes."""
-    folder, run = bench
-    plain, rows = run(texts("(110, 55)", "(315, 15)", CAT)), texts("(110, 55)", "(315, 15)", CAT)
-    read = lambda: [json.loads(line) for line in open(folder / "out" / "episodes.jsonl")]
-    before = read()
-    with Server(lambda text: counted(3, 1, 0, 1) if "the cat" in text else "No idea.") as server:
-        s = run(rows, "--judge", server.url)
-        assert [b["temperature"] for b in server.asked] == [0.0] * 2 and {b["model"] for b in server.asked} == {"big-model"}
-        assert run(rows, "--judge", server.url) == s and len(server.asked) == 2
-        run(rows, "--judge", server.url, "--judge-model", "another")
-        assert [b["model"] for b in server.asked[2:]] == ["another"] * 2       # another judge, other replies
-    judged = s.pop("judged")
-    assert s == plain and (judged["n"], judged["unjudged"]) == (1, 1)
-    assert judged["regions"] == dict(judge=3, rules=2, same=0, chance=0) and judged["backtracking"] == dict(judge=1, rules=1, same=1, chance=1)
-    after = read()
-    assert [r.pop("judged", None) for r in after] == [None, {}, dict(zip(evaluate.COUNTS, (3, 1, 0, 1)))] and after == before
-    assert len(open(folder / "out" / "judge.jsonl").readlines()) == 4
-    line = "regions 3.00 (rules 2.00; same 0%, by chance 0%)"
-    assert f"judge, predictions (1, 1 unjudged): {line}, subgoals 1.00" in capsys.readouterr().out
-    assert line[8:] in Page(folder / "out" / "report.html").said
-
-
-def test_a_judge_that_dies(bench, capsys, hurry):
-    """Claim: a dead server is one clear line, before any work; one that dies half way too, and what it said is not asked for again."""
-    folder, run = bench
-    rows = texts("(110, 55)", "(315, 15)", CAT)
-    with pytest.raises(SystemExit) as stop:                                    # nobody listens there
-        run(rows, "--judge", "http://127.0.0.1:9/v1")
-    err = capsys.readouterr().err
-    assert stop.value.code == 2 and err.startswith("error: judge at http://127.0.0.1:9/v1/models: URLError") and err.count("\n") == 1
-    assert not (folder / "out" / "episodes.jsonl").exists()
-    with Server(lambda text: counted(1, 1, 1, 1), lambda n: 401 if n > 1 else None) as server, pytest.raises(SystemExit) as stop:
-        run(rows, "--judge", server.url)
-    err = capsys.readouterr().err
-    assert stop.value.code == 2 and "HTTP 401" in err and err.count("\n") == 1 and not (folder / "out" / "summary.json").exists()
-    with Server(lambda text: counted(1, 1, 1, 1)) as server:
-        assert run(rows, "--judge", server.url)["judged"]["n"] == 2 and len(server.asked) == 1
-    (folder / "out" / "judge.jsonl").write_text('{"key": 1}\n')
-    with pytest.raises(SystemExit):
-        run(rows, "--judge", "http://127.0.0.1:9/v1")
-    assert "judge.jsonl holds a line that is no reply of a judge" in capsys.readouterr().err
-
-
-def test_a_finished_run_can_be_judged(tmp_path, monkeypatch):
-    """Bug: --judge counts as another setting, and the model must be asked again; or only the first of the zoom modes is judged."""
-    monkeypatch.setattr(evaluate.model, "load", lambda *_, **__: Eyes())
-    calls = fake_rollout(monkeypatch)
-    command = ["--data", choices(tmp_path, 2), "--zoom", "all", "--out", str(tmp_path / "out")]
-    whole = evaluate.main(command)
-    calls.clear()
-    with Server(lambda text: counted(1, 0, 0, 0)) as server:
-        s = evaluate.main([*command, "--judge", server.url])
-        assert not calls and len(server.asked) == 6                            # three modes of two questions
-    assert {zoom: part.pop("judged")["n"] for zoom, part in s["modes"].items()} == dict(on=2, off=2, black=2)
-    assert s.pop("judged")["regions"] == dict(judge=1, rules=1, same=1, chance=1) and s == whole
-    assert evaluate.main(command) == whole and not calls
 
 
 def test_compare(bench, capsys):
@@ -632,7 +452,7 @@ def choices(folder, n=7):
 
 def test_a_stopped_run_goes_on_and_ends_the_same(tmp_path, monkeypatch, capsys):
     """Bug: a run killed after hours starts from nothing, or counts a question twice."""
-    monkeypatch.setattr(evaluate.model, "load", lambda *_, **__: Eyes())
+    monkeypatch.setattr(prefix, "load_vlm", lambda *_, **__: Eyes())
     file, stop = choices(tmp_path), []
 
     def fail(samples):
@@ -641,7 +461,7 @@ def test_a_stopped_run_goes_on_and_ends_the_same(tmp_path, monkeypatch, capsys):
     calls = fake_rollout(monkeypatch, lambda s, zoom: "checked" if s.id in ("c1", "c5") else "lined", fail)
     command = lambda out, *more: ["--data", file, "--batch", "2", "--seed", "3", "--out", str(tmp_path / out), *more]
     whole = evaluate.main(command("whole"))
-    assert [seed for _, seed, _, _ in calls] == [3, 5, 7, 9] and whole["correct"] == 2
+    assert [seed for _, seed, *_ in calls] == [3, 5, 7, 9] and whole["correct"] == 2
     calls.clear()
     stop.append(1)
     with pytest.raises(SystemExit):
@@ -652,7 +472,7 @@ def test_a_stopped_run_goes_on_and_ends_the_same(tmp_path, monkeypatch, capsys):
     stop.clear()
     calls.clear()
     assert evaluate.main(command("cut")) == whole
-    assert [(ids, seed) for ids, seed, _, _ in calls] == [(["c4", "c5"], 7), (["c6"], 9)]
+    assert [(ids, seed) for ids, seed, *_ in calls] == [(["c4", "c5"], 7), (["c6"], 9)]
     assert open(path).read() == open(tmp_path / "whole" / "episodes.jsonl").read()
     assert open(tmp_path / "cut" / "report.html").read() == open(tmp_path / "whole" / "report.html").read()
     calls.clear()
@@ -671,7 +491,7 @@ def test_a_stopped_run_goes_on_and_ends_the_same(tmp_path, monkeypatch, capsys):
 
 
 def test_options_are_permuted_unless_told_otherwise(tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluate.model, "load", lambda *_, **__: Eyes())
+    monkeypatch.setattr(prefix, "load_vlm", lambda *_, **__: Eyes())
     fake_rollout(monkeypatch, lambda s, zoom: "B")
     file = choices(tmp_path, 30)
     command = lambda out, *more: evaluate.main(["--data", file, "--out", str(tmp_path / out), "--drawn", "0", *more])
@@ -684,30 +504,30 @@ def test_options_are_permuted_unless_told_otherwise(tmp_path, monkeypatch):
 
 def test_a_real_model_may_say_more(tmp_path, monkeypatch, capsys):
     """Bug: a thought of a real model is cut off after the 64 tokens that the tiny one needs, and counts as unreadable."""
-    monkeypatch.setattr(evaluate.model, "load", lambda *_, **__: Eyes())
+    monkeypatch.setattr(prefix, "load_vlm", lambda *_, **__: Eyes())
     calls, file = fake_rollout(monkeypatch), choices(tmp_path)
     for n, (more, length) in enumerate([([], 64), (["--model", "qwen3-vl-2b"], 512), (["--model", "qwen3-vl-2b", "--max-new-tokens", "9"], 9)]):
         evaluate.main(["--data", file, "--out", str(tmp_path / str(n)), *more])
-        assert calls.pop()[3]["max_new_tokens"] == length
+        assert calls.pop()[3].max_new_tokens == length
     assert "max_new_tokens = 512" in capsys.readouterr().out
 
 
 def test_boxes_are_asked_for_without_zooms(tmp_path, monkeypatch):
     """Bug: a benchmark of boxes across images is asked to zoom, which the tool can do in the first image alone."""
-    monkeypatch.setattr(evaluate.model, "load", lambda *_, **__: Eyes())
+    monkeypatch.setattr(prefix, "load_vlm", lambda *_, **__: Eyes())
     calls = fake_rollout(monkeypatch, lambda s, zoom: "(1, 2),(3, 4)")
     photo().save(tmp_path / "a.png")
     box = Sample("b", ["a.png"], "Box it.", "box", targets=[{"image": 0, "box": [100, 50, 120, 60]}])
     for n, (samples, more, style) in enumerate([([box], [], "boxes"), ([box], ["--style", "zoom"], "zoom"), ([box, point(image="a.png")], [], "zoom")]):
         data.write_jsonl(str(tmp_path / "d.jsonl"), samples)
         evaluate.main(["--data", str(tmp_path / "d.jsonl"), "--zoom", "all", "--out", str(tmp_path / str(n)), *more])
-        assert {options["style"] for *_, options in calls} == {style} and len(calls) == (1 if style == "boxes" else 3)
+        assert {config.style for *_, config, _ in calls} == {style} and len(calls) == (1 if style == "boxes" else 3)
         calls.clear()
 
 
 def test_zoom_gain_and_harm(tmp_path, monkeypatch):
     """Right only with zoom; right only without; and black crops beside them."""
-    monkeypatch.setattr(evaluate.model, "load", lambda *_, **__: Eyes())
+    monkeypatch.setattr(prefix, "load_vlm", lambda *_, **__: Eyes())
     hits = {"on": {"c0", "c1", "c2", "c3"}, "off": {"c3", "c4"}, "black": {"c0"}}
     fake_rollout(monkeypatch, lambda s, zoom: "checked" if s.id in hits[zoom] else "lined")
     s = evaluate.main(["--data", choices(tmp_path), "--zoom", "all", "--out", str(tmp_path / "out")])
@@ -735,262 +555,39 @@ def test_toy_task_takes_predictions_too(tmp_path, capsys):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The report
-
-def test_nothing_from_data_or_model_can_run(tmp_path):
-    """Every text that a model or a data file controls is tried; the page must hold it as text and as nothing else."""
-    s = Sample(EVIL, [photo()], EVIL, "choice", [EVIL, "b"], 0, category=[EVIL], meta={"evidence": [{"box": [EVIL] * 4}, EVIL, {"box": [1, 2, 3, 4], "image": EVIL}]})
-    e = episode(s, Turn(EVIL + "<answer>" + EVIL + "</answer>", (1, 1), (0, 0, 9, 9), EVIL), stop=EVIL)
-    e.parts[EVIL], e.pieces = 1.0, [[EVIL, -0.5], [EVIL, None]]
-    text = Sample(EVIL, [photo()], EVIL, "text", answer=[EVIL], category=[EVIL])
-    p = page(tmp_path, [(EVIL, [e, episode(text, Turn(EVIL))])], title=EVIL, curves=[{"step": i, EVIL: i} for i in range(3)], table=[("", [EVIL]), (EVIL, [EVIL])],
-             settings={EVIL: EVIL})
-    seen = zoomed()
-    seen.pieces = [["a", -0.5], ["b", None]]
-    plain = page(tmp_path, [("a", [seen, zoomed()])], curves=[{"step": i, "a": i} for i in range(3)], table=[("", ["a"]), ("a", ["a"])], settings={"a": "b"})
-    assert {tag for tag, _ in p.tags} <= {tag for tag, _ in plain.tags}        # no tag that the page does not use anyway
-    assert p.source.count("<script>") == p.source.count("</script>") == 1 and f"<script>{evaluate.SCRIPT}</script>" in p.source
-    assert p.all("article")[0]["data-id"] == EVIL == p.all("article")[0]["data-category"]
-    assert p.said.count("<script>alert(1)</script>") > 15                      # and the texts are there, as text
-    assert not [a for _, attrs in p.tags for a in attrs if a.startswith("on")]
-    assert evaluate.esc("\"'<&") == "&quot;&#x27;&lt;&amp;"                      # safe inside an attribute too
-    assert len(p.all("article")) == 2 and p.source.count("</style>") == 1 and "<!--" not in p.source
-
-
-def test_page_needs_nothing_from_outside_and_allows_one_script(tmp_path):
-    """The policy holds the hash of the page's own script: whatever else may get in cannot run."""
-    p = page(tmp_path, [zoomed()], curves=[{"step": i, "reward": i} for i in range(3)])
-    policy = p.all("meta", **{"http-equiv": "Content-Security-Policy"})[0]["content"]
-    script = re.search(r"<script>(.*?)</script>", p.source, re.S)[1]
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    assert "default-src 'none'" in policy and f"script-src 'sha256-{digest}';" in policy and "img-src data:" in policy
-    assert policy.count("unsafe") == 1 and "style-src 'unsafe-inline'" in policy
-    assert len(p.all("script")) == 1 and not p.all("script")[0] and not p.all("link") and not p.all("iframe")
-    assert not re.search(r"innerHTML|outerHTML|insertAdjacent|document\.write|eval|Function|setTimeout", script)
-    links = [attrs[k] for _, attrs in p.tags for k in ("href", "src") if k in attrs]
-    assert links and all(link.startswith(("#", "data:image/")) for link in links)
-    assert "://" not in p.source and "url(" not in p.source and "@import" not in p.source
-    ids = [attrs["id"] for _, attrs in p.tags if "id" in attrs]
-    assert len(ids) == len(set(ids)) and {link[1:] for link in links if link[0] == "#"} <= set(ids)
-
-
-def test_a_picture_is_embedded_once(tmp_path):
-    path = str(tmp_path / "same.png")
-    photo(300, 200).save(path)
-    same = photo()
-    group = [zoomed(choice(str(i), same)) for i in range(4)] + [zoomed(choice("copy", same.copy()))] + [zoomed(choice(str(i), path)) for i in range(3)]
-    p = page(tmp_path, [("before", group), ("after", group)])
-    pictures = p.all("image")
-    assert len(pictures) == 4                                                  # two prompt images, and the crop of each
-    assert len(p.all("svg", class_="picture")) == 16 and p.source.count("data:image/") == 4
-    assert {u["href"] for u in p.all("use")} == {"#" + i["id"] for i in pictures}
-    assert sorted((i["width"], i["height"]) for i in pictures) == [("200", "100"), ("300", "200"), ("40", "40"), ("40", "40")]
-
-
-def test_large_pictures_shrink_but_keep_source_coordinates(tmp_path):
-    noise = Image.effect_noise((3000, 1500), 80).convert("RGB")
-    s = Sample("big", [noise], "Click it.", "point", targets=[{"image": 0, "box": [2000, 1000, 2100, 1040]}])
-    e = episode(s, Turn("t", (500, 250), (1818, 818, 2182, 1182)), Turn("<answer> (512, 256) </answer>"), scale=(4.0, 4.0))
-    p = page(tmp_path, [e])
-    assert p.all("svg", class_="picture")[0]["viewbox"] == "0 0 3000 1500"
-    assert [(i["width"], i["height"]) for i in p.all("image")] == [("3000", "1500"), ("364", "364")]
-    files = [Image.open(io.BytesIO(base64.b64decode(i["href"].split(",")[1]))) for i in p.all("image")]
-    assert [f.size for f in files] == [(640, 320), (256, 256)] and files[0].format == "JPEG"
-    assert p.all("circle", cx="2000", cy="1000") and p.all("rect", class_="t1", x="1818", y="818", width="364", height="364")
-    assert p.all("rect", class_="gold", x="2000", y="1000", width="100", height="40")
-    assert p.all("path", class_="said")[0]["d"].startswith("M1982 958")        # a cross of half width 66 around (2048, 1024)
-
-
-def test_overlay_maps_points_with_the_frame(tmp_path):
-    e = zoomed(choice(meta={"evidence": [{"image": 0, "box": [100, 50, 120, 60]}]}))
-    p = page(tmp_path, [e])
-    assert [(c["cx"], c["cy"]) for c in p.all("circle")] == [("110", "56")]    # x * 2, y * 4; the point outside is not drawn
-    assert p.all("rect", class_="t1", x="90", y="36", width="40", height="40")
-    assert p.all("rect", class_="gold", x="100", y="50", width="20", height="10")
-    for said in ("The coordinate (999, 1) lies outside the image.", "ended by: answer", "advantage +0.50", "2 tokens", "1 zoom", "toy", "(90, 36) to (130, 76)",
-                 "No zooms left", "Which pattern?", "B. checked ✓"):
-        assert said in p.said, said
-    assert p.all("article", class_="right") and p.all("span", class_="given") and p.all("li", class_="gold")
-
-
-def test_boxes_are_drawn_in_the_image_they_are_about(tmp_path):
-    s = Sample("b", [photo(), photo(80, 60), photo(60, 80)], "Find it.", "box", targets=[{"image": 1, "box": [10, 10, 30, 30]}])
-    e = episode(s, Turn("<think> x </think>\n<answer> (6, 3),(14, 8) </answer>"), recipe="univg-r1")
-    p = page(tmp_path, [e])
-    second = p.source.split('class="picture"')[2]
-    assert p.source.count('class="gold"') == p.source.count('class="said" x') == 1
-    assert '<rect class="gold" x="10" y="10" width="20" height="20"/>' in second
-    assert '<rect class="said" x="12" y="12" width="16" height="20"/>' in second and "image 2" in second
-    assert "(12, 12, 28, 32)" in p.said and "(10, 10, 30, 30) in image 2" in p.said
-
-
-def test_huge_and_inverted_answers_are_drawn_inside_or_not_at_all(tmp_path):
-    box = Sample("b", [photo()], "Box it.", "box", targets=[{"image": 0, "box": [10, 10, 30, 30]}])
-    p = page(tmp_path, [episode(point(), Turn("a", (10 ** 400, 5), None, "outside"), Turn(f"<answer> ({'9' * 300}, -4) </answer>")),
-                        episode(box, Turn("<answer> (90, 20),(-5, -7) </answer>")), episode(point("q"), Turn("\ud800 half a pair, \x00 \u202e"))])
-    assert len(p.all("article", class_="wrong")) == 3 and not p.all("circle") and not p.all("path")
-    assert p.all("rect", class_="said")[0] == {"class": "said", "x": "0", "y": "0", "width": "180", "height": "80"}
-
-
-def test_crop_is_shown_as_the_model_saw_it(tmp_path):
-    """The black control must look black in the report too, and a crop of the shrunken copy blurred."""
-    def crop(image=None, **looked):
-        e = zoomed(choice(image=image))
-        e.looked = looked
-        p = page(tmp_path, [e])
-        return Image.open(io.BytesIO(base64.b64decode(p.all("image")[1]["href"].split(",")[1]))).convert("L")
-    assert crop(zoom="black").size == (40, 40) and crop(zoom="black").getextrema() == (0, 0)
-    fine = Image.effect_noise((200, 100), 90).convert("RGB")
-    spread = lambda im: im.getextrema()[1] - im.getextrema()[0]
-    assert spread(crop(fine, zoom="on", crop_from="seen", fed=(20, 10))) < spread(crop(fine, zoom="on", crop_from="source", fed=(20, 10))) / 2
-
-
-def test_tokens_are_shown_with_their_probability(tmp_path):
-    e = zoomed()
-    e.pieces = [["sure", -0.001], ["<unsure>", -3.0], ["a crop", None], ["half", -0.7]]
-    p = page(tmp_path, [e, zoomed()])
-    assert [(i["class"], i["title"]) for i in p.all("i")] == [("p4", "0.999"), ("p0", "0.050"), ("p2", "0.497")] and len(p.all("s")) == 1
-    assert "3 chosen at a mean probability of 0.29, each with advantage +0.50" in p.said and "<unsure>" in p.said and len(p.all("details")) == 1
-
-
-def test_pieces_tell_chosen_tokens_from_given_ones():
-    e = Episode(choice(), [9, 9, 2, 1, 1, 3, 2, 3, 1], [False, False, True, False, False, False, True, True, False], [0, 0, -0.5, 0, 0, 0, -0.25, -1.0, 0], [])
-    assert evaluate.pieces(Eyes(), e) == [["look", -0.5], ["[image] there", None], ["look", -0.25], [" there", -1.0]]
-
-
-def test_cards_carry_what_the_menus_filter_by(tmp_path):
-    p = page(tmp_path, [zoomed(Sample("two", [photo()], "?", "choice", ["lined", "checked"], 1, category=["web", "icon"])), episode(point(), Turn("x"))])
-    assert [(a["data-id"], a["data-category"], a["data-zooms"], a["tabindex"]) for a in p.all("article")] == [("two", "web\nicon", "1", "-1"), ("p", "web\nicon", "0", "-1")]
-    assert not p.all("select") and not p.all("button")                         # the script makes them: without it nothing is dead
-
-
-def test_five_hundred_episodes_are_light(tmp_path):
-    """500 noisy pictures would be 60 MB; shared ones cost nothing, and every section gets its share of the room."""
-    shared = [Image.effect_noise((448, 448), 90).convert("RGB") for _ in range(3)]
-    p = page(tmp_path, [("all", [zoomed(choice(str(i), shared[i % 3])) for i in range(500)])], drawn=500)
-    assert len(p.all("article")) == 500 and len(p.source) < 3_000_000
-    noise = [Image.effect_noise((200, 200), 90).convert("RGB") for _ in range(40)]
-    group = lambda k: [zoomed(choice(f"{k}{i}", im.rotate(90 * k))) for i, im in enumerate(noise)]
-    p = page(tmp_path, [(str(k), group(k)) for k in range(3)], drawn=500, max_bytes=600_000)
-    drawn = [part.count("<article") for part in p.source.split("<section")[1:]]
-    assert len(p.source) < 800_000 and min(drawn) > 1 and max(drawn) - min(drawn) <= 1
-
-
-def test_report_says_what_it_leaves_out_and_stays_light(tmp_path):
-    group = [zoomed(choice(str(i)), "checked" if i % 3 else "lined") for i in range(30)]
-    p = page(tmp_path, [("many", group)])
-    assert len(p.all("article")) == evaluate.DRAWN == 24
-    assert "The first 24 are drawn, 6 are left out." in p.said and "20 of 30 right" in p.said
-    long = [episode(choice(str(i)), Turn("x" * 3_000_000)) for i in range(3)]
-    p = page(tmp_path, long)
-    assert len(p.source) < 100_000 and "[and 2,996,000 more characters]" in p.said
-    noisy = [zoomed(choice(str(i), Image.effect_noise((640, 640), 90))) for i in range(12)]
-    p = page(tmp_path, noisy, max_bytes=1_000_000)
-    assert len(p.source) < 1_400_000 and 1 < len(p.all("article")) < 12
-    assert f"The first {len(p.all('article'))} are drawn" in p.said
-
-
-def test_filter_counts_and_sections(tmp_path):
-    p = page(tmp_path, [("before", [zoomed(answer="lined"), zoomed(answer="lined")]), ("after", [zoomed()]), ("nobody", [])])
-    assert [i["id"] for i in p.all("input", type="radio")] == ["all", "right", "wrong"] and "checked" in p.all("input")[0]
-    for label in ("all 3", "right 1", "wrong 2", "before", "after", "0 of 2 right"):
-        assert label in p.said
-    hidden = Sample("h", [photo()], "?", "choice", ["a", "b"], None)
-    p = page(tmp_path, [episode(hidden, Turn("<answer> a </answer>"))])
-    assert not p.all("span", class_="badge") and "hidden" in p.said            # neither right nor wrong
-
-
-def test_curves(tmp_path):
-    rows = [{"step": 10 * i, "reward": i / 4, "flat": 0.0, "note": "text", "rare": i if i % 2 else None, "bad": float("nan")} for i in range(9)]
-    p = page(tmp_path, [], curves=rows + [{"step": 90, "reward": float("inf")}])
-    assert [re.match(r"[a-z]+", f)[0] for f in p.source.split("<figcaption>")[1:]] == ["reward", "rare", "flat"]
-    raw, smooth = p.all("polyline")[:2]
-    xy = [tuple(map(float, q.split(","))) for q in raw["points"].split()]
-    assert len(xy) == 9 and [x for x, _ in xy] == sorted(x for x, _ in xy) and [y for _, y in xy] == sorted((y for _, y in xy), reverse=True)
-    assert raw["points"] == smooth["points"]                                   # nine values are too few to smooth
-    assert "80" in p.said and all(0 <= x <= 300 and 0 <= y <= 150 for x, y in xy)
-    many = page(tmp_path, [], curves=[{"step": i, **{f"m{k}": i * k for k in range(11)}} for i in range(1000)])
-    assert "3 more" in many.said and many.all("details")
-    assert not page(tmp_path, [], curves=[{"step": 1, "reward": 1.0}]).all("figure")            # one point is no curve
-
-
-def test_table_of_summaries(tmp_path):
-    summary = evaluate.summarise([{"id": "x", "category": [], "accuracy": float(i < 50), "wrong_format": 0.0} for i in range(100)])
-    p = page(tmp_path, [], table=[("", ["before", "after"]), ("search", [summary, "n/a"])])
-    assert "50.0 %" in p.said and "40.4 to 59.6" in p.said and "n/a" in p.said
-    assert p.all("rect", class_="range")[0] | {"height": ""} == {"class": "range", "x": "40.38", "width": "19.23", "height": ""}
-
-
-def test_a_long_table_is_folded(tmp_path):
-    """Bug: a hundred rows of categories before the first episode."""
-    table = lambda n: [("", ["accuracy"]), ("zoom allowed", ["50"]), *((f"  kind {i}", ["50"]) for i in range(n))]
-    assert not page(tmp_path, [], table=table(11)).all("details")
-    long = page(tmp_path, [], table=table(12))
-    before, after = long.source.split("<details>")
-    assert "zoom allowed" in before and "kind 3" not in before and "zoom allowed" in after and "kind 11" in after and len(long.all("table")) == 2
-
-
-def test_a_polygon_is_drawn_as_one(tmp_path):
-    corners = [[20.0, 10.0], [60.0, 10.0], [80.0, 40.0]]
-    s = Sample("free", [photo()], "Where is room?", "point", targets=[{"image": 0, "box": [20.0, 10.0, 80.0, 40.0], "polygon": corners}])
-    p = page(tmp_path, [episode(s, Turn("<answer> (900, 900) </answer>"))])
-    assert [path["d"] for path in p.all("path", class_="gold")] == ["M20 10L60 10L80 40Z"] and not p.all("rect", class_="gold")
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Do the tests bite? Each line puts one bug into evaluate.py; the named test must fail.
+# Do the tests bite? Each line puts one bug into evaluate.py or its parts; the named test must fail.
 
 MUTATIONS = [
-    ("s * (p * (1 - p) + s / 4)", "s * p * (1 - p)", test_wilson_against_published_values, dict(correct=10, n=10, low=0.7225, high=1)),
-    ("(1 + s), math.sqrt", "1, math.sqrt", test_wilson_is_symmetric_inside_0_1_and_shrinks_with_n, {}),
-    ('parts["iou"] >= 0.5 - 1e-6', 'parts["iou"] > 0.4', test_right_means_the_same_for_every_recipe, {}),
-    ('parts["accuracy"] >= 1 - 1e-6', 'parts["accuracy"] > 0', test_summarise_boxes_partial_credit_hidden_gold_and_nothing, {}),
-    ('[r["iou"] for r in scored if "iou" in r]', '[r["iou"] for r in scored if is_right(r)]', test_summarise_boxes_partial_credit_hidden_gold_and_nothing, {}),
-    ('dict.fromkeys([*r["category"],', 'dict.fromkeys([*r["category"][:1],', test_summarise_counts_by_category, {}),
-    ('{"max_new_tokens": 512}', "{}", test_a_real_model_may_say_more, {}),
-    ('"boxes" if all(', '"zoom" if all(', test_boxes_are_asked_for_without_zooms, {}),
-    ("seed=seed + start * block,", "seed=seed,", test_run_scores_in_order_and_keeps_memory_small, {}),
-    ("views=views and views[i:i + n]", "views=views", test_run_scores_in_order_and_keeps_memory_small, {}),
-    ("e.views if views else []", "e.views", test_run_scores_in_order_and_keeps_memory_small, {}),
-    ("sx, sy = e.frames[i][:2] if e.frames else (1, 1)", "sx, sy = 1, 1", test_overlay_maps_points_with_the_frame, {}),
-    ("math.sqrt(s * (p * (1 - p) + s / 4))", "math.sqrt(s * p * (1 - p))", test_wilson_is_symmetric_inside_0_1_and_shrinks_with_n, {}),
-    ("only_b=only_b, neither", "only_b=only_a, neither", test_paired_against_hand_numbers, {}),
-    ("term * (m - k) // (k + 1)", "term * (m - k) / (k + 1)", test_paired_against_hand_numbers, {}),
-    ("min(1.0, 2 * tail / 2 ** m)", "min(1.0, tail / 2 ** m)", test_paired_against_hand_numbers, {}),
-    ('"screenspot": (2, 6)', '"screenspot": (1, 3)', test_each_benchmark_averages_by_its_own_rule, {}),
-    ('[", ".join(cell)] if levels > 1', '[", ".join(cell)] if levels > 2', test_each_benchmark_averages_by_its_own_rule, {}),
-    ("len(rows) <= 12 or not label.startswith(\" \")", "True", test_a_long_table_is_folded, {}),
-    ('if outline := outlines.get(tuple(box)):', "if outline := None:", test_a_polygon_is_drawn_as_one, {}),
-    ('32 if known and known.convention == "thousand" else 28', "28", test_fed_pixels_are_those_of_the_family, {}),
-    ('"blink": (1, 14)', '"blink": (0, 1)', test_each_benchmark_averages_by_its_own_rule, {}),
-    ('if benchmark == "vlm-r1" else', "if False else", test_overlap_of_exactly_one_half_and_at_each_threshold, {}),
-    ('len({r.get("of", i) for i, r in enumerate(scored)})', "n", test_rotations_of_a_question_are_one_piece_of_evidence, {}),
-    ('order.index(s.answer),', 's.answer,', test_arrange_moves_the_gold_along, {}),
-    ('random.Random(f"{seed}/{s.id}")', "random.Random(seed)", test_an_always_first_answer_scores_chance_once_options_are_permuted, {}),
-    ("k in seen and k != last", "k in seen", test_behaviour_follows_its_rules, dict(lines=["The cat (10, 10).", "The cat (12, 12)."], want=dict(regions=1))),
-    ("at[-1], False", "at[-1], doubt", test_behaviour_follows_its_rules,
-     dict(lines=["The cat (10, 10).", "Actually it is at (12, 12).", "A dog (150, 80)."], want=dict(regions=2))),
-    ("if rewards.inside((x, y), e.frames[:1])]", "]", test_behaviour_follows_its_rules, dict(lines=["At (500, 10) and (-3, 4)."], want=dict(regions=0))),
-    ("t.text[len(data.FORCE):] if t.forced and", "t.text if t.forced and", test_behaviour_reads_zooms_and_own_words_only, {}),
-    ("if not words for p in points] or named", "if not words for p in points] + named", test_pointing_counts_points_where_the_box_is_known, {}),
-    ("if not sampled:", "if False:", test_pieces_tell_chosen_tokens_from_given_ones, {}),
-    ('looked.get("zoom") == "black"', "False", test_crop_is_shown_as_the_model_saw_it, {}),
-    ("html.escape(text[:limit], quote=True)", "html.escape(text[:limit], quote=False)", test_nothing_from_data_or_model_can_run, {}),
-    ('data-id="{esc(s.id)}"', 'data-id="{s.id}"', test_nothing_from_data_or_model_can_run, {}),
-    ("{esc(text)}</i>", "{text}</i>", test_nothing_from_data_or_model_can_run, {}),
-    ("SCRIPT.encode()).digest()", "CSS.encode()).digest()", test_page_needs_nothing_from_outside_and_allows_one_script, {}),
-    ("numbers((points[0][0] / sx, points[0][1] / sy))", "numbers(points[0])", test_the_judge_is_told_what_the_rules_are, {}),
-    ("{k: found[k] for k in COUNTS} if found.keys() >= set(COUNTS) else {}", "found", test_only_four_counts_are_a_reply, dict(reply=counted(3, 2, 1), want=None)),
-    ('reply)[-1:] ', 'reply)[:1] ', test_only_four_counts_are_a_reply, dict(reply=f"{counted(9, 9, 9, 9)} {counted(3, 2, 1, 0)}", want=[3, 2, 1, 0])),
-    ("for judged, _ in both], [rules[k]", "for _, judged in both], [rules[k]", test_agreement_by_hand, {}),
-    ("sum(a.count(x) for x in b)", "sum(b.count(x) for x in b)", test_agreement_by_hand, {}),
-    ('"judge", "judge_model")}', '"judge_model")}', test_a_finished_run_can_be_judged, {}),
-    ("for k in range(drawn) for i, (_, group) in enumerate(episodes) if", "for i, (_, group) in enumerate(episodes) for k in range(drawn) if", test_five_hundred_episodes_are_light, {}),
+    ("evaluate:wilson", "s * (p * (1 - p) + s / 4)", "s * p * (1 - p)", test_wilson_against_published_values, dict(correct=10, n=10, low=0.7225, high=1)),
+    ("evaluate:wilson", "(p + s / 2) / (1 + s)", "(p + s / 2) / 1", test_wilson_is_symmetric_inside_0_1_and_shrinks_with_n, {}),
+    ("evaluate:wilson", "math.sqrt(s * (p * (1 - p) + s / 4))", "math.sqrt(s * p * (1 - p))", test_wilson_is_symmetric_inside_0_1_and_shrinks_with_n, {}),
+    ("appendix.episode_rows:is_right", 'components["iou"] >= 0.5 - 1e-6', 'components["iou"] > 0.4', test_right_means_the_same_for_every_recipe, {}),
+    ("appendix.episode_rows:is_right", 'components["accuracy"] >= 1 - 1e-6', 'components["accuracy"] > 0', test_summarise_boxes_partial_credit_hidden_gold_and_nothing, {}),
+    ("appendix.episode_rows:is_right", 'benchmark == "vlm-r1"', "False", test_overlap_of_exactly_one_half_and_at_each_threshold, {}),
+    ("evaluate:count", '[r["iou"] for r in scored if "iou" in r]', '[r["iou"] for r in scored if is_right(r)]', test_summarise_boxes_partial_credit_hidden_gold_and_nothing, {}),
+    ("evaluate:count", 'len({r.get("of", i) for i, r in enumerate(scored)})', "n", test_rotations_of_a_question_are_one_piece_of_evidence, {}),
+    ("appendix.averages:categories_of", 'list(row["category"])', 'list(row["category"][:1])', test_summarise_counts_by_category, {}),
+    ("appendix.averages:categories_of", "levels > 1", "levels > 2", test_each_benchmark_averages_by_its_own_rule, {}),
+    ("appendix.averages:CELLS", "(2, 6)", "(1, 3)", test_each_benchmark_averages_by_its_own_rule, {}),
+    ("appendix.averages:CELLS", "(1, 14)", "(0, 1)", test_each_benchmark_averages_by_its_own_rule, {}),
+    ("evaluate:paired", "only_b = sum(b[i] for i in ids) - both", "only_b = only_a", test_paired_against_hand_numbers, {}),
+    ("evaluate:mcnemar", "term * (m - k) // (k + 1)", "term * (m - k) / (k + 1)", test_paired_against_hand_numbers, {}),
+    ("evaluate:mcnemar", "min(1.0, 2 * tail / 2 ** m)", "min(1.0, tail / 2 ** m)", test_paired_against_hand_numbers, {}),
+    ("evaluate:presets", '{"max_new_tokens": 512}', "{}", test_a_real_model_may_say_more, {}),
+    ("appendix.evaluation_run:style_of", '"boxes" if only_boxes else "zoom"', '"zoom"', test_boxes_are_asked_for_without_zooms, {}),
+    ("evaluate:run_episodes", "config.seed + block * options.batch", "config.seed", test_run_scores_in_order_and_keeps_memory_small, {}),
+    ("evaluate:run_episodes", "views[i:i + n]", "views", test_run_scores_in_order_and_keeps_memory_small, {}),
+    ("evaluate:finish_episode", "if not options.views:\n    e.views = []", "pass", test_run_scores_in_order_and_keeps_memory_small, {}),
+    ("appendix.predictions:predicted_episodes", '32 if spec and spec.convention == "thousand" else 28', "28", test_fed_pixels_are_those_of_the_family, {}),
+    ("appendix.evaluation_run:with_order", "order.index(s.answer)", "s.answer", test_arrange_moves_the_gold_along, {}),
+    ("appendix.evaluation_run:arrange", 'random.Random(f"{seed}/{s.id}")', "random.Random(seed)", test_an_always_first_answer_scores_chance_once_options_are_permuted, {}),
+    ("appendix.episode_rows:token_texts", "not e.completion_mask[i]", "False", test_token_texts_tell_chosen_tokens_from_given_ones, {}),
+    ("evaluate:run_episodes", "not options.plain", "True", test_plain_needs_the_ground_floor_only, {}),
 ]
 
 
-@pytest.mark.parametrize("old, new, test, arguments", MUTATIONS, ids=names(MUTATIONS))
-def test_mutations(old, new, test, arguments, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("target, old, new, test, arguments", MUTATIONS, ids=names(MUTATIONS))
+def test_mutations(target, old, new, test, arguments, tmp_path, monkeypatch, capsys):
     """Bug: a test that no bug can turn red."""
-    fixtures = {"tmp_path": tmp_path, "monkeypatch": monkeypatch, "capsys": capsys}
-    check_mutation("evaluate", old, new, test, arguments, lambda _: {k: lambda v=v: v for k, v in fixtures.items()}, monkeypatch)
+    fixtures = {"tmp_path": lambda: tmp_path, "monkeypatch": lambda: monkeypatch, "capsys": lambda: capsys}
+    check_mutation(target, old, new, test, arguments, fixtures)

@@ -5,15 +5,13 @@ The fakes have the fields that rewards.py reads and nothing else: a sample, and 
 """
 import itertools
 import math
-import os
-import sys
 import time
 from types import SimpleNamespace
 
 import pytest
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-from rewards import RECIPES, iou, parse_answer, score
+from conftest import check_mutation, names
+from rewards import RECIPES, Bonuses, iou, parse_answer, score
 
 # -----------------------------------------------------------------------------
 # fakes
@@ -436,7 +434,7 @@ def test_distinct_bonus_ignores_zooms_that_failed():
 
 def test_distinct_bonus_stops_at_the_zooms_allowed():
     """Bug: no cap."""
-    got = [reward_of(POINT, FAR + [RIGHT], "vigorl-zoom", max_zooms=n, distinct_bonus=0.1)["distinct"] for n in range(7)]
+    got = [reward_of(POINT, FAR + [RIGHT], "vigorl-zoom", max_zooms=n, bonuses=Bonuses(distinct=0.1))["distinct"] for n in range(7)]
     assert got == pytest.approx([0, 0, 0.1, 0.2, 0.3, 0.4, 0.4])
 
 def test_distinct_bonus_is_not_paid_for_a_broken_format():
@@ -445,8 +443,8 @@ def test_distinct_bonus_is_not_paid_for_a_broken_format():
 
 def test_distinct_bonus_knobs():
     turns = [look(0, 0), look(30, 0), RIGHT]
-    assert reward_of(POINT, turns, "vigorl-zoom", distinct_bonus=0)["reward"] == pytest.approx(1)
-    assert reward_of(POINT, turns, "vigorl-zoom", min_distance=31)["distinct"] == 0
+    assert reward_of(POINT, turns, "vigorl-zoom", bonuses=Bonuses(distinct=0))["reward"] == pytest.approx(1)
+    assert reward_of(POINT, turns, "vigorl-zoom", bonuses=Bonuses(min_distance=31))["distinct"] == 0
 
 def test_right_always_beats_wrong():
     """Bug: a wrong answer with 4 distinct crops (0.64) out-scored a right one with a broken format (0.60)."""
@@ -454,7 +452,7 @@ def test_right_always_beats_wrong():
     spots = [(0, 0), (5, 0), (100, 0), (0, 100), (100, 100), (200, 0)]
     zooms = [[look(*spot, think="(1, 1)") for spot in path] for n in range(7) for path in itertools.combinations(spots, n)]
     zooms += [path + [look(7, 7, worked=False)] for path in zooms] + [FAR]
-    knobs = [dict(max_zooms=n, distinct_bonus=bonus) for n in (0, 1, 2, 4, 9) for bonus in (0, 0.2, 5)]
+    knobs = [dict(max_zooms=n, bonuses=Bonuses(distinct=bonus)) for n in (0, 1, 2, 4, 9) for bonus in (0, 0.2, 5)]
     for path, knob, last in itertools.product(zooms, knobs, (RIGHT, WRONG, say(RIGHT.text + "!"), say("(20, 30)"), say("?"))):
         parts = reward_of(POINT, path + [last], "vigorl-zoom", **knob)
         rewards[parts["accuracy"] == 1].append(parts["reward"])
@@ -476,7 +474,7 @@ def test_the_forced_last_turn_counts_like_any_other():
 def test_tool_bonus_is_for_right_answers_that_looked():
     """Bug: paid for zooming as such: the policy zooms and guesses."""
     right, wrong = answer("left"), answer("right")
-    reward = lambda *turns, bonus=1.2: reward_of(CHOICE, list(turns), "vigorl-zoom", tool_bonus=bonus, distinct_bonus=0)["reward"]
+    reward = lambda *turns, bonus=1.2: reward_of(CHOICE, list(turns), "vigorl-zoom", bonuses=Bonuses(tool=bonus, distinct=0))["reward"]
     assert reward(look(9, 9), right) == pytest.approx(1 + 1.2) and reward(right) == pytest.approx(1)
     assert reward(look(9, 9), wrong) == reward(wrong) == pytest.approx(0.4)
     assert reward(look(9, 9, worked=False), right) == pytest.approx(0.6)            # a call that led to nothing
@@ -541,3 +539,56 @@ def test_univg_compares_in_source_pixels():
     frames = [(0.1, 0.1, 100, 100), (0.64, 0.48, 640, 480)]
     said = "<think>a</think><answer>(100,100),(500,500)</answer>"
     assert reward_of(on_second, said, "univg-r1", frames=frames)["reward"] == pytest.approx(2)
+
+# -----------------------------------------------------------------------------
+# do the tests bite? Each line puts one bug into rewards.py; the named test must fail.
+
+def row(table, text):
+    """The row of a table that begins with this text."""
+    return next(values for values in table if values[0] == text)
+
+def single(text):
+    return dict(zip(("text", "accuracy", "form", "grounded", "reward"), row(SINGLE, text)))
+
+def boxed(text):
+    return dict(zip(("text", "soft", "form"), row(UNIVG, text)))
+
+MUTATIONS = [
+    ("rewards:answer_part", 'text.rfind("<answer>", 0, max(0, last_end))', 'text.find("<answer>", 0, max(0, last_end))', test_parse_point,
+     dict(text="<answer>(1, 2)</answer><answer>(3, 4)</answer>", value=(3, 4))),
+    ("rewards:answer_part", 're.split(r"</(?:think|tool_call)>", text)[-1]', "text", test_parse_point,
+     dict(text="<think>(1, 2)</think> (3, 4)", value=(3, 4))),
+    ("rewards:find_shape", "if take_first: break", "pass", test_parse_point, dict(text="<answer>(3, 4) or (5, 6)</answer>", value=(3, 4))),
+    ("rewards:find_shape", "(KEYED, SHAPE)", "(SHAPE, KEYED)", test_parse_box,
+     dict(text='<answer>{"label": "[9, 9, 9, 9]", "bbox_2d": [1, 2, 3, 4]}</answer>', value=(1, 2, 3, 4))),
+    ("rewards:parse_answer", "if not all(map(math.isfinite, values)): return None", "pass", test_parse_point,
+     dict(text=f"<answer>({'9' * 5000}, 4)</answer>", value=None)),
+    ("rewards:point_in_target", 'x1 - EPS <= x <= x2 + EPS', 'x1 < x < x2', test_point_in_box_edges_included, dict(said="(10, 20)", right=1)),
+    ("rewards:point_in_target", "inside(point, frame)", "True", test_point_outside_the_image_is_never_right, {}),
+    ("rewards:EPS", "1e-6", "0.0", test_edges_stay_inclusive_under_a_rounded_scale, dict(size=1, grid=10)),
+    ("rewards:area", "max(0.0, x2 - x1) * max(0.0, y2 - y1)", "(x2 - x1) * (y2 - y1)", test_iou_by_hand, dict(zip(("a", "b", "value"), IOUS[9]))),
+    ("rewards:iou", "area_a + area_b - overlap", "area_a + area_b", test_iou_by_hand, dict(zip(("a", "b", "value"), IOUS[1]))),
+    ("rewards:choice_match", "lettered and named not in options", "lettered", test_choice, dict(options=["B", "A"], gold=0, said="B", right=1)),
+    ("rewards:web_action", "0.5 * same / len(gold_arguments)", "0.5 * (arguments[:1] == gold_arguments[:1])", test_web_action,
+     dict(gold="type [12] [red shoes]", said="type [12] [blue hat]", worth=0.75)),
+    ("rewards:action_of", "if gap.strip(): return None, ''", "pass", test_vigorl_single_turn, single(GOOD.replace("\n", " so "))),
+    ("rewards:grounded", "all(inside((float(x), float(y)), frames) for x, y in named)", "True", test_vigorl_single_turn,
+     single(GOOD.replace("(5, 5)", "(5, 5), then (-5, 5)"))),
+    ("rewards:zooms_well", "action == 'tool_call' and turn.crop is not None and turn.error is None", "action == 'tool_call'",
+     test_distinct_bonus_ignores_zooms_that_failed, {}),
+    ("rewards:distinct_bonus", "min(distances, default=math.inf)", "min(distances[-1:], default=math.inf)", test_distinct_bonus,
+     dict(points=[(0, 0), (50, 0), (5, 0)], distinct=0.2)),
+    ("rewards:distinct_bonus", "min(0.4, bonuses.distinct * further)", "bonuses.distinct * further", test_right_always_beats_wrong, {}),
+    ("rewards:distinct_bonus", "min(len(kept), max_zooms)", "len(kept)", test_distinct_bonus_stops_at_the_zooms_allowed, {}),
+    ("rewards:vigorl_zoom", "0.4 * form * (1 + distinct)", "0.4 * (form + distinct)", test_distinct_bonus_is_not_paid_for_a_broken_format, {}),
+    ("rewards:vigorl_zoom", "found['accuracy'] >= 1 and any(map(zooms_well, turns))", "any(map(zooms_well, turns))",
+     test_tool_bonus_is_for_right_answers_that_looked, {}),
+    ("rewards:univg_r1", r'rf"{image}{corner},{corner}</answer>\s*"', r'rf"{image}{corner},{corner}</answer>.*"', test_univg, boxed(BOXED + " done")),
+    ("rewards:score", "found['iou'] = 0.0", "pass", test_the_answers_image, dict(said="image 1: (0, 0),(100, 100)", iou=0, form=1)),
+    ("rewards:score", "judged = copy.copy(sample)", "judged = sample", test_the_answers_image_among_several_targets, {}),
+]
+
+@pytest.mark.parametrize("target, old, new, test, arguments", MUTATIONS, ids=names(MUTATIONS))
+def test_mutations(target, old, new, test, arguments):
+    """Bug: a test that no bug can turn red."""
+    check_mutation(target, old, new, test, arguments, {})

@@ -11,7 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import data, evaluate, grpo, model, rewards, train_rl, train_sft, zoom_rollout
+import data, evaluate, model, train_rl, train_sft, zoom_rollout
+from appendix import metrics, prefix, rl_run, tiny
+from appendix import run as files_and_folders
 from conftest import ROOT
 
 SMALL = "--num-prompts 4 --blind-prompts 1 --group-size 4 --max-new-tokens 40 --sft-n 16 --eval-n 4 --difficulty easy --traces oracle"
@@ -44,7 +46,8 @@ def until(process, text):
 
 @pytest.fixture
 def script(tmp_path, monkeypatch, capsys):
-    """script("train_rl.py --steps 2") -> (status, stdout, stderr), in this process. A traceback is the test's own failure."""
+    """script("train_rl.py --steps 2") -> (status, stdout, stderr), in this process; so is script("-m appendix.tiny"). A traceback is the
+    test's own failure."""
     monkeypatch.chdir(tmp_path)
 
     def run(command):
@@ -53,7 +56,11 @@ def script(tmp_path, monkeypatch, capsys):
         capsys.readouterr()
         before, status = signal.getsignal(signal.SIGINT), 0
         try:
-            runpy.run_path(os.path.join(ROOT, name), run_name="__main__")
+            if name == "-m":
+                monkeypatch.setattr(sys, "argv", args)
+                runpy.run_module(args[0], run_name="__main__")
+            else:
+                runpy.run_path(os.path.join(ROOT, name), run_name="__main__")
         except SystemExit as stop:
             status = stop.code or 0
             if isinstance(status, str):                                        # what the interpreter does with a text
@@ -103,7 +110,7 @@ def files(tmp_path_factory):
     for i, s in enumerate(samples):
         s.id = f"q{i}"
     data.write_jsonl(str(folder / "questions.jsonl"), samples)
-    write(folder / "traces.jsonl", *({"id": s.id, "turns": train_sft.oracle(vlm, s, rng)} for s in samples for _ in range(4)))
+    write(folder / "traces.jsonl", *({"id": s.id, "turns": train_sft.oracle(vlm, s, rng, 3)} for s in samples for _ in range(4)))
 
     good = read(folder / "questions.jsonl")[0]
     (folder / "text.png").write_text("not an image")
@@ -149,11 +156,11 @@ def test_a_run_leaves_its_record(whole):
     assert {p.name for p in run.iterdir()} == {"config.json", "metrics.jsonl", "episodes.jsonl", "report.html", "summary.json", "checkpoint"}
     summary, rows, episodes = (read(run / name) for name in ("summary.json", "metrics.jsonl", "episodes.jsonl"))
     assert {"seconds", "accuracy_before", "accuracy_after", "accuracy_no_zoom", "accuracy_black_crop", "chance", "zooms_per_episode",
-            "kl_samp_max"} <= set(summary)
+            "logp_gap_max"} <= set(summary)
     assert all(0 <= summary[k] <= 1 for k in summary if k.startswith("accuracy")) and summary["chance"] == 0.25 and summary["seconds"] > 0
-    assert summary["kl_samp_max"] == max(r["kl_samp_max"] for r in rows) < 1e-3 and any(r["kl_samp_max"] > 0 for r in rows)
+    assert summary["logp_gap_max"] == max(r["logp_gap_max"] for r in rows) < 1e-3 and any(r["logp_gap_max"] > 0 for r in rows)
     assert [r["step"] for r in rows] == list(range(6)) and [e["step"] for e in episodes] == [i // 2 for i in range(12)]
-    assert all(a["parts"]["reward"] >= b["parts"]["reward"] for a, b in zip(episodes[::2], episodes[1::2]))       # the best, the worst
+    assert all(a["reward_components"]["reward"] >= b["reward_components"]["reward"] for a, b in zip(episodes[::2], episodes[1::2]))       # the best, the worst
     assert len(STEP.findall(out)) == 6 and out.startswith("settings: ") and "num_prompts = 4" in out
     assert f"reward {rows[0]['reward']:.3f}" in out and "tok/s" in out and "min left" in out
     config = read(run / "config.json")
@@ -164,6 +171,13 @@ def test_a_run_leaves_its_record(whole):
     assert group.count("<article") == config["group_size"] and group.count("each with advantage") >= 2 and "<s>" in group
     assert f"{summary['accuracy_after']:.1%}" in out and f"{summary['accuracy_no_zoom']:.1%}" in out
 
+def test_a_line_fits_the_screen(whole):
+    """Claim: what a step prints has at most 120 columns, even of a large model in a long run."""
+    assert all(len(line) <= 120 for line in whole[1].splitlines() if STEP.match(line))
+    row = {**read(whole[0] / "metrics.jsonl")[-1], "step": 499, "length": 4321.0, "frac_zero_std": 1.0, "grad_norm": 123.45, "skipped": 0,
+           "roll_tokens_per_s": 54321.0}
+    assert len(metrics.log_line(row, 999, 1234.5)) <= 120
+
 def test_a_checkpoint_is_a_model(whole, script):
     """Claim: runs/rl/checkpoint is read by evaluate.py and, warm start off, trained on by train_rl.py."""
     run, _ = whole
@@ -173,16 +187,42 @@ def test_a_checkpoint_is_a_model(whole, script):
     works(script(f"train_rl.py {SMALL} --model {run}/checkpoint --traces '' --steps 1 --name more"))
     assert len(read("runs/more/metrics.jsonl")) == 1 and os.path.exists("runs/more/report.html")
 
+# What the chapters stand on. Everything else in the appendix may be deleted, with --plain and traces from the oracle.
+GROUND_FLOOR = ["__init__", "run", "ranks", "optimizer", "memory", "files", "prefix", "graphs", "metrics", "recipes", "rl_options", "rl_run"]
+
+@pytest.mark.parametrize("command", ["train_rl.py --num-prompts 4 --blind-prompts 1 --group-size 4 --sft-n 16 --eval-n 4 --steps 2", "train_sft.py --n 16",
+                                     "evaluate.py --n 4"], ids=["rl", "sft", "evaluate"])
+def test_the_chapters_stand_alone(tmp_path, command):
+    """Claim: with --plain the chapters need of the appendix its ground floor only. Bug: a chapter imports the rest at its top, or in a
+    branch that no flag asked for."""
+    for name in os.listdir(ROOT):
+        if name.endswith(".py"):
+            shutil.copy(os.path.join(ROOT, name), tmp_path)
+    shutil.copytree(os.path.join(ROOT, "checkpoints"), tmp_path / "checkpoints")
+    (tmp_path / "appendix").mkdir()
+    for name in GROUND_FLOOR:
+        shutil.copy(os.path.join(ROOT, "appendix", f"{name}.py"), tmp_path / "appendix")
+    traces = "" if command.startswith("evaluate") else "--traces oracle"
+    name, *flags = shlex.split(f"{command} --plain {traces} --max-new-tokens 40 --difficulty easy")
+    done = subprocess.run([sys.executable, name, *flags], cwd=tmp_path, env=environment(PYTHONPATH=""), text=True, capture_output=True)
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+    run = tmp_path / "runs" / {"train_rl.py": "rl", "train_sft.py": "sft", "evaluate.py": "evaluate"}[name]
+    summary = read(run / "summary.json")
+    assert not (run / "report.html").exists()
+    if name == "train_rl.py":
+        assert len(read(run / "metrics.jsonl")) == 2 and {"accuracy_before", "accuracy_after"} <= set(summary)
+    assert (run / "checkpoint" / "model.safetensors").exists() or name == "evaluate.py" and summary["n"] == 4
+
 @pytest.mark.parametrize("task", [t if t == "boxes" else pytest.param(t, marks=pytest.mark.slow) for t in data.TASKS])
 def test_every_toy_task(script, task):
     """Claim: two steps of each task run from the command line, with the recipe that suits the task."""
     out = works(script(f"train_rl.py --task {task} --steps 2 --num-prompts 8 --group-size 4 --max-new-tokens 40 --eval-n 4 --sft-n 48 --sft-epochs 4 "
                        f"--sft-batch 4 --sft-lr 2e-3 --name a"))
     summary, rows = read("runs/a/summary.json"), read("runs/a/metrics.jsonl")
-    assert len(rows) == 2 and all(r["accuracy"] > 0 and r["grad_norm"] > 0 and r["kl_samp_max"] < 1e-3 for r in rows)
+    assert len(rows) == 2 and all(r["accuracy"] > 0 and r["grad_norm"] > 0 and r["logp_gap_max"] < 1e-3 for r in rows)
     assert summary["chance"] == {"search": 0.25, "relation": 0.5}.get(task, 0.0)
-    assert ("accuracy_no_zoom" in summary) == (task == "search") and ("iou" in rows[0]) == (data.RECIPES[task] == "univg-r1")
-    assert read("runs/a/config.json")["recipe"] == data.RECIPES[task] and "held-out accuracy" in out
+    assert ("accuracy_no_zoom" in summary) == (task == "search") and ("iou" in rows[0]) == (data.TASK_RECIPES[task] == "univg-r1")
+    assert read("runs/a/config.json")["recipe"] == data.TASK_RECIPES[task] and "held-out accuracy" in out
 
 def test_own_data(files, script):
     """Claim: --data trains on a file, after a warm start on traces for its rows; one row in ten is held out and never trained on."""
@@ -191,7 +231,7 @@ def test_own_data(files, script):
     assert held == 1 and len(asked) >= 3 and len(read("runs/rl/metrics.jsonl")) == 3
     cfg = train_rl.Config(data="x", eval_n=4)
     rows = data.read_jsonl(f"{files}/questions.jsonl")
-    test, train = train_rl.split(cfg, None, rows)
+    test, train = rl_run.split(cfg, data.SIDE, rows)
     assert len(test) == held and not {s.id for s in test} & ({s.id for s in train} | asked) and len(test) + len(train) == 12
 
 def test_warm_start_by_itself(files, script):
@@ -210,13 +250,13 @@ def test_warm_start_by_itself(files, script):
 
 @pytest.mark.slow
 def test_pretraining_makes_a_model(tmp_path, monkeypatch, capsys):
-    """Claim: --pretrain writes a model folder with a card, into whatever --out names. Four steps teach nothing, but all is run."""
+    """Claim: appendix.tiny writes a model folder with a card, into whatever --out names. Four steps teach nothing, but all is run."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", shlex.split("train_sft.py --pretrain --steps 4 --out mine"))
-    monkeypatch.setattr(train_sft, "skills", lambda vlm, skills=train_sft.skills: skills(vlm, 4))
-    train_sft.main()
+    monkeypatch.setattr(sys, "argv", shlex.split("tiny.py --steps 4 --out mine"))
+    monkeypatch.setattr(tiny, "skills", lambda vlm, skills=tiny.skills: skills(vlm, 4))
+    tiny.main()
     vlm = model.load("mine")
-    assert "python train_sft.py --pretrain" in (tmp_path / "mine" / "README.md").read_text()
+    assert "python -m appendix.tiny" in (tmp_path / "mine" / "README.md").read_text()
     assert vlm.name == "tiny" and 5e5 < sum(p.numel() for p in vlm.model.parameters()) < 1.5e6
     weights = load_file("mine/model.safetensors")
     assert {v.dtype for v in weights.values()} == {torch.bfloat16}
@@ -249,7 +289,7 @@ def test_shipped_weights():
     vlm = model.load("tiny", quiet=True)
     n = sum(p.numel() for p in vlm.model.parameters())
     card = open(os.path.join(folder, "README.md")).read()
-    assert 0.7e6 < n < 1.3e6 and f"{n:,} parameters" in card and "python train_sft.py --pretrain" in card and f"of {len(vlm.tokenizer)} tokens" in card
+    assert 0.7e6 < n < 1.3e6 and f"{n:,} parameters" in card and "python -m appendix.tiny" in card and f"of {len(vlm.tokenizer)} tokens" in card
 
 # -----------------------------------------------------------------------------
 # stopping and going on
@@ -314,7 +354,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path, script):
     process.send_signal(signal.SIGINT)
     status, out, err = finish(process)
     assert status == 0 and "Traceback" not in err, err
-    hint = re.search(r"go on with: (.*)", out)[1]
+    hint = re.search(r"continue with: (.*)", out)[1]
     assert "--name mine" in hint and "--resume" in hint
     done = read(tmp_path / "runs/mine/checkpoint/state.json")["step"]
     assert 1 <= done < 99 and not (tmp_path / "runs/mine/summary.json").exists()
@@ -326,7 +366,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path, script):
 def test_ctrl_c_before_the_loop_is_no_traceback(script, monkeypatch, name):
     def interrupt(*_, **__):
         raise KeyboardInterrupt
-    monkeypatch.setattr(model, "load", interrupt)
+    monkeypatch.setattr(prefix, "load_vlm", interrupt)
     refused(script(name), "interrupted")
 
 # -----------------------------------------------------------------------------
@@ -424,7 +464,7 @@ def test_no_such_device(script):
     refused(script("train_rl.py --device cuda"), "cuda")
     refused(script("train_rl.py --device gpu"), "gpu")
 
-@pytest.mark.parametrize("command", ["train_rl.py", "train_sft.py", "evaluate.py", "evaluate.py --out runs/x/y", "train_sft.py --pretrain --out runs/tiny",
+@pytest.mark.parametrize("command", ["train_rl.py", "train_sft.py", "evaluate.py", "evaluate.py --out runs/x/y", "-m appendix.tiny --out runs/tiny",
                                      "data.py draw search 1 --out runs/x", "data.py convert screenspot web.json runs/x.jsonl"])
 def test_a_place_that_cannot_be_written(files, script, command):
     """A file stands where a folder should be (permissions would not stop root)."""
@@ -455,7 +495,7 @@ def test_nothing_to_resume_and_another_runs_settings(whole, script):
 def test_no_success_is_explained(tmp_path, script, models):
     """Claim: a policy that never succeeds (here: random weights) gets an explanation, not forty steps of nothing."""
     vlm = models["qwen2.5"]
-    model.replace_folder(vlm.save(str(tmp_path / "random")), str(tmp_path / "random"))
+    files_and_folders.replace_folder(vlm.save(str(tmp_path / "random")), str(tmp_path / "random"))
     refused(script(f"train_rl.py {SMALL} --model random --traces '' --max-new-tokens 4"), "none of the 16 rollouts", "--traces")
 
 @pytest.mark.slow

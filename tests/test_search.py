@@ -1,11 +1,11 @@
 """
 Tree search for traces: UCT and backup by hand, what is rejected, that search ends, that what the cache kept is what a fresh pass
-computes, chains read off a worked tree, the way into the zoom protocol, a search that was killed, the teacher behind an endpoint
-that misbehaves. At the end MUTATIONS puts bugs into train_sft.py and model.Endpoint, one line each, and requires the named test to fail.
+computes, chains read off a worked tree, the way into the zoom protocol, a search that was killed. At the end MUTATIONS puts bugs
+into the code, one at a time, and requires the named test to fail.
 
 Most trees here are scripted: a stand-in for the sampler says what each step is, so that every count is known.
 """
-import inspect, json, math, re
+import json, math
 from types import SimpleNamespace
 from unittest import mock
 
@@ -13,7 +13,10 @@ import pytest
 import torch
 
 import data, model, rewards, train_sft, zoom_rollout
-from conftest import Server, check_mutation, close, names
+from appendix import chains, prefix, tree_search
+from appendix.tree_sampler import Path, Sampler, Step
+from appendix.tree_search import Node
+from conftest import check_mutation, close, names
 
 ASKED = data.toy("search", "train", 2, "search tests")
 RIGHT = ASKED[0].options[ASKED[0].answer]
@@ -24,11 +27,11 @@ def config(**more):
 
 def path(*points, answer=None, over=None, sample=ASKED[0]):
     """A path of these points, for what needs no model."""
-    e = zoom_rollout.Episode(sample, [], [], [], [])
-    return train_sft.Path(0, e, [(f"step {p}", p) for p in points], answer, bool(answer) if over is None else over)
+    e = zoom_rollout.Episode(sample)
+    return Path(0, e, [Step(f"step {p}", p) for p in points], answer, bool(answer) if over is None else over)
 
 def node(parent=None, visits=0, value=0.0, **more):
-    made = train_sft.Node(path(**more), parent, visits=visits, value=value)
+    made = Node(path(**more), parent, visits=visits, value=value)
     if parent:
         parent.children.append(made)
     return made
@@ -44,9 +47,9 @@ class Scripted:
         out = []
         for p, limit in zip(paths, limits):
             said = self.say(p, limit) if len(p.steps) < limit else WRONG       # its limit makes a path answer
-            new = train_sft.Path(p.tree, p.episode, list(p.steps), over=not isinstance(said, tuple))
+            new = Path(p.tree, p.episode, list(p.steps), over=not isinstance(said, tuple))
             if isinstance(said, tuple):
-                new.steps.append((f"step {said}", said))
+                new.steps.append(Step(f"step {said}", said))
             elif said:
                 new.answer = said
             out.append(new)
@@ -55,8 +58,8 @@ class Scripted:
 def search(say, samples=ASKED[:1], **flags):
     """tree_search with a scripted sampler -> roots, the sampler"""
     sampler = Scripted(say, samples)
-    with mock.patch.object(train_sft, "Sampler", lambda *_: sampler):
-        return train_sft.tree_search(None, samples, "zoom", config(**flags))
+    with mock.patch.object(tree_search, "Sampler", lambda *_: sampler):
+        return tree_search.tree_search(None, samples, "zoom", config(**flags))
 
 def grid():
     """say: points 20 apart, never the same one; a path of two points answers wrong, except below (20, 0)."""
@@ -77,15 +80,15 @@ def test_uct_by_hand():
     e = node(a, 5, 0.5)
     c, d = node(b, 3, 1.0), node(b, 1, 0.0)
     for child, want in ((a, 0.5 + 2 * math.sqrt(math.log(10) / 6)), (b, 2.1072), (c, 2.2686), (d, 1.7941), (e, 0.5 + 2 * math.sqrt(math.log(6) / 6))):
-        close(train_sft.uct(child, 2.0), want, 1e-4)
-    assert train_sft.select(root, 2.0) is c and train_sft.select(root, 4.0) is d
-    assert train_sft.select(root, 0.0) is c                                     # the best mean, greedily
+        close(tree_search.uct(child, 2.0), want, 1e-4)
+    assert tree_search.select(root, 2.0) is c and tree_search.select(root, 4.0) is d
+    assert tree_search.select(root, 0.0) is c                                     # the best mean, greedily
     c.closed = True
-    assert train_sft.select(root, 2.0) is d
+    assert tree_search.select(root, 2.0) is d
     d.closed = True
-    assert train_sft.select(root, 2.0) is e and b.closed                        # nothing is left below b: the other branch
+    assert tree_search.select(root, 2.0) is e and b.closed                        # nothing is left below b: the other branch
     e.closed = True
-    assert train_sft.select(root, 2.0) is None and root.closed
+    assert tree_search.select(root, 2.0) is None and root.closed
 
 def test_backup_by_hand():
     """Claim: N counts and Q is the mean of the outcomes, on the node and on all above it, and on no other."""
@@ -93,21 +96,21 @@ def test_backup_by_hand():
     a, b = node(root), node(root)
     c = node(a)
     for leaf, reward in ((c, 1.0), (c, 0.0), (b, 0.0), (a, 1.0)):
-        train_sft.backup(leaf, reward)
+        tree_search.backup(leaf, reward)
     assert [(n.visits, n.value) for n in (c, a, b, root)] == [(2, 0.5), (3, pytest.approx(2 / 3)), (1, 0.0), (4, 0.5)]
 
 def test_duplicates_are_rejected_by_distance():
     """Bug (the original): points are compared as strings, so (50, 51) after (50, 50) is a new step. And: a broken step."""
     leaf = node(**{"parent": None})
     leaf.path = path((50, 50))
-    adds = lambda p: train_sft.adds(leaf, p, 10.0)
-    assert not adds(path((50, 50), (50, 50))) and not adds(path((50, 50), (56, 57))) and adds(path((50, 50), (56, 58)))
-    leaf.children.append(train_sft.Node(path((50, 50), (90, 50)), leaf))
-    assert not adds(path((50, 50), (90, 59))) and adds(path((50, 50), (90, 60)))                # a sibling's place
-    assert not adds(path((50, 50), over=True))
-    assert adds(path((50, 50), answer="lined"))                                 # an answer has no place
-    leaf.children.append(train_sft.Node(path((50, 50), answer="lined"), leaf))
-    assert not adds(path((50, 50), answer="lined")) and adds(path((50, 50), answer="barred"))
+    is_new = lambda p: tree_search.is_new(p, leaf, 10.0)
+    assert not is_new(path((50, 50), (50, 50))) and not is_new(path((50, 50), (56, 57))) and is_new(path((50, 50), (56, 58)))
+    leaf.children.append(Node(path((50, 50), (90, 50)), leaf))
+    assert not is_new(path((50, 50), (90, 59))) and is_new(path((50, 50), (90, 60)))                # a sibling's place
+    assert not is_new(path((50, 50), over=True))
+    assert is_new(path((50, 50), answer="lined"))                                 # an answer has no place
+    leaf.children.append(Node(path((50, 50), answer="lined"), leaf))
+    assert not is_new(path((50, 50), answer="lined")) and is_new(path((50, 50), answer="barred"))
 
 def test_one_simulation():
     """Claim: `children` steps from the root, `rollouts` played out from each, every outcome told to the child and the root."""
@@ -176,7 +179,7 @@ def test_trees_share_their_batches_and_nothing_else():
     say = lambda p, limit: (30 * len(p.steps) + 20 * (p.episode.sample is ASKED[1]), 0) if len(p.steps) < 3 else RIGHT
     both, sampler = search(say, ASKED, simulations=3)
     for root, s in zip(both, ASKED):
-        assert train_sft.outline(root) == train_sft.outline(search(say, [s], simulations=3)[0][0])
+        assert tree_search.outline(root) == tree_search.outline(search(say, [s], simulations=3)[0][0])
 
 # -----------------------------------------------------------------------------
 # the sampler: what the cache kept
@@ -186,19 +189,19 @@ def spoken(monkeypatch):
     """spoken(text, ...): the next call of the sampler writes these, one per row, each ended by <|im_end|> unless cut."""
     rows, at = [], []
 
-    def draw(logits, u, temperature):
+    def sample_tokens(logits, u, temperature):
         tokens = torch.tensor([row[min(at[0], len(row) - 1)] for row in rows], device=logits.device)
         at[0] += 1
         return tokens, torch.zeros(len(rows))
 
     def speak(vlm, *texts, end=True):
         rows[:], at[:] = [vlm.ids(t) + [vlm.im_end] * end for t in texts], [0]
-    monkeypatch.setattr(zoom_rollout, "draw", draw)
+    monkeypatch.setattr(zoom_rollout, "sample_tokens", sample_tokens)
     return speak
 
 def kept_well(vlm, p):
     """Are the logits those of a pass over the path's whole conversation, without any cache?"""
-    want = vlm.extend(vlm.new_cache(1), [p.episode.ids], [0], p.episode.views)[0][0]
+    want = vlm.prefill(vlm.new_cache(1), [p.episode.ids], [0], p.episode.views)[0][0]
     sayable = want > -1e8
     close(p.logits[sayable], want[sayable], 1e-4)
 
@@ -209,7 +212,7 @@ def test_zoom_steps(vlm, spoken):
     """Claim: a step is a turn; what a path keeps is what a pass over the whole conversation computes; a path that shares its
     beginning with another does not compute it again; the counts of tokens are those of the conversations."""
     cfg = config(depth=2, max_new_tokens=120)
-    sampler = train_sft.Sampler(vlm, ASKED, "zoom", cfg)
+    sampler = Sampler(vlm, ASKED, "zoom", cfg)
     a, b = sampler.prompt_paths
     prompts = sum(len(p.episode.ids) for p in (a, b))
     assert sampler.computed == prompts and sampler.naive == 0
@@ -242,10 +245,10 @@ def test_zoom_steps(vlm, spoken):
     ids=["cut call", "no end of turn", "outside", "no tags", "looks elsewhere than it says", "empty answer", "two calls", "no thought"])
 def test_a_broken_turn_is_over(vlm, spoken, text, end):
     """Claim: such a turn becomes no step and no answer; its outcome is 0, and it can be in no trace."""
-    sampler = train_sft.Sampler(vlm, ASKED[:1], "zoom", config(max_new_tokens=len(vlm.ids(text)) + end))
+    sampler = Sampler(vlm, ASKED[:1], "zoom", config(max_new_tokens=len(vlm.ids(text)) + end))
     spoken(vlm, text, end=end)
     (p,) = sampler.step(sampler.prompt_paths, [2])
-    assert p.over and p.answer is None and not p.steps and train_sft.outcome(p) == 0.0 and not train_sft.adds(train_sft.Node(sampler.prompt_paths[0]), p, 10.0)
+    assert p.over and p.answer is None and not p.steps and tree_search.outcome(p) == 0.0 and not tree_search.is_new(p, Node(sampler.prompt_paths[0]), 10.0)
 
 RELATION = data.toy("relation", "train", 1, "search tests")
 CLAUSES = {  # what is said, step by step -> steps, answer; with the limit that forces the answer
@@ -263,7 +266,7 @@ def test_single_turn_steps(models, spoken, case):
     """Claim: in a single turn a step ends where the parenthesis of its point closes, whatever the language of the model."""
     vlm = models["qwen2.5"]
     texts, limit, steps, answer = CLAUSES[case]
-    sampler = train_sft.Sampler(vlm, RELATION, "think", config(max_new_tokens=80))
+    sampler = Sampler(vlm, RELATION, "think", config(max_new_tokens=80))
     (p,) = sampler.prompt_paths
     for text in texts:
         assert not p.over
@@ -293,6 +296,10 @@ WORKED = {"id": "q", "question": "?", "options": [], "tree": tree_node(visits=4,
 def points(steps):
     return [tuple(p) if p else t for t, p in steps]
 
+def found_in(tree, **flags):
+    """linearise -> [(kind, points, answer)]"""
+    return [(chain.kind, points(chain.steps), chain.answer) for chain in chains.linearise(tree, config(**flags))]
+
 def test_linearise_by_hand():
     """
     A's own rollout goes on to C and is wrong; its child B is right, twice (the same chain). D is wrong.
@@ -300,14 +307,13 @@ def test_linearise_by_hand():
     corrected:  at A: C is wrong, B is right -> A C (recovery) B;  at the root: D -> D (recovery) A B, and A C (recovery) A B, whose
                 two ways both begin with A: at the root they are no two ways at all.
     """
-    chains = train_sft.linearise(WORKED, config(direct=9, corrected=9, recovery="Hm."))
-    assert [(kind, points(steps), answer) for kind, steps, answer in chains] == [
+    assert found_in(WORKED, direct=9, corrected=9, recovery="Hm.") == [
         ("direct", [A, B], "good"), ("corrected", [D, "Hm.", A, B], "good"), ("corrected", [A, C, "Hm.", B], "good")]
-    again = train_sft.linearise(WORKED, config(direct=9, corrected=9, recovery="Hm.", repeat_prefix=True))
-    assert ("corrected", [A, C, "Hm.", A, B], "good") in [(kind, points(steps), answer) for kind, steps, answer in again]
-    assert [kind for kind, *_ in train_sft.linearise(WORKED, config(direct=0, corrected=1))] == ["corrected"]
+    again = found_in(WORKED, direct=9, corrected=9, recovery="Hm.", repeat_prefix=True)
+    assert ("corrected", [A, C, "Hm.", A, B], "good") in again
+    assert [kind for kind, *_ in found_in(WORKED, direct=0, corrected=1)] == ["corrected"]
     ends = [rollout(C, answer="good", reward=1.0), rollout(D, answer="good", reward=1.0), rollout(B, answer=None, reward=0.0)]     # none is wrong: one broke off
-    assert {kind for kind, *_ in train_sft.linearise({"tree": tree_node(children=[tree_node(A, rollouts=ends)])}, config(direct=9, corrected=9))} == {"direct"}
+    assert {kind for kind, *_ in found_in({"tree": tree_node(children=[tree_node(A, rollouts=ends)])}, direct=9, corrected=9)} == {"direct"}
 
 def test_the_better_supported_chain_comes_first():
     """Claim: a step from which two of two were right comes before one of two, whichever was found first; an answer given at
@@ -317,10 +323,10 @@ def test_the_better_supported_chain_comes_first():
         tree_node(A, visits=2, value=0.5, rollouts=[rollout(answer="good", reward=1.0)]),
         tree_node(B, visits=2, value=1.0, rollouts=[rollout(answer="good", reward=1.0)])])}
     tree["tree"]["children"][0]["rollouts"][0]["steps"] = [["At once.", None]]
-    assert [points(steps) for _, steps, _ in train_sft.linearise(tree, config(direct=3, corrected=0))] == [[B], [A], ["At once."]]
+    assert [steps for _, steps, _ in found_in(tree, direct=3, corrected=0)] == [[B], [A], ["At once."]]
 
 def test_no_right_answer_no_chain():
-    assert train_sft.linearise({"tree": tree_node(children=[tree_node(A, rollouts=[rollout(answer="bad", reward=0.0)])])}, config()) == []
+    assert found_in({"tree": tree_node(children=[tree_node(A, rollouts=[rollout(answer="bad", reward=0.0)])])}) == []
 
 def test_to_turns():
     """Claim: each new point is a call, a near one and one beyond max_zooms is not; thoughts of what is no call stand before
@@ -328,18 +334,18 @@ def test_to_turns():
     steps = [["The red one may be at (10, 10).", A], ["It is red at (11, 10).", None], ["Not this.", None], ["Look again (12, 12)", (12, 12)], ["The blue one is at (40, 10)", B],
              ["It is blue", None]]
     think = lambda text: f"<think> {text} </think>\n"
-    assert train_sft.to_turns(steps, "lined", "zoom") == [
+    assert chains.to_turns(steps, "lined", "zoom") == [
         think("The red one may be at (10, 10).") + data.tool_call(*A),
         think("It is red at (11, 10). Not this. Look again (12, 12). The blue one is at (40, 10).") + data.tool_call(*B),
         think("It is blue.") + "<answer> lined </answer>"]
-    assert train_sft.to_turns(steps, "lined", "zoom", max_zooms=1) == [think("The red one may be at (10, 10).") + data.tool_call(*A), f"{data.FORCE} lined </answer>"]
-    assert train_sft.to_turns([["red square (88, 19)", (88, 19)], [", blue square (37, 70),", (37, 70)]], "right", "think") == [
+    assert chains.to_turns(steps, "lined", "zoom", max_zooms=1) == [think("The red one may be at (10, 10).") + data.tool_call(*A), f"{data.FORCE} lined </answer>"]
+    assert chains.to_turns([["red square (88, 19)", (88, 19)], [", blue square (37, 70),", (37, 70)]], "right", "think") == [
         think("red square (88, 19), blue square (37, 70).") + "<answer> right </answer>"]
-    assert train_sft.to_turns([["A sign (10, 10)", A]], "x", "zoom")[-1] == f"{data.FORCE} x </answer>"         # nothing left to think
+    assert chains.to_turns([["A sign (10, 10)", A]], "x", "zoom")[-1] == f"{data.FORCE} x </answer>"         # nothing left to think
 
 def test_a_coordinate_answer_is_no_call():
     """Bug (the original): the conversion crashes on an answer that is a point, or calls the tool on it."""
-    turns = train_sft.to_turns([["The button is at (10, 10).", A]], "(70, 70)", "zoom")
+    turns = chains.to_turns([["The button is at (10, 10).", A]], "(70, 70)", "zoom")
     assert turns == [f"<think> The button is at (10, 10). </think>\n{data.tool_call(*A)}", f"{data.FORCE} (70, 70) </answer>"]
     assert rewards.parse_answer("\n".join(turns), "point") == (70.0, 70.0)
 
@@ -347,28 +353,19 @@ def test_reorder():
     """Claim: with chance 1 the first call moves to a later place, and nothing is lost; with chance 0 nothing moves."""
     import random
     steps, rng = [[f"step {p}.", p] for p in (A, B, C)], random.Random(0)
-    straight = train_sft.to_turns(steps, "x", "zoom", 5)
+    straight = chains.to_turns(steps, "x", "zoom", 5)
     for _ in range(20):
-        moved = train_sft.to_turns(steps, "x", "zoom", 5, reorder=1.0, rng=rng)
+        moved = chains.to_turns(steps, "x", "zoom", 5, reorder=1.0, rng=rng)
         assert sorted(moved) == sorted(straight) and moved[0] == straight[1] and moved[-1] == straight[-1]
-    assert train_sft.to_turns(steps, "x", "zoom", 5, reorder=0.0, rng=rng) == straight
-    assert train_sft.to_turns(steps[:1], "x", "zoom", 5, reorder=1.0, rng=rng) == straight[:1] + straight[-1:]
+    assert chains.to_turns(steps, "x", "zoom", 5, reorder=0.0, rng=rng) == straight
+    assert chains.to_turns(steps[:1], "x", "zoom", 5, reorder=1.0, rng=rng) == straight[:1] + straight[-1:]
 
 def test_chains_replay_as_episodes(models):
     """Claim: `replay` makes of a chain the episode that a rollout would have been: crops, masks, an answer at the end."""
     vlm = models["qwen2.5"]
-    for _, steps, answer in train_sft.linearise(WORKED, config(recovery="Not this.")):
-        e = zoom_rollout.replay(vlm, ASKED[0], train_sft.to_turns(steps, answer, "zoom"), "zoom")
-        assert e.stop == "answer" and sum(t.crop is not None for t in e.turns) == sum(p is not None for _, p in steps) and not any(t.error for t in e.turns)
-
-def test_retarget():
-    """Claim: SFT-direct has the answer alone, the ungrounded chain no coordinate and no call."""
-    turns = train_sft.to_turns([["The red circle may be at (10, 10).", A], ["This is the red circle, lined, at (11, 10)", None]], "lined", "zoom")
-    assert train_sft.retarget(ASKED[0], turns, "full") == turns
-    assert train_sft.retarget(ASKED[0], turns, "answer") == ["<answer> lined </answer>"]
-    assert train_sft.retarget(ASKED[0], turns, "ungrounded") == ["<think> The red circle. This is the red circle, lined. </think>\n<answer> lined </answer>"]
-    forced = [turns[0], f"{data.FORCE} lined </answer>"]
-    assert train_sft.retarget(ASKED[0], forced, "answer") == ["<answer> lined </answer>"]
+    for chain in chains.linearise(WORKED, config(recovery="Not this.")):
+        e = zoom_rollout.replay(vlm, ASKED[0], chains.to_turns(chain.steps, chain.answer, "zoom"), "zoom")
+        assert e.finish_reason == "answer" and sum(t.crop is not None for t in e.turns) == sum(p is not None for _, p in chain.steps) and not any(t.error for t in e.turns)
 
 # -----------------------------------------------------------------------------
 # files
@@ -381,8 +378,8 @@ def fake_search(asked, stop_at=None):
         asked.append([s.id for s in samples])
         roots = []
         for s in samples:
-            root = train_sft.Node(path(sample=s))
-            child = train_sft.Node(path(A, sample=s), root, visits=1, value=1.0)
+            root = Node(path(sample=s))
+            child = Node(path(A, sample=s), root, visits=1, value=1.0)
             child.rollouts = [path(A, answer=s.options[s.answer], sample=s)]
             root.children = [child]
             roots.append(root)
@@ -394,14 +391,14 @@ def test_a_killed_search_loses_no_finished_tree(models, tmp_path, monkeypatch):
     that was never killed; a last line torn by the kill is done again; other settings are refused."""
     vlm, log = models["qwen2.5"], str(tmp_path / "trees.jsonl")
     cfg, asked = train_sft.Config(n=6, trees=2, seed=1, difficulty="easy"), []
-    run = lambda log, cfg=cfg: train_sft.searched(vlm, "zoom", cfg, log=log)
-    monkeypatch.setattr(train_sft, "tree_search", fake_search(asked))
+    run = lambda log, cfg=cfg: tree_search.search_traces(vlm, cfg, "zoom", log=log)
+    monkeypatch.setattr(tree_search, "tree_search", fake_search(asked))
     whole, counts = run("")
     assert len(whole) == 6 and counts["trees"] == counts["solved"] == 6 and (counts["tokens_computed"], counts["tokens_naive"]) == (30, 90)
     every = sum(asked, [])
 
     asked.clear()
-    monkeypatch.setattr(train_sft, "tree_search", fake_search(asked, stop_at=2))
+    monkeypatch.setattr(tree_search, "tree_search", fake_search(asked, stop_at=2))
     with pytest.raises(KeyboardInterrupt):
         run(log)
     assert asked == [every[:2], every[2:4]]
@@ -411,232 +408,95 @@ def test_a_killed_search_loses_no_finished_tree(models, tmp_path, monkeypatch):
     with open(log, "a") as f:
         f.write('{"id": "' + every[4] + '", "tree": {"st')
     asked.clear()
-    monkeypatch.setattr(train_sft, "tree_search", fake_search(asked))
+    monkeypatch.setattr(tree_search, "tree_search", fake_search(asked))
     resumed, counts = run(log)
     assert asked == [every[4:]] and counts["trees"] == 6
-    assert [(s.id, turns) for s, turns, _ in resumed] == [(s.id, turns) for s, turns, _ in whole]
+    assert [(t.sample.id, t.turns) for t in resumed] == [(t.sample.id, t.turns) for t in whole]
     with open(log) as f:
-        assert f.read().startswith("".join(lines)) and len(train_sft.kept_trees(log, json.loads(lines[0])["search"])) == 6
+        assert f.read().startswith("".join(lines)) and len(tree_search.kept_trees(log, json.loads(lines[0])["search"])) == 6
     with pytest.raises(data.DataError, match="other settings"):
         run(log, train_sft.Config(n=6, trees=2, seed=1, difficulty="easy", exploration=9.0))
 
 def test_search_of_a_file(models, monkeypatch):
     """Claim: with questions of its own, every one of them is searched once, whatever n is."""
     asked = []
-    monkeypatch.setattr(train_sft, "tree_search", fake_search(asked))
+    monkeypatch.setattr(tree_search, "tree_search", fake_search(asked))
     samples = data.toy("search", "train", 5, "file", "easy")
-    out, counts = train_sft.searched(models["qwen2.5"], "zoom", train_sft.Config(n=1, trees=2), samples)
-    assert [len(a) for a in asked] == [2, 2, 1] and [s.id for s, *_ in out] == [s.id for s in samples] and counts["trees"] == 5
+    out, counts = tree_search.search_traces(models["qwen2.5"], train_sft.Config(n=1, trees=2), "zoom", samples)
+    assert [len(a) for a in asked] == [2, 2, 1] and [t.sample.id for t in out] == [s.id for s in samples] and counts["trees"] == 5
 
 def test_search_that_finds_nothing_says_so(models, monkeypatch):
-    monkeypatch.setattr(train_sft, "tree_search", lambda vlm, samples, *_: ([train_sft.Node(path(sample=s)) for s in samples], SimpleNamespace(computed=0, naive=0)))
+    monkeypatch.setattr(tree_search, "tree_search", lambda vlm, samples, *_: ([Node(path(sample=s)) for s in samples], SimpleNamespace(computed=0, naive=0)))
     with pytest.raises(data.DataError, match="no right answer to any of 2 questions"):
-        train_sft.searched(models["qwen2.5"], "zoom", train_sft.Config(), ASKED)
+        tree_search.search_traces(models["qwen2.5"], train_sft.Config(), "zoom", ASKED)
+    plain = model.VLM(models["qwen2.5"].model, models["qwen2.5"].tokenizer, models["qwen2.5"].processor, "tiny", models["qwen2.5"].spec)
+    with pytest.raises(data.DataError, match="leave out --plain"):
+        tree_search.search_traces(plain, train_sft.Config(), "zoom", ASKED)
     for style, more in (("boxes", {}), ("zoom", {"max_zooms": 0}), ("think", {"depth": 0})):
         with pytest.raises(data.DataError, match="needs steps"):
-            train_sft.searched(models["qwen2.5"], style, train_sft.Config(**more), ASKED)
-
-def test_toy_questions_come_back_by_id(tmp_path):
-    """Claim: a file of traces is enough: the toy questions that it is about are drawn again, pixel for pixel."""
-    samples = data.toy("search", "train", 3, "sft0/7", "easy")
-    f = tmp_path / "t.jsonl"
-    write = lambda *rows: f.write_text("".join(json.dumps(r) + "\n" for r in rows))
-    write(*({"id": s.id, "question": s.question, "turns": ["x"]} for s in (samples[2], samples[0])))
-    got = train_sft.read_traces(str(f), None, "easy")
-    assert [s.id for s, _ in got] == [samples[2].id, samples[0].id] and got[0][0].images[0].tobytes() == samples[2].images[0].tobytes()
-    write({"id": samples[2].id, "question": "What is the pattern of the pink egg?", "turns": ["x"]})
-    with pytest.raises(data.DataError, match="line 1: asks .*difficulty"):
-        train_sft.read_traces(str(f), None, "easy")
-    for name in ("q1", "search/train/x", "dance/train/0/1", None):
-        write({"id": name, "turns": ["x"]})
-        with pytest.raises(data.DataError, match="line 1: id .*--data"):
-            train_sft.read_traces(str(f), None, "easy")
-
-def test_traces_are_shown(models, tmp_path, capsys):
-    """Claim: points are numbered, the same point by the same number; the drawing escapes what it is given and runs nothing."""
-    vlm = models["qwen2.5"]
-    train_sft.show_traces([(ASKED[0], train_sft.to_turns([["At (10, 10).", A], ["At (40, 10).", B]], "lined", "zoom"), "direct")])
-    out = capsys.readouterr().out
-    assert "At (10, 10)[1]." in out and "[10, 10][1]" in out and "At (40, 10)[2]." in out and ASKED[0].question in out and "(right: " in out
-    log, page = tmp_path / "trees.jsonl", tmp_path / "trees.html"
-    evil = {**WORKED, "id": ASKED[0].id, "question": "<script>alert(1)</script>", "options": ["<b>"]}
-    log.write_text(json.dumps({"search": {}}) + "\n" + json.dumps(evil) + "\n")
-    train_sft.draw_trees(str(page), str(log), {ASKED[0].id: (ASKED[0], vlm.view(ASKED[0].images[0]))})
-    text = page.read_text()
-    assert "<script" not in text and "&lt;script&gt;" in text and "&lt;b&gt;" in text and "default-src 'none'" in text
-    assert text.count("<circle") == 3 and text.count("<details") == 2 and "N 3 Q 0.67" in text and '<span class="wrong">bad</span>' in text
-
-# -----------------------------------------------------------------------------
-# a teacher
-
-def think(thought, answer):
-    return f"<think> {thought} </think>\n<answer> {answer} </answer>"
-
-def test_read_chain():
-    """Claim: a chain is kept if it can be parsed, ends in the gold and does not say that it was told; words may be as they like."""
-    s = ASKED[0]
-    read = lambda text: train_sft.read_chain(text, s, None)
-    assert read("Sure!\n" + think("The square at (10, 20)\nis lined.", RIGHT.upper())) == (("The square at (10, 20) is lined.", RIGHT.upper()), None)
-    for text in ("", RIGHT, "<think> x </think>", think("", RIGHT), think("x", ""), f"<answer> {RIGHT} </answer>"):
-        assert read(text) == (None, "unparsed"), text
-    assert read(think("At (10, 20).", WRONG)) == (None, "wrong")
-    for leak in ("It fits the given bounding box (1, 2).", "The ground truth says so.", "The provided answer is at (1, 2).", "I was told.", "The ground-truth box."):
-        assert read(think(leak, RIGHT)) == (None, "leaked"), leak
-    assert read(think("Given the light, the square at (10, 20) stands on the target board.", RIGHT))[1] is None
-
-def test_steps_of():
-    """Claim: a sentence that names a point ends a step; sentences without one belong to the next; what is left has no point."""
-    assert train_sft.steps_of("I look. The sign is at (10, 20), left. It is 3.5 m tall. Then (40, 50)! So it is.") == [
-        ("I look. The sign is at (10, 20), left.", (10, 20)), ("It is 3.5 m tall. Then (40, 50)!", (40, 50)), ("So it is.", None)]
-    assert train_sft.steps_of("Nothing.") == [("Nothing.", None)]
-
-def test_gold_is_in_the_policys_own_coordinates(models):
-    s = data.toy("boxes", "train", 1, "gold")[0]
-    views = [models["qwen2.5"].view(data.image(s, i), i) for i in range(len(s.images))]
-    numbers = [int(v) for v in re.findall(r"\d+", train_sft.gold(s, views))]
-    close(numbers, [v / 4 for v in s.targets[0]["box"]], 0.02)                  # 448 pixels fed as 112
-    assert train_sft.gold(ASKED[0], None) == RIGHT
-    with pytest.raises(data.DataError, match="no answer"):
-        train_sft.gold(data.Sample("h", [], "?", "text"), None)
-
-def teacher(text):
-    """Chain 0 of every question is right, and so is one more; the judge likes the second."""
-    if "chains of reasoning" in text:
-        return "2."
-    right = re.search(r"The answer is (\w+)\.", text)[1]
-    return think(f"The thing is at (30, {len(text) % 50}). It is {right}.", right)
-
-def endpoint(url, **more):
-    return train_sft.Config(**{**dict(traces="teacher", teacher=url, chains=2, timeout=0.5, retries=3), **more})
-
-def test_taught(models, tmp_path):
-    """Claim: k chains for each question, sent with its image and gold; the judge's choice becomes the trace; every reply is kept, and a
-    second run asks nothing."""
-    vlm, log = models["qwen2.5"], str(tmp_path / "replies.jsonl")
-    with Server(teacher) as server:
-        found, counts = train_sft.taught(vlm, "zoom", endpoint(server.url), ASKED, log=log)
-        assert counts == {"questions": 2, "chains": 4, "unparsed": 0, "wrong": 0, "leaked": 0} and len(server.asked) == 6
-        assert [s.id for s, *_ in found] == [s.id for s in ASKED]
-        turns = found[0][1]
-        assert len(turns) == 2 and "[30, " in turns[0] and turns[1] == think(f"It is {RIGHT}.", RIGHT)
-        body = server.asked[0]
-        assert body["model"] == "big-model" and body["messages"][0]["content"][0]["image_url"]["url"].startswith("data:image/png;base64,")
-        assert "x from 0 to 112" in body["messages"][0]["content"][1]["text"]
-        assert [b["temperature"] for b in server.asked] == [1.0] * 4 + [0.0] * 2
-        with open(log, "a") as f:
-            f.write('{"key": "torn')
-        assert [t for _, t, _ in train_sft.taught(vlm, "zoom", endpoint(server.url), ASKED, log=log)[0]] == [t for _, t, _ in found] and len(server.asked) == 6
-
-def test_the_filters_count_what_they_drop(models):
-    replies = iter([think("At (3, 4).", WRONG), "hm", think("As in the given answer, (3, 4).", RIGHT), think("At (3, 4).", RIGHT)])
-    with Server(lambda text: next(replies)) as server:
-        found, counts = train_sft.taught(models["qwen2.5"], "think", endpoint(server.url, chains=4), ASKED[:1])
-    assert counts == {"questions": 1, "chains": 4, "unparsed": 1, "wrong": 1, "leaked": 1} and found[0][1] == [think("At (3, 4).", RIGHT)]
-    with Server(lambda text: "hm") as server, pytest.raises(data.DataError, match="no chain .* of 4, 4 unparsed"):
-        train_sft.taught(models["qwen2.5"], "think", endpoint(server.url), ASKED)
-
-@pytest.mark.parametrize("fault", ["late", 500, 503, 429, "cut", "not json", "no choices", "no text"])
-def test_what_may_pass_is_tried_again(models, hurry, fault):
-    """Claim: a server that fails at first and then answers costs time, no reply."""
-    with Server(teacher, lambda n: fault if n == 1 else None) as server:
-        found, _ = train_sft.taught(models["qwen2.5"], "think", endpoint(server.url, chains=1), ASKED[:1])
-        assert len(server.asked) == 2 and len(found) == 1
-
-@pytest.mark.parametrize("fault, tries, said", [(500, 4, "HTTP 500"), (401, 1, "HTTP 401"), (404, 1, "HTTP 404"), ("not json", 4, "not what was asked for"),
-                                                ("cut", 4, "tried 4 times")])
-def test_what_will_not_pass_ends_in_one_line(models, hurry, fault, tries, said):
-    """Claim: retries are bounded, and a refusal (a wrong key) is not tried again; one line says which address and what it said."""
-    with Server(teacher, lambda n: fault) as server, pytest.raises(data.DataError) as error:
-        train_sft.taught(models["qwen2.5"], "think", endpoint(server.url, chains=1), ASKED[:1])
-    assert len(server.asked) == tries and said in str(error.value) and server.url in str(error.value) and "\n" not in str(error.value)
-    with pytest.raises(data.DataError, match="127.0.0.1:9/v1/models"):          # nobody listens there
-        train_sft.taught(models["qwen2.5"], "think", endpoint("http://127.0.0.1:9/v1"), ASKED[:1])
-
-def test_nothing_paid_for_is_lost(models, tmp_path, hurry):
-    """Claim: when the server dies half way, the replies it gave are not asked for again."""
-    vlm, log = models["qwen2.5"], str(tmp_path / "replies.jsonl")
-    with Server(teacher, lambda n: 401 if n > 2 else None) as server, pytest.raises(data.DataError):
-        train_sft.taught(vlm, "think", endpoint(server.url), ASKED, log=log)
-    with open(log) as f:
-        assert len(f.readlines()) == 2
-    with Server(teacher) as server:
-        found, _ = train_sft.taught(vlm, "think", endpoint(server.url), ASKED, log=log)
-        assert len(found) == 2 and len(server.asked) == 2 + 2                   # the other two chains, and the judge twice
-
-def test_a_local_teacher(models):
-    """Claim: without an address the policy itself is asked; a random one writes nothing that can be used, which is said, not trained on."""
-    with pytest.raises(data.DataError, match="no chain .* of 2"):
-        train_sft.taught(models["qwen2.5"], "think", train_sft.Config(chains=1, teacher_tokens=4), ASKED)
+            tree_search.search_traces(models["qwen2.5"], train_sft.Config(**more), style, ASKED)
 
 # -----------------------------------------------------------------------------
 # the whole, on the shipped model
 
 @pytest.fixture(scope="module")
-def tiny():
-    return model.load("tiny", quiet=True)
+def shipped():
+    return prefix.load_vlm("tiny", quiet=True)
 
 @pytest.mark.parametrize("task", ["search", "relation"])
-def test_search_finds_traces_from_the_base(tiny, task):
+def test_search_finds_traces_from_the_base(shipped, task):
     """Claim: without a teacher, from a base that was never warm-started; every trace is a whole episode and ends right."""
-    style = data.STYLES[data.RECIPES[task]]
+    style = data.PROMPT_STYLES[data.TASK_RECIPES[task]]
     samples = data.toy(task, "train", 6, "search tests", "easy")
-    found, counts = train_sft.searched(tiny, style, train_sft.Config(task=task), samples)
+    found, counts = tree_search.search_traces(shipped, train_sft.Config(task=task), style, samples)
     assert counts["solved"] >= 4 and counts["tokens_computed"] < 0.6 * counts["tokens_naive"]
-    for s, turns, _ in found:
-        e = zoom_rollout.replay(tiny, s, turns, style)
-        parts = rewards.score(s, e.text, e.turns, data.RECIPES[task], e.frames, 3)
+    for trace in found:
+        e = zoom_rollout.replay(shipped, trace.sample, trace.turns, style)
+        parts = rewards.score(trace.sample, e.text, e.turns, data.TASK_RECIPES[task], e.frames, 3)
         assert parts["accuracy"] == parts["format"] == 1.0
 
 # -----------------------------------------------------------------------------
 # mutations
 
-MUTATIONS = [  # old line, new line, the test that must fail, its arguments
-    ("math.log(node.parent.visits + 1) / (node.visits + 1)", "math.log(node.parent.visits + 1) / (node.parent.visits + 1)", test_uct_by_hand, {}),
-    ("return node.value + exploration *", "return exploration *", test_uct_by_hand, {}),
-    ("alive = [child for child in node.children if not child.closed]", "alive = node.children", test_uct_by_hand, {}),
-    ("node.value += (reward - node.value) / node.visits", "node.value += reward - node.value", test_backup_by_hand, {}),
-    ("        node = node.parent\n\n\ndef outcome", "        node = None\n\n\ndef outcome", test_backup_by_hand, {}),
-    ("math.dist(path.steps[-1][1], point) >= min_distance", "path.steps[-1][1] != point", test_duplicates_are_rejected_by_distance, {}),
-    (" + [child.path.steps[-1][1] for child in node.children if child.path.answer is None]", "", test_duplicates_are_rejected_by_distance, {}),
-    ("return not path.over and all(", "return all(", test_a_broken_step_is_no_child, {}),
-    ("closed=path.answer is not None", "closed=False", test_an_answer_is_a_leaf_for_good, {}),
-    ("leaf.closed, leaf.path.kept, leaf.path.logits = not leaf.children, None, None", "leaf.path.kept, leaf.path.logits = None, None",
-     test_search_ends_at_a_dead_end, {}),
-    ("for _ in range(cfg.rollouts)]", "]", test_one_simulation, {}),
-    ("cfg.children - len(leaf.children))", "cfg.children)", test_what_was_rejected_is_tried_again, {}),
-    ("len(child.path.steps) + cfg.rollout_steps)", "cfg.rollout_steps)", test_limits, {}),
-    ("p.tree for p in paths], device", "0 for p in paths], device", test_zoom_steps, {}),
-    ("out[b].kept, out[b].logits, out[b].start = cache.keep(i)", "out[b].kept, out[b].logits, out[b].start = cache.keep(0)", test_zoom_steps, {}),
-    ("self.naive + len(p.episode.ids) + len(ids[b])", "self.naive + len(e.ids)", test_zoom_steps, {}),
-    ("points_in(thought)[-1:] == [turn.point]", "True", test_a_broken_turn_is_over, dict(text=looks(20, 30).replace("[20, 30]", "[40, 30]"), end=True)),
-    ("limit - len(p.steps) == 1\n", "False\n", test_zoom_steps, {}),
-    ("itertools.permutations(ways, 2)", "itertools.product(ways, ways)", test_linearise_by_hand, {}),
-    ("(here if cfg.repeat_prefix else [])", "[]", test_linearise_by_hand, {}),
-    ("failed < 1 and said is not None and worked == 1", "worked == 1", test_linearise_by_hand, {}),
-    ("sorted(chains.values(), key=lambda chain: -chain[0])", "list(chains.values())", test_the_better_supported_chain_comes_first, {}),
-    ('if node["answer"] is None:', "if True:", test_the_better_supported_chain_comes_first, {}),
-    ("if point and len(calls) < max_zooms and", "if point and", test_to_turns, {}),
-    ("calls.insert(rng.randrange(1, len(calls)), calls.pop(0))", "calls.pop(0)", test_reorder, {}),
-    ("todo = [s for s in chunk if s.id not in kept]", "todo = chunk", test_a_killed_search_loses_no_finished_tree, {}),
-    ('model.cut_torn_line(log)\n    rows', "pass\n    rows", test_a_killed_search_loses_no_finished_tree, {}),
-    ('rows[0].get("search") != stamp', "False", test_a_killed_search_loses_no_finished_tree, {}),
-    ('row.get("question", s.question) != s.question', "False", test_toy_questions_come_back_by_id, {}),
-    ('(None, "leaked") if LEAK.search(thought) else', "", test_read_chain, {}),
-    ("if key not in self.said:", "if True:", test_taught, {}),
-    ("for attempt in range(self.retries + 1):", "for attempt in range(self.retries + 9):", test_what_will_not_pass_ends_in_one_line,
-     dict(fault=500, tries=4, said="HTTP 500")),
-    ("e.code not in (408, 409, 429) and e.code < 500", "False", test_what_will_not_pass_ends_in_one_line, dict(fault=401, tries=1, said="HTTP 401")),
+MUTATIONS = [  # where, old code, new code, the test that must fail, its arguments
+    ("appendix.tree_search:uct", "math.log(node.parent.visits + 1) / (node.visits + 1)", "math.log(node.parent.visits + 1) / (node.parent.visits + 1)", test_uct_by_hand, {}),
+    ("appendix.tree_search:uct", "node.value + exploration * math.sqrt(rarity)", "exploration * math.sqrt(rarity)", test_uct_by_hand, {}),
+    ("appendix.tree_search:select", "[child for child in node.children if not child.closed]", "node.children", test_uct_by_hand, {}),
+    ("appendix.tree_search:Node.add_outcome", "self.value += (reward - self.value) / self.visits", "self.value += reward - self.value", test_backup_by_hand, {}),
+    ("appendix.tree_search:backup", "node = node.parent", "node = None", test_backup_by_hand, {}),
+    ("appendix.chains:is_far", "math.dist(point, other) >= min_distance", "point != other", test_duplicates_are_rejected_by_distance, {}),
+    ("appendix.tree_search:is_new", "seen += [sibling.steps[-1].point for sibling in siblings if sibling.answer is None]", "pass",
+     test_duplicates_are_rejected_by_distance, {}),
+    ("appendix.tree_search:is_new", "path.over", "False", test_a_broken_step_is_no_child, {}),
+    ("appendix.tree_search:Node.add_child", "path.answer is not None", "False", test_an_answer_is_a_leaf_for_good, {}),
+    ("appendix.tree_search:tree_search", "leaf.close()", "pass", test_search_ends_at_a_dead_end, {}),
+    ("appendix.tree_search:play_out", "[(child, child.path)] * cfg.rollouts", "[(child, child.path)]", test_one_simulation, {}),
+    ("appendix.tree_search:expand", "cfg.children - len(leaf.children)", "cfg.children", test_what_was_rejected_is_tried_again, {}),
+    ("appendix.tree_search:play_out", "len(child.path.steps) + cfg.rollout_steps", "cfg.rollout_steps", test_limits, {}),
+    ("appendix.tree_sampler:Sampler.step", "[path.tree for path in paths]", "[0 for path in paths]", test_zoom_steps, {}),
+    ("appendix.tree_sampler:Sampler.prepare", "cache.keep_row(i)", "cache.keep_row(0)", test_zoom_steps, {}),
+    ("appendix.tree_sampler:Sampler.step", "self.naive += len(path.episode.ids) + len(ids)", "self.naive += len(new.episode.ids)", test_zoom_steps, {}),
+    ("appendix.tree_sampler:Sampler.read_turn", "points_in(thought)[-1:] == [turn.point]", "True", test_a_broken_turn_is_over,
+     dict(text=looks(20, 30).replace("[20, 30]", "[40, 30]"), end=True)),
+    ("appendix.tree_sampler:Sampler.read_turn", "zooms_left == 1", "False", test_zoom_steps, {}),
+    ("appendix.chains:corrected_chains", "itertools.permutations(branches(node, node_support), 2)",
+     "itertools.product(branches(node, node_support), branches(node, node_support))", test_linearise_by_hand, {}),
+    ("appendix.chains:corrected_chains", "before if cfg.repeat_prefix else []", "[]", test_linearise_by_hand, {}),
+    ("appendix.chains:corrected_chains", "failed and right.reward == 1 and wrong.steps and right.steps", "right.reward == 1 and wrong.steps and right.steps",
+     test_linearise_by_hand, {}),
+    ("appendix.chains:best", "sorted(different.values(), key=lambda chain: -chain.support)", "list(different.values())", test_the_better_supported_chain_comes_first, {}),
+    ("appendix.chains:support", 'node["answer"] is not None', "False", test_the_better_supported_chain_comes_first, {}),
+    ("appendix.chains:to_turns", "point is not None and has_room and is_far(point, called, min_distance)", "point is not None and is_far(point, called, min_distance)",
+     test_to_turns, {}),
+    ("appendix.chains:to_turns", "calls.insert(place, calls.pop(0))", "calls.pop(0)", test_reorder, {}),
+    ("appendix.tree_search:search_traces", "[s for s in batch if s.id not in trees]", "batch", test_a_killed_search_loses_no_finished_tree, {}),
+    ("appendix.tree_search:kept_trees", "run.cut_torn_line(log)", "pass", test_a_killed_search_loses_no_finished_tree, {}),
+    ("appendix.tree_search:kept_trees", 'rows[0].get("search") != settings', "False", test_a_killed_search_loses_no_finished_tree, {}),
 ]
 
-@pytest.mark.parametrize("old, new, test, arguments", MUTATIONS, ids=names(MUTATIONS))
-def test_mutations(old, new, test, arguments, models, tmp_path, spoken, capsys, monkeypatch, request):
+@pytest.mark.parametrize("target, old, new, test, arguments", MUTATIONS, ids=names(MUTATIONS))
+def test_mutations(target, old, new, test, arguments, models, tmp_path_factory, spoken, monkeypatch):
     """Bug: a test that no bug can turn red."""
-    name = "model" if old in inspect.getsource(model.Endpoint) else "train_sft"
-
-    def with_models(made):
-        if name == "model":
-            monkeypatch.setattr(train_sft, "model", made)
-        return models
-    fixtures = lambda made: {"vlm": lambda: models["qwen2.5"], "models": lambda: with_models(made), "tmp_path": lambda: tmp_path, "spoken": lambda: spoken,
-                             "capsys": lambda: capsys, "monkeypatch": lambda: monkeypatch, "hurry": lambda: request.getfixturevalue("hurry")}
-    check_mutation(name, old, new, test, arguments, fixtures, monkeypatch)
+    check_mutation(target, old, new, test, arguments, {
+        "vlm": lambda: models["qwen2.5"], "models": lambda: models, "tmp_path": lambda: tmp_path_factory.mktemp("mutant"),
+        "spoken": lambda: spoken, "monkeypatch": lambda: monkeypatch})

@@ -1,6 +1,6 @@
 """
-Training at size: a group's prompt computed once, many micro-batches, recomputed layers, several ranks, bad gradients, and runs that
-are killed. Each must give what the plain way gives. At the end MUTATIONS puts bugs into model.py and train_rl.py, one line each.
+Training at size: memory, recomputed layers, several ranks, bad gradients, and runs that are killed. Each must give what the plain
+way gives. At the end MUTATIONS puts bugs into train_rl.py and what it stands on, one line each.
 
     python -m pytest tests/test_train.py            # seconds
     python -m pytest tests/test_train.py --slow     # and twenty SIGKILLs: minutes
@@ -10,99 +10,18 @@ from unittest import mock
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import data, evaluate, grpo, model, rewards, train_rl, train_sft, zoom_rollout
-import test_mutations, test_scripts
+import test_scripts
+from appendix import memory, prefix, ranks, recipes, run, speed
+from appendix.optimizer import AdamW
 from conftest import ROOT, check_mutation, close, names
-from test_model import picture, SIZES
+from test_prefix import group_of
 from test_scripts import script
-from zoom_rollout import Episode
+from test_train_step import Asked, in_a_new_folder, main_of
 
 SMALL = "train_rl.py --num-prompts 4 --blind-prompts 1 --group-size 4 --max-new-tokens 40 --sft-n 16 --eval-n 4 --difficulty easy --traces oracle"
-
-# -----------------------------------------------------------------------------
-# a prompt computed once
-
-def group_of(vlm, members, images=1, turns=1, seed=0, forced=False):
-    """Episodes that continue one prompt: random turns, each but the last followed by a crop of a size of its own."""
-    rng, e = random.Random(seed), Episode(None, [], [], [], [])
-    views = [vlm.view(picture(SIZES[(seed + i) % 4], seed + i), i) for i in range(images)]
-    e.say(vlm, vlm.chat("user", "Look.", *views, f"Which is {seed}?") + vlm.chat("assistant", open=True), views=views, sampled=False)
-    if forced:
-        e.say(vlm, vlm.ids(data.FORCE), sampled=False)
-    out = []
-    for m in range(members):
-        out.append(Episode(None, list(e.ids), list(e.sampled), list(e.logprobs), list(e.views)))
-        for turn in range(turns if m else 1):                                          # the first has no crop at all
-            out[-1].say(vlm, [rng.randrange(vlm.im_start) for _ in range(rng.randrange(3, 12))] + [vlm.im_end])
-            if turn + 1 < turns and m:
-                side = vlm.factor * rng.randrange(1, 4)
-                crop = vlm.view(views[0].source, 0, (1, 2, 33, 34), (side, vlm.factor))
-                out[-1].say(vlm, vlm.chat("user", data.OBSERVE[0], crop) + vlm.chat("assistant", open=True), views=[crop], sampled=False)
-    return out
-
-def groups_of(vlm):
-    """Two groups (one of two images, three turns), an episode without an image, and all of them mixed."""
-    return random.Random(0).sample(a := group_of(vlm, 3, 2, 3, 1) + group_of(vlm, 4, 1, 2, 2, forced=True) + group_of(vlm, 1, 0, 1, 3), len(a))
-
-def gradient(vlm, loss):
-    return torch.cat([torch.zeros_like(p).flatten() if g is None else g.flatten()
-                      for p, g in zip(vlm.parameters(), torch.autograd.grad(loss, vlm.parameters(), allow_unused=True))])
-
-@pytest.mark.parametrize("recompute", [False, True])
-def test_shared_equals_plain(vlm64, float64, recompute):
-    """Bug: a continuation sees its neighbour, misses part of its prompt, has the wrong positions or crops; the prompt hears from one
-    member only; a recomputed layer is another one. Values and gradients against every episode by itself, in float64."""
-    episodes = groups_of(vlm64)
-    want, entropy, mask = vlm64.logprobs(episodes, 0.7, share=False)
-    weights = torch.rand(mask.shape)                                                   # every token pulls differently
-    expected = gradient(vlm64, (want * weights).sum())
-    sizes, vlm64.recompute = [], recompute
-    try:
-        real = vlm64.forward
-        vlm64.forward = lambda ids, *more: (sizes.append(ids.shape[1]), real(ids, *more))[1]
-        got, same_entropy, same_mask = vlm64.logprobs(episodes, 0.7, chunk=5)
-        found = gradient(vlm64, (got * weights).sum())
-    finally:
-        vlm64.recompute = False
-        del vlm64.forward
-    assert torch.equal(mask, same_mask) and [m[:len(e.ids)].tolist() for m, e in zip(mask, episodes)] == [e.sampled for e in episodes]
-    close(got, want, 1e-9), close(same_entropy, entropy, 1e-9), close(found, expected, 1e-9)
-    prompts = {tuple(e.ids[:e.sampled.index(True)]) for e in episodes}                 # and it is computed once
-    assert sizes == [sum(len(e.ids) - e.sampled.index(True) for e in episodes) + sum(map(len, prompts))]
-
-def test_what_counts_as_shared(vlm):
-    """Bug: equal ids are taken for an equal prompt though the image is another; the second image is not looked at."""
-    a, b, c = (group_of(vlm, 2, 2, 1, 4) for _ in range(3))
-    assert a[0].ids[:20] == b[0].ids[:20]
-    c[0].views[0], c[1].views[0] = a[0].views[0], a[0].views[0]                        # the first image is the same, the second is not
-    n = a[0].sampled.index(True)
-    assert vlm.shared(a + b + c) == [(n, [0, 1]), (n, [2, 3]), (n, [4, 5])]
-    assert vlm.shared([a[0], b[0], a[1]]) == [(n, [0, 2]), (len(b[0].ids), [1])]
-
-def test_micro_batches(vlm):
-    """Bug: an episode is lost or run twice; a part is larger than the memory that was granted; a group is torn though it fits."""
-    episodes = groups_of(vlm)
-    cost = lambda part: sum(n + sum(len(part[b].ids) - n for b in members) for n, members in vlm.shared(part))
-    for tokens in (1, 100, 300, cost(episodes) - 1, cost(episodes), 10 ** 6):
-        parts = vlm.micro_batches(episodes, tokens)
-        assert sorted(id(e) for part in parts for e in part) == sorted(map(id, episodes))
-        assert all(len(part) == 1 or cost(part) <= tokens for part in parts)
-        assert len(parts) == {1: 8, cost(episodes) - 1: 2, cost(episodes): 1, 10 ** 6: 1}.get(tokens, len(parts))
-    assert vlm.micro_batches([], 9) == []
-
-@pytest.mark.cuda
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_shared_equals_plain_on_cuda(models, dtype):
-    """Bug: the GPU's attention kernel aligns the causal mask at the other corner."""
-    vlm = models["qwen2.5"]
-    vlm = model.VLM(copy.deepcopy(vlm.model).to("cuda", dtype), vlm.tokenizer, vlm.processor, vlm.name, vlm.spec)
-    episodes = groups_of(vlm)
-    want, _, mask = vlm.logprobs(episodes, share=False)
-    expected = gradient(vlm, want.sum() / mask.sum())
-    got, _, _ = vlm.logprobs(episodes)
-    tolerance = 1e-4 if dtype == torch.float32 else 0.05
-    close(got, want, tolerance), close(gradient(vlm, got.sum() / mask.sum()), expected, tolerance)
 
 # -----------------------------------------------------------------------------
 # memory
@@ -121,12 +40,12 @@ def test_memory_plan(models, recompute):
         vlm.encode([v for e in episodes for v in e.views])
         ids, positions, views, groups, _, _ = vlm.pack(episodes, vlm.shared(episodes))
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-            h = vlm.forward(ids, positions, views, model.Packed(groups, vlm.device))
+            h = vlm.forward(ids, positions, views, prefix.Packed(groups, vlm.device))
     finally:
         vlm.recompute = False
-    plan = model.memory_plan(vlm, ids.numel(), 0, recompute)
+    plan = memory.memory_plan(vlm, memory.MemoryOptions(ids.numel(), 0, recompute))
     if recompute:                                                          # the inputs of the layers; 2 layers more while one is recomputed
-        plan["activations"] -= 2 / 3 * (model.memory_plan(vlm, ids.numel(), 0)["activations"])
+        plan["activations"] -= 2 / 3 * memory.memory_plan(vlm, memory.MemoryOptions(ids.numel(), 0))["activations"]
     total = sum(x.untyped_storage().nbytes() for x in kept.values())
     assert 0.67 < total / plan["activations"] < 1.5, (total, plan["activations"])
     trained = sum(p.numel() for p in vlm.parameters())
@@ -134,12 +53,11 @@ def test_memory_plan(models, recompute):
 
 def test_plan_of_a_3b(capsys, monkeypatch):
     """Claim: the README's figures for Qwen2.5-VL-3B: 3.75 G parameters, 3.09 G of them trained; one 80 GB card, or, offloaded, 40 GB."""
-    import benchmark
-    vlm = benchmark.random_weights("qwen2.5-vl-3b", "meta")
+    vlm = speed.speed_setup.random_weights("qwen2.5-vl-3b", "meta")
     n, trained = sum(p.numel() for p in vlm.model.parameters()), sum(p.numel() for p in vlm.parameters())
     assert n == pytest.approx(3.754e9, rel=1e-3) and trained == pytest.approx(3.086e9, rel=1e-3)
-    monkeypatch.setattr(sys, "argv", ["benchmark.py", "plan", "--model", "qwen2.5-vl-3b"])
-    benchmark.main()
+    monkeypatch.setattr(sys, "argv", ["speed.py", "plan", "--model", "qwen2.5-vl-3b"])
+    speed.main()
     peaks = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert peaks["80 GB card"] <= 70 and peaks["40 GB card"] <= 36
     assert all(f"{p:.1f}" in open(os.path.join(ROOT, "README.md")).read() for p in peaks.values())
@@ -150,7 +68,7 @@ def test_offload_is_the_same_optimizer(dtype):
     made = []
     for offload in (False, True):
         p = torch.nn.Parameter(torch.linspace(-1, 1, 8, dtype=dtype))
-        optimizer = model.AdamW([p], 1e-2, offload=offload)
+        optimizer = AdamW([p], 1e-2, offload=offload)
         assert (optimizer.masters[0] is p) == (dtype == torch.float32 and not offload)
         for i in range(5):
             (p.float() ** 2 * (i + 1)).sum().backward()
@@ -162,7 +80,7 @@ def test_offload_is_the_same_optimizer(dtype):
 def test_micro_batches_add_up_in_fp32():
     """Bug: bf16 gradients: after the first of 100 equal micro-batches, the 257th part of a sum is rounded away."""
     p = torch.nn.Parameter(torch.ones(4, dtype=torch.bfloat16))
-    model.AdamW([p], 1e-2)
+    AdamW([p], 1e-2)
     for _ in range(1000):
         p.sum().backward()
     assert (p.grad == 1000).all()
@@ -171,7 +89,7 @@ def test_out_of_memory_is_answered(script, monkeypatch):
     """Claim: not a traceback but the knobs, in the order in which they cost least."""
     def full(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-    monkeypatch.setattr(model.VLM, "logprobs", full)
+    monkeypatch.setattr(prefix.PrefixVLM, "logprobs", full)
     said = test_scripts.refused(script(f"{SMALL}"), "out of memory", "2.00 GiB", "--resume")
     assert said.index("--recompute") < said.index("--micro-tokens") < said.index("--max-batch-tokens") < said.index("--offload")
     said = test_scripts.refused(script("train_sft.py --traces oracle --n 16"), "out of memory", "2.00 GiB")
@@ -183,9 +101,12 @@ def test_warm_start_obeys_the_memory_knobs(script, monkeypatch, command):
     def micro_batches(vlm, episodes, tokens):
         asked.update(tokens=tokens, recompute=vlm.recompute)
         raise data.DataError("seen")
-    adamw, asked = model.AdamW, {}
-    monkeypatch.setattr(model, "AdamW", lambda *args, **flags: asked.update(flags) or adamw(*args, **flags))
-    monkeypatch.setattr(model.VLM, "micro_batches", micro_batches)
+    asked = {}
+    def seen(self, *args, real=AdamW.__init__, **flags):
+        asked.update(flags)
+        real(self, *args, **flags)
+    monkeypatch.setattr(AdamW, "__init__", seen)
+    monkeypatch.setattr(prefix.PrefixVLM, "micro_batches", micro_batches)
     test_scripts.refused(script(f"{command} --micro-tokens 777 --offload --recompute"), "seen")
     assert asked["tokens"] == 777 and asked["offload"] and asked["recompute"]
 
@@ -196,19 +117,19 @@ def test_bad_gradients_stop_the_run(models, capsys):
     """Claim: a step whose gradient is not finite changes nothing and is shown; after five in a row the run says why it stops, and
     the checkpoint is as it was. One bad step alone does not stop it."""
     bad = iter([False, True, False] + [True] * 5)
-    def poisoned(self, lr, clip=1.0, real=model.AdamW.step):
+    def poisoned(self, lr, clip=1.0, real=AdamW.step):
         if next(bad):
             next(p for p in self.params if p.grad is not None).grad.fill_(float("nan"))
         return real(self, lr, clip)
-    with test_mutations.in_a_new_folder(), mock.patch.object(model.AdamW, "step", poisoned):
-        model.replace_folder(models["qwen2.5"].save("random"), "random")
+    with in_a_new_folder(), mock.patch.object(AdamW, "step", poisoned):
+        run.replace_folder(models["qwen2.5"].save("random"), "random")
         with pytest.raises(SystemExit):
-            test_mutations.main_of("--name bad --steps 20 --save-every 3")
+            main_of("--name bad --steps 20 --save-every 3")
         out, err = capsys.readouterr()
         assert "not finite in 5 steps in a row" in err and "--lr" in err and "step 6" in err and out.count("SKIPPED") == 6
         rows = test_scripts.read("runs/bad/metrics.jsonl")
         assert [row["skipped"] for row in rows] == [0, 1, 0, 1, 1, 1, 1, 1]
-        weights = model.load_file("runs/bad/checkpoint/model.safetensors")
+        weights = load_file("runs/bad/checkpoint/model.safetensors")
         assert json.load(open("runs/bad/checkpoint/state.json"))["step"] == 6 and all(w.isfinite().all() for w in weights.values())
 
 # -----------------------------------------------------------------------------
@@ -225,7 +146,7 @@ def on_ranks(n, job, folder):
             status = 1
             try:
                 os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(n), MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-                model.start_ranks()
+                ranks.start()
                 with open(os.path.join(folder, f"{n}.{rank}.json"), "w") as f:
                     json.dump(job(), f)
                 status = 0
@@ -239,7 +160,7 @@ def on_ranks(n, job, folder):
     return [json.load(open(os.path.join(folder, f"{n}.{rank}.json"))) for rank in range(n)]
 
 def fresh(vlm):
-    return model.VLM(copy.deepcopy(vlm.model), vlm.tokenizer, vlm.processor, vlm.name, vlm.spec)
+    return prefix.PrefixVLM(copy.deepcopy(vlm.model), vlm.tokenizer, vlm.processor, vlm.name, vlm.spec)
 
 def score(sample, text, *more, real=rewards.score, **options):
     """In the place of rewards.score: a number that the episode's own text decides."""
@@ -254,9 +175,9 @@ def one_step(vlm, micro_tokens=10 ** 6, prompts=5, group_size=4, **flags):
             p *= 1.02
     cfg = train_rl.Config(recipe="vigorl-zoom", group_size=group_size, num_prompts=prompts, blind_prompts=2, max_new_tokens=5, max_zooms=1,
                           micro_tokens=micro_tokens, lr=1e-6, **flags)
-    optimizer = model.AdamW(own.parameters(), 1e-6)
+    optimizer = AdamW(own.parameters(), 1e-6)
     with mock.patch.object(rewards, "score", score):
-        metrics, episodes = train_rl.train_step(own, vlm, optimizer, data.toy("search", "train", prompts), cfg, 3)
+        metrics, episodes = train_rl.train_step(own, vlm, optimizer, Asked(cfg, data.toy("search", "train", prompts)), cfg, 3)
     moment = torch.cat([optimizer.opt.state[m]["exp_avg"].flatten() for m in optimizer.masters])
     return moment[::29].tolist(), metrics, [(e.sample.id, e.ids) for e in episodes]
 
@@ -286,10 +207,11 @@ def test_ranks_and_micro_batches_change_nothing(models, tmp_path, flags):
 def test_two_ranks_fine_tune_as_one(models, tmp_path):
     """Bug: each rank learns its half of the batch alone, or the reported loss is one rank's."""
     vlm, rng = models["qwen2.5"], random.Random(0)
-    pairs = [(s, train_sft.oracle(vlm, s, rng)) for s in data.toy("search", "train", 5)]
+    pairs = [(s, train_sft.oracle(vlm, s, rng, 3)) for s in data.toy("search", "train", 5)]
     def job():
         own = fresh(vlm)
-        losses = train_sft.finetune(own, [zoom_rollout.replay(own, s, turns) for s, turns in pairs], 1e-4, batch=3, progress=False)
+        cfg = train_sft.Config(lr=1e-4, epochs=1, batch=3)
+        losses = train_sft.finetune(own, [zoom_rollout.replay(own, s, turns) for s, turns in pairs], cfg, progress=False)
         return losses, [p.detach().double().sum().item() for p in own.parameters()]
     losses, sums = job()
     for got, same in on_ranks(2, job, tmp_path):
@@ -303,11 +225,11 @@ def torchrun(n, command, folder):
 
 def test_two_ranks_are_one_run(models, tmp_path):
     """Bug: both ranks write, none does, or what they wrote is not the run that one process makes."""
-    with test_mutations.in_a_new_folder():
-        model.replace_folder(models["qwen2.5"].save("random"), "random")
+    with in_a_new_folder():
+        run.replace_folder(models["qwen2.5"].save("random"), "random")
         flags = "--steps 2 --kl-coef 0.3"
-        test_mutations.main_of(f"--name one {flags}")
-        on_ranks(2, lambda: test_mutations.main_of(f"--name two {flags}"), tmp_path)
+        main_of(f"--name one {flags}")
+        on_ranks(2, lambda: main_of(f"--name two {flags}"), tmp_path)
         one, two = (test_scripts.read(f"runs/{name}/metrics.jsonl") for name in ("one", "two"))
         assert [row["step"] for row in two] == [0, 1] and two[0]["reward"] == pytest.approx(one[0]["reward"])
         assert two[1]["grad_norm"] == pytest.approx(one[1]["grad_norm"], rel=1e-2)
@@ -318,7 +240,7 @@ def test_two_ranks_are_one_run(models, tmp_path):
 def test_two_ranks_evaluate_as_one(models, tmp_path, monkeypatch):
     """Bug: a question is asked twice or by nobody, the interval is of one rank's half, the last rank has nothing to ask and waits."""
     monkeypatch.chdir(tmp_path)
-    model.replace_folder(models["qwen2.5"].save("random"), "random")
+    run.replace_folder(models["qwen2.5"].save("random"), "random")
     command = "--checkpoint random --batch 2 --max-new-tokens 4 --max-zooms 0 --n 5 --zoom all --temperature 1 --out".split()
     with mock.patch.object(rewards, "score", score):
         one, two = evaluate.main([*command, "one"]), on_ranks(2, lambda: evaluate.main([*command, "two"]), tmp_path)
@@ -336,7 +258,7 @@ def test_a_rank_that_dies_ends_the_run(models, tmp_path, capfd):
         raise RuntimeError("out of luck")
     def job():
         signal.alarm(60)                                                               # were it to hang, by this
-        with mock.patch.object(grpo, "group_advantages", dies if model.rank() else grpo.group_advantages):
+        with mock.patch.object(grpo, "group_advantages", dies if ranks.rank() else grpo.group_advantages):
             return one_step(models["qwen2.5"])
     with pytest.raises(AssertionError, match=r"\[256, 256\]"):                         # two errors, no alarm
         on_ranks(2, job, tmp_path)
@@ -348,10 +270,10 @@ def test_torchrun(tmp_path):
     And a rank that dies ends it with its error, at once."""
     status, out, err = test_scripts.finish(torchrun(2, f"{SMALL} --steps 2", tmp_path), timeout=300)
     assert status == 0, err
-    run = tmp_path / "runs" / "rl"
+    folder = tmp_path / "runs" / "rl"
     assert len(test_scripts.STEP.findall(out)) == 2 and out.count("held-out accuracy") == 1 and "warm start" in out
-    assert [row["step"] for row in test_scripts.read(run / "metrics.jsonl")] == [0, 1] and (run / "summary.json").exists()
-    assert json.load(open(run / "checkpoint" / "state.json"))["step"] == 2
+    assert [row["step"] for row in test_scripts.read(folder / "metrics.jsonl")] == [0, 1] and (folder / "summary.json").exists()
+    assert json.load(open(folder / "checkpoint" / "state.json"))["step"] == 2
     (tmp_path / "dies.py").write_text(f"""import os, sys; sys.path.insert(0, {ROOT!r})
 import grpo, train_rl
 if os.environ["RANK"] == "1":
@@ -384,7 +306,7 @@ def crashing(monkeypatch, at):
         for name in sorted(os.listdir(path))[::2] if os.path.isdir(path) else ():
             os.remove(os.path.join(path, name))
     nothing = lambda *_, **__: None
-    monkeypatch.setattr(model, "save_file", half(model.save_file, half_a_file))
+    monkeypatch.setattr(run, "save_file", half(run.save_file, half_a_file))
     monkeypatch.setattr(shutil, "rmtree", half(shutil.rmtree, half_a_folder))
     for name in ("rename", "replace"):
         monkeypatch.setattr(os, name, half(getattr(os, name), nothing))
@@ -393,11 +315,11 @@ def crashing(monkeypatch, at):
 def test_a_checkpoint_survives_a_crash_at_any_write(models, tmp_path, monkeypatch):
     """Bug: between two writes there is a moment in which no whole checkpoint can be found."""
     vlm, folder = fresh(models["qwen2.5"]), str(tmp_path / "checkpoint")
-    weight, optimizer = vlm.parameters()[0], model.AdamW(vlm.parameters(), 1e-3)
+    weight, optimizer = vlm.parameters()[0], AdamW(vlm.parameters(), 1e-3)
     def mark(step):
         with torch.no_grad():
             weight.fill_(step)
-        model.save_checkpoint(folder, vlm, optimizer, {"step": step})
+        run.save_checkpoint(folder, vlm, optimizer, {"step": step})
     mark(0)
     seen = set()
     for at in range(100):
@@ -408,9 +330,9 @@ def test_a_checkpoint_survives_a_crash_at_any_write(models, tmp_path, monkeypatc
                 break                                                                  # there are no more writes than that
             except Crash:
                 pass
-        model.settle(folder)
+        run.restore_folder(folder)
         resumed = model.load(folder, quiet=True)
-        state = model.load_checkpoint(folder, model.AdamW(resumed.parameters(), 1e-3))
+        state = run.load_checkpoint(folder, AdamW(resumed.parameters(), 1e-3))
         assert state["step"] in (max(seen | {0}), at + 1) and (resumed.parameters()[0] == state["step"]).all()
         seen.add(state["step"])
     assert at >= 6 and len(seen) >= 2 and os.listdir(tmp_path) == ["checkpoint"]
@@ -418,25 +340,25 @@ def test_a_checkpoint_survives_a_crash_at_any_write(models, tmp_path, monkeypatc
 def test_rows_survive_a_crash(tmp_path, monkeypatch):
     """Bug: metrics.jsonl is emptied first and written again afterwards."""
     path = str(tmp_path / "rows.jsonl")
-    model.append_rows(path, [{"step": i} for i in range(5)])
+    run.append_rows(path, [{"step": i} for i in range(5)])
     with open(path, "a") as f:
         f.write('{"step": 5, "re')
     with monkeypatch.context() as patch:
         crashing(patch, 0)
         with pytest.raises(Crash):
-            model.keep_rows(path, 3)
+            run.keep_rows_before(path, 3)
     assert len(open(path).readlines()) == 6
-    model.keep_rows(path, 3)
+    run.keep_rows_before(path, 3)
     assert test_scripts.read(path) == [{"step": i} for i in range(3)]
-    model.keep_rows(path, 0)
+    run.keep_rows_before(path, 0)
     assert test_scripts.read(path) == []
 
 def test_resume_between_two_renames(tmp_path, monkeypatch):
     """Bug: --resume looks for the run's settings in a checkpoint that a crash has left without its name, before it gets it back."""
     monkeypatch.chdir(tmp_path)
     os.makedirs("runs/cut/checkpoint.old")
-    model.write_json("runs/cut/checkpoint.old/state.json", {"step": 3, "before": {}, "seconds": 1.0, "config": {"lr": 0.02, "name": "cut"}})
-    assert train_rl.presets(train_rl.Config(name="cut", resume=True)) == {"lr": 0.02} and os.listdir("runs/cut") == ["checkpoint"]
+    run.write_json("runs/cut/checkpoint.old/state.json", {"step": 3, "before": {}, "seconds": 1.0, "config": {"lr": 0.02, "name": "cut"}})
+    assert recipes.presets(train_rl.Config(name="cut", resume=True)) == {"lr": 0.02} and os.listdir("runs/cut") == ["checkpoint"]
 
 @pytest.mark.slow
 def test_twenty_kills(tmp_path):
@@ -446,9 +368,9 @@ def test_twenty_kills(tmp_path):
     whole = test_scripts.start(f"{command} --name whole", tmp_path)
     began = time.time()
     assert test_scripts.finish(whole)[0] == 0
-    whole, run, kills = time.time() - began, tmp_path / "runs" / "rl", 0
+    whole, folder, kills = time.time() - began, tmp_path / "runs" / "rl", 0
     def state():                                                                       # the step of the last checkpoint; -1: there is none
-        found = [json.load(open(run / name / "state.json"))["step"] for name in ("checkpoint", "checkpoint.old") if (run / name).exists()]
+        found = [json.load(open(folder / name / "state.json"))["step"] for name in ("checkpoint", "checkpoint.old") if (folder / name).exists()]
         return found[0] if found else -1
     while kills < 20:
         process = test_scripts.start(f"{command} --name rl {'--resume' if state() >= 0 else ''}", tmp_path)
@@ -460,56 +382,45 @@ def test_twenty_kills(tmp_path):
         steps = [int(line.split()[1].split("/")[0]) for line in out.splitlines() if test_scripts.STEP.match(line)]
         print(f"kill {kills}: in step {steps[-1] + 1 if steps else None}, saved {state()}")
         assert not steps or steps[-1] - 3 <= state() <= steps[-1]
-        if (run / "summary.json").exists():                                            # done: the next ones kill a new run
-            test_scripts.same_run(tmp_path / "runs" / "whole", run)
-            shutil.rmtree(run)
+        if (folder / "summary.json").exists():                                            # done: the next ones kill a new run
+            test_scripts.same_run(tmp_path / "runs" / "whole", folder)
+            shutil.rmtree(folder)
     status, _, err = test_scripts.finish(test_scripts.start(f"{command} --name rl {'--resume' if state() >= 0 else ''}", tmp_path))
     assert status == 0, err
-    test_scripts.same_run(tmp_path / "runs" / "whole", run)
+    test_scripts.same_run(tmp_path / "runs" / "whole", folder)
 
 # -----------------------------------------------------------------------------
 # do the tests bite?
 
 MUTATIONS = [
-    ("model", "causal_lower_right(q.shape[2], k.shape[2])", "None", test_shared_equals_plain, dict(recompute=False)),
-    ("model", "x.expand(G, -1, -1, -1)", "x.detach().expand(G, -1, -1, -1)", test_shared_equals_plain, dict(recompute=False)),
-    ("model", "views + e.views[seen:]", "views + e.views", test_shared_equals_plain, dict(recompute=False)),
-    ("model", "positions + [p[:, n:]]", "positions + [p[:, :len(e.ids) - n]]", test_shared_equals_plain, dict(recompute=False)),
-    ("model", "*range(len(ids), len(ids) + len(e.ids) - n)]", "*range(prompt + n, prompt + len(e.ids))]", test_shared_equals_plain, dict(recompute=False)),
-    ("model", "(tuple(e.ids[:n]), *map(id, views))", "(tuple(e.ids[:n]),)", test_what_counts_as_shared, {}),
-    ("model", "if not parts or prompt + tail > room", "if not parts or prompt + tail >= room", test_micro_batches, {}),
-    ("model", "room - prompt - tail, 0", "room - tail, 0", test_micro_batches, {}),
-    ("model", "p.grad_dtype = torch.float32 if p.dtype == torch.bfloat16 else p.dtype", "pass", test_micro_batches_add_up_in_fp32, {}),
-    ("model", "                        p.copy_(m)", "                        pass", test_offload_is_the_same_optimizer, dict(dtype=torch.bfloat16)),
-    ("model", "        dist.all_reduce(p.grad)", "        pass", test_ranks_and_micro_batches_change_nothing, dict(flags={})),
-    ("train_rl", 'count, = model.total({', 'count, = (lambda n: [n])({',
-     test_ranks_and_micro_batches_change_nothing, dict(flags={})),
-    ("train_rl", "zoom=zoom, skip=mine.start", "zoom=zoom", test_ranks_and_micro_batches_change_nothing, dict(flags={})),
-    ("train_rl", "sorted(model.gather(list(learn)))", "sorted(learn)", test_ranks_and_micro_batches_change_nothing, dict(flags=EVERYTHING)),
-    ("train_rl", "[first:first + P]", "[:P]", test_ranks_and_micro_batches_change_nothing, dict(flags=EVERYTHING)),
-    ("train_rl", "torch.tensor(model.gather(accuracy.tolist()))", "accuracy[None].expand(2, -1, -1).flatten(0, 1)",
+    ("appendix.optimizer:AdamW.__init__", "p.grad_dtype = torch.float32 if p.dtype == torch.bfloat16 else p.dtype", "pass", test_micro_batches_add_up_in_fp32, {}),
+    ("appendix.optimizer:AdamW.update", "p.copy_(m)", "pass", test_offload_is_the_same_optimizer, dict(dtype=torch.bfloat16)),
+    ("appendix.ranks:all_reduce_gradients", "dist.all_reduce(p.grad)", "pass", test_ranks_and_micro_batches_change_nothing, dict(flags={})),
+    ("train_rl:loss_denominator", "ranks.all_reduce([count])[0]", "count", test_ranks_and_micro_batches_change_nothing, dict(flags={})),
+    ("train_rl:roll_out_share", "zoom_rollout.rollout(vlm, samples[share], cfg.group_size, config, first_sample=share.start)",
+     "zoom_rollout.rollout(vlm, samples[share], cfg.group_size, config)", test_ranks_and_micro_batches_change_nothing, dict(flags={})),
+    ("train_rl:split_minibatches", "sorted(ranks.gather(list(own)))", "sorted(own)", test_ranks_and_micro_batches_change_nothing, dict(flags=EVERYTHING)),
+    ("train_rl:prompt_weights", "weights[first:first + len(accuracy)]", "weights[:len(accuracy)]", test_ranks_and_micro_batches_change_nothing, dict(flags=EVERYTHING)),
+    ("train_rl:prompt_weights", "torch.tensor(ranks.gather(accuracy.tolist()))", "accuracy[None].expand(2, -1, -1).flatten(0, 1)",
      test_ranks_and_micro_batches_change_nothing, dict(flags=EVERYTHING)),
-    ("train_rl", "/{e.sample.id}/{v.index}/{v.box}", "/{len(dark)}", test_ranks_and_micro_batches_change_nothing, dict(flags=EVERYTHING)),
-    ("train_rl", 'model.settle(checkpoint := os.path.join("runs", cfg.name, "checkpoint"))', 'checkpoint = os.path.join("runs", cfg.name, "checkpoint")',
-     test_resume_between_two_renames, {}),
-    ("evaluate", "seed=seed + start * block", "seed=seed + mine.start + i", test_two_ranks_evaluate_as_one, {}),
-    ("evaluate", "numbers=numbers,\n", "\n", test_two_ranks_evaluate_as_one, {}),
-    ("train_rl", "mine = model.mine(len(samples))", "mine = slice(0, len(samples))", test_ranks_and_micro_batches_change_nothing, dict(flags={})),
-    ("model", "os.rename(folder, old)", "shutil.rmtree(folder)", test_a_checkpoint_survives_a_crash_at_any_write, {}),
-    ("model", "        os.rename(old, folder)\n    meet()", "        pass\n    meet()", test_a_checkpoint_survives_a_crash_at_any_write, {}),
-    ("model", '    if os.path.exists(folder):\n        shutil.rmtree(old', '    if True:\n        shutil.rmtree(old', test_a_checkpoint_survives_a_crash_at_any_write, {}),
-    ("model", 'with open(path + ".tmp", "w", encoding', 'with open(path, "w", encoding', test_rows_survive_a_crash, {}),
+    ("appendix.rl_options:blindfold", 'f"{step}/{e.sample.id}/{view.index}/{view.box}"', 'f"{step}/{len(dark_views)}"',
+     test_ranks_and_micro_batches_change_nothing, dict(flags=EVERYTHING)),
+    ("appendix.recipes:presets", "run.restore_folder(checkpoint)", "pass", test_resume_between_two_renames, {}),
+    ("evaluate:run_episodes", "config.seed + block * options.batch", "config.seed + share.start + i", test_two_ranks_evaluate_as_one, {}),
+    ("evaluate:run_episodes", "options.numbers or range(len(samples))", "range(len(samples))", test_two_ranks_evaluate_as_one, {}),
+    ("train_rl:roll_out_share", "ranks.shard(len(samples))", "slice(0, len(samples))", test_ranks_and_micro_batches_change_nothing, dict(flags={})),
+    ("appendix.run:replace_folder", "os.rename(folder, old)", "shutil.rmtree(folder)", test_a_checkpoint_survives_a_crash_at_any_write, {}),
+    ("appendix.run:restore_folder", "os.rename(old, folder)", "pass", test_a_checkpoint_survives_a_crash_at_any_write, {}),
+    ("appendix.run:replace_folder", "if os.path.exists(folder):\n    shutil.rmtree(old, ignore_errors=True)\n    os.rename(folder, old)",
+     "shutil.rmtree(old, ignore_errors=True)\nif os.path.exists(folder):\n    os.rename(folder, old)", test_a_checkpoint_survives_a_crash_at_any_write, {}),
+    ("appendix.run:write_text", "tmp = path + '.tmp'", "tmp = path", test_rows_survive_a_crash, {}),
 ]
 
 SLOW = test_ranks_and_micro_batches_change_nothing, test_two_ranks_evaluate_as_one       # each bug starts processes of its own
 
-@pytest.mark.parametrize("module, old, new, test, arguments", [pytest.param(*m, marks=[pytest.mark.slow] * (m[3] in SLOW)) for m in MUTATIONS],
-                         ids=[f"{m}: {old.strip()} -> {new.strip()}" for m, old, new, *_ in MUTATIONS])
-def test_mutations_turn_a_test_red(module, old, new, test, arguments, models, models64, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("target, old, new, test, arguments", [pytest.param(*m, marks=[pytest.mark.slow] * (m[3] in SLOW)) for m in MUTATIONS],
+                         ids=names(MUTATIONS))
+def test_mutations_turn_a_test_red(target, old, new, test, arguments, models, tmp_path, capsys, monkeypatch):
     """Bug: a test that no bug can turn red."""
-    def again(made, v):
-        return getattr(made, "VLM", model.VLM)(v.model, v.tokenizer, v.processor, v.name, v.spec)
-    check_mutation(module, old, new, test, arguments, lambda made: {
-        "models": lambda: {k: again(made, v) for k, v in models.items()}, "vlm": lambda: again(made, models["qwen2.5"]),
-        "vlm64": lambda: again(made, models64["qwen2.5"]), "float64": lambda: None, "tmp_path": lambda: tmp_path, "capsys": lambda: capsys,
-        "monkeypatch": lambda: monkeypatch}, monkeypatch)
+    check_mutation(target, old, new, test, arguments, {
+        "models": lambda: models, "tmp_path": lambda: tmp_path, "capsys": lambda: capsys, "monkeypatch": lambda: monkeypatch})

@@ -1,0 +1,1 @@
+"""What the chapters stand on or are measured by, one concept per file. See README.md here."""

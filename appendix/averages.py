@@ -1,0 +1,75 @@
+"""How published benchmarks average: over questions, over cells, over rotations of a question.
+
+A row is a dict about one episode, see evaluate.summary_rows.
+"""
+from appendix.episode_rows import is_right
+
+# Benchmarks that average over cells: how many levels of the category (coarse to fine) make a cell,
+# and how many cells there are (0: that depends on the file). In all others each question counts
+# alike.
+CELLS = {
+    "blink": (1, 14),
+    "mig_bench": (1, 10),
+    "mig_bench_revised": (1, 10),
+    "robospatial": (1, 3),
+    "screenspot": (2, 6),
+    "refcoco": (1, 0),
+}
+
+
+def benchmark_of(rows):
+    """The benchmark that all rows belong to; "" if there is none, or more than one."""
+    names = set()
+    for r in rows:
+        # A parquet file is another copy of the same benchmark.
+        names.add(str(r.get("benchmark") or "").removesuffix("_parquet"))
+    return names.pop() if len(names) == 1 else ""
+
+
+def categories_of(row, benchmark):
+    """The labels that a row is counted under: its category, level by level, and its cell."""
+    levels, _ = CELLS.get(benchmark, (0, 1))
+    labels = list(row["category"])
+    if levels > 1:
+        labels.append(", ".join(row["category"][:levels]))
+    return list(dict.fromkeys(labels))
+
+
+def benchmark_average(rows):
+    """-> {"benchmark", "average", "average_of"}, by the benchmark's own definition; {} without one.
+
+    average: the mean over cells of the accuracy within the cell, or the mean over all questions.
+    """
+    benchmark = benchmark_of(rows)
+    if not benchmark:
+        return {}
+    levels, expected = CELLS.get(benchmark, (0, 1))
+    cells = {}                                          # cell: [right or not]
+    for r in rows:
+        if not r.get("hidden"):
+            cell = tuple(r["category"][:levels])
+            cells.setdefault(cell, []).append(is_right(r, benchmark))
+    means = [sum(hits) / len(hits) for hits in cells.values()]
+    average = sum(means) / len(means) if means else 0.0
+    if levels == 0:
+        average_of = "all questions"
+    elif expected == 0:
+        average_of = f"{len(cells)} cells"
+    else:
+        average_of = f"{len(cells)} of {expected} cells"
+    return {"benchmark": benchmark, "average": average, "average_of": average_of}
+
+
+def all_rotations(rows):
+    """-> {"all_rotations": share of questions that are right in every rotation}; {} without any.
+
+    See --circular of evaluate.py.
+    """
+    questions = {}                                      # id of the question: [right or not]
+    for r in rows:
+        if "of" in r and not r.get("hidden"):
+            questions.setdefault(r["of"], []).append(is_right(r))
+    if not questions:
+        return {}
+    right = sum(all(hits) for hits in questions.values())
+    return {"all_rotations": right / len(questions)}

@@ -1,0 +1,297 @@
+"""What stands around an evaluation: its questions, rows that survive a kill, the table, the page.
+
+`cfg` is evaluate.Config.
+"""
+import json
+import os
+import random
+from dataclasses import asdict, fields, replace
+
+import data
+from appendix import files, ranks, run
+from appendix.episode_rows import record, restore
+from appendix.files import DataError
+
+# Settings that may change when a run is continued.
+FREE = ("out", "drawn", "batch", "fresh", "compare")
+
+
+# --------------------------------------------------------------------------------------------------
+# the questions
+
+def load_samples(cfg):
+    """-> (samples, what they are in words)"""
+    if cfg.data:
+        title = cfg.data
+        samples = data.read_jsonl(cfg.data, cfg.images or None)[:cfg.n or None]
+    else:
+        title = f"toy {cfg.task}, {cfg.difficulty}"
+        samples = data.toy(cfg.task, "test", cfg.n or 200, cfg.seed, cfg.difficulty)
+    known = set()
+    for s in samples:                                   # a row is found again by its id
+        if s.id in known:
+            raise DataError(f"the data holds the id {s.id!r} twice; "
+                            "every sample needs an id of its own")
+        known.add(s.id)
+    # Toy options are shuffled already, and predictions answer the options as published.
+    shuffle = cfg.shuffle and cfg.data and not cfg.predictions
+    if cfg.circular or shuffle:
+        samples = arrange(samples, cfg.seed, cfg.circular)
+    return samples, title
+
+
+def arrange(samples, seed, circular=False):
+    """Choices with their options in another order; other samples stay as they are.
+
+    The order is drawn from seed and id. circular: each rotation of the options is a sample of its
+    own. meta["order"][k] is the published index of the option shown k-th, meta["of"] the id of the
+    question that rotations share.
+    """
+    arranged = []
+    for s in samples:
+        n = len(s.options)
+        if s.answer_type != "choice":
+            arranged.append(s)
+        elif circular:
+            for r in range(n):
+                rotated = with_order(s, [*range(r, n), *range(r)])
+                meta = rotated.meta | {"of": s.id}
+                arranged.append(replace(rotated, id=f"{s.id}@{r}", meta=meta))
+        else:
+            order = random.Random(f"{seed}/{s.id}").sample(range(n), n)
+            arranged.append(with_order(s, order))
+    return arranged
+
+
+def with_order(s, order):
+    """The sample with its options in this order."""
+    options = [s.options[k] for k in order]
+    answer = None if s.answer is None else order.index(s.answer)
+    return replace(s, options=options, answer=answer, meta=s.meta | {"order": order})
+
+
+def style_of(cfg, samples):
+    """The prompt style: as told, or as the questions need it."""
+    if cfg.style:
+        return cfg.style
+    if not cfg.data:
+        return data.PROMPT_STYLES[data.TASK_RECIPES[cfg.task]]
+    # A box may lie in any image, but the zoom tool cuts from the first.
+    only_boxes = all(s.answer_type == "box" for s in samples)
+    return "boxes" if only_boxes else "zoom"
+
+
+# --------------------------------------------------------------------------------------------------
+# the rows
+
+class EpisodeFile:
+    """episodes.jsonl in --out: a row per episode, written batch by batch, by all ranks.
+
+    A run with the same settings goes on from the rows that a stopped one has left there. A run
+    with other settings, or with other files behind the same names, is refused. What is scored from
+    predictions is made again in seconds, and may be overwritten.
+    """
+
+    def __init__(self, cfg):
+        self.cfg = cfg
+        self.path = os.path.join(cfg.out, "episodes.jsonl")
+        self.config_path = os.path.join(cfg.out, "config.json")
+        self.settings = settings_of(cfg)
+        self.rows = {}                                  # label of a run: {id: row}
+        if ranks.rank() == 0:
+            self.rows = self.read()
+            run.write_json(self.config_path, self.settings)
+            self.write()                                # without a row that was cut off
+        ranks.barrier()
+        if ranks.rank() > 0:
+            self.rows = self.read()
+        ranks.barrier()                                 # no rank adds a row before all have read
+
+    def read(self):
+        """The rows of a run with the same settings; {} if there are none."""
+        rows = {}
+        if self.cfg.fresh or not self.holds_rows():
+            return rows
+        before = run.read_json(self.config_path)
+        differences = []
+        for key in dict.fromkeys([*self.settings, *before]):
+            there = before.get(key)
+            here = self.settings.get(key)
+            if there != here:
+                differences.append(f"{key} ({there!r} there, {here!r} here)")
+        if differences and before.get("predictions"):
+            return rows
+        if differences:
+            raise DataError(f"{self.cfg.out} holds a run with other settings: "
+                            f"{', '.join(differences[:3])}; name another --out, or overwrite it "
+                            "with --fresh")
+        with open(self.path, encoding="utf-8") as f:
+            for line in f:
+                if line.endswith("\n"):                 # the last may have been cut off
+                    row = json.loads(line)
+                    rows.setdefault(row["run"], {})[row["id"]] = row
+        return rows
+
+    def holds_rows(self):
+        if not os.path.exists(self.config_path) or not os.path.exists(self.path):
+            return False
+        return os.path.getsize(self.path) > 0
+
+    def write(self):
+        """Replace the file by the rows that are known."""
+        lines = []
+        for rows in self.rows.values():
+            lines += [json.dumps(row) + "\n" for row in rows.values()]
+        run.write_text(self.path, "".join(lines))
+
+    def missing(self, label, samples):
+        """The numbers of the samples that a run has no row of yet."""
+        done = self.rows.get(label, {})
+        numbers = [i for i, s in enumerate(samples) if s.id not in done]
+        if done:
+            print(f"{label}: {len(done)} episodes are in {self.cfg.out} already, "
+                  f"{len(numbers)} are left")
+        return numbers
+
+    def add(self, label, episodes):
+        """Add rows to the file, in one piece, because all ranks add to it."""
+        lines = [json.dumps({"run": label, **record(e)}) + "\n" for e in episodes]
+        with open(self.path, "ab", buffering=0) as f:
+            f.write("".join(lines).encode())
+
+    def overwrite(self, label, episodes):
+        """Replace the file by the rows of these episodes."""
+        if ranks.rank() == 0:
+            open(self.path, "w").close()
+            self.add(label, episodes)
+
+    def collect(self, label, episodes, samples):
+        """This rank's new episodes -> those of all samples: of all ranks, and of the saved rows."""
+        rows = self.rows.setdefault(label, {})
+        for row in ranks.gather([record(e) for e in episodes]):
+            rows[row["id"]] = row
+        return [restore(rows[s.id], s) for s in samples]
+
+
+def settings_of(cfg):
+    """The settings that decide what the rows are, and size and time of the files behind them."""
+    settings = {k: v for k, v in asdict(cfg).items() if k not in FREE}
+    for name in ("data", "predictions", "checkpoint", "model"):
+        path = settings[name]
+        if name in ("checkpoint", "model"):
+            path = os.path.join(path, "model.safetensors")
+        if settings[name] and os.path.isfile(path):
+            settings[f"the file of --{name}"] = [os.path.getsize(path), os.path.getmtime(path)]
+    return settings
+
+
+def shared_verdicts(a, b):
+    """Two --out folders -> their verdicts, {id: right or not} each, over the same questions."""
+    rows_a = read_verdicts(a)
+    rows_b = read_verdicts(b)
+    hits_a = {}
+    hits_b = {}
+    for i in rows_a:
+        if i not in rows_b:
+            continue
+        asked_a = rows_a[i]["question"]
+        asked_b = rows_b[i]["question"]
+        if asked_a != asked_b:
+            raise DataError(f"id {i!r} asks {asked_a!r:.60} in {a}, {asked_b!r:.60} in {b}: "
+                            "not the same data")
+        hits_a[i] = rows_a[i]["verdict"] == "right"
+        hits_b[i] = rows_b[i]["verdict"] == "right"
+    if not hits_a:
+        raise DataError(f"{a} and {b} share no question that both have been scored on")
+    for folder, rows in ((a, rows_a), (b, rows_b)):
+        if len(rows) > len(hits_a):
+            print(f"{folder}: {len(rows) - len(hits_a)} questions that the other lacks are left "
+                  "out")
+    return hits_a, hits_b
+
+
+def read_verdicts(folder):
+    """The scored rows of a folder, {id: row}; of --zoom all those with zoom allowed, the first."""
+    scored = {}
+    first = None                                        # label of the first run
+    for where, row in files.read_rows(os.path.join(folder, "episodes.jsonl")):
+        for key in ("run", "id", "verdict", "question"):
+            files.need(row, key, str, where)
+        first = first or row["run"]
+        if row["run"] == first and row["verdict"]:
+            scored[row["id"]] = row
+    return scored
+
+
+# --------------------------------------------------------------------------------------------------
+# the table, on the screen and on the page
+
+def show(cfg, title, runs, summary, summaries):
+    """Print the table; write the page, except with --plain. See evaluate.summarise_runs."""
+    title = heading(title, summary, summaries)
+    rows = table_rows(summaries)
+    print_table(title, rows)
+    page = ""
+    if not cfg.plain:
+        write_page(cfg, title, runs, rows)
+        page = "report.html, "
+    print(f"\n-> {cfg.out}/{page}summary.json, episodes.jsonl")
+
+
+def heading(title, summary, summaries):
+    """What was asked, and the figures that are of all runs together."""
+    if "chance" in summary:
+        title += f"; chance {summary['chance']:.1%}"
+    if "zoom_gain" in summary:
+        title += (f"; zoom gain {summary['zoom_gain']:.1%}, zoom harm {summary['zoom_harm']:.1%} "
+                  "(right only with it, right only without)")
+    for label, s in summaries.items():
+        if "average" in s:
+            title += (f"; {label}: the average of {s['benchmark']} is {s['average']:.1%} "
+                      f"(mean of {s['average_of']})")
+    return title
+
+
+def table_rows(summaries):
+    """[(label, summary)]: each run, and below it each category that is not the whole run."""
+    rows = []
+    for label, s in summaries.items():
+        rows.append((label, s))
+        for name, part in s["categories"].items():
+            if part["n"] < s["n"]:
+                rows.append((f"  {name}", part))
+    return rows
+
+
+def print_table(title, rows):
+    width = max(len(label) for label, _ in rows)
+    print(f"\n{title}\n{'':{width}}  {'n':>6}  {'correct':>7}  {'accuracy':>8}  "
+          f"{'95 % interval':>16}  wrong format")
+    for label, s in rows:
+        print(f"{label:{width}}  {s['n']:6}  {s['correct']:7}  {s['accuracy']:8.1%}  "
+              f"{s['low']:6.1%} to {s['high']:6.1%}  {s['wrong_format']:12}")
+
+
+def write_page(cfg, title, runs, rows):
+    """report.html in --out: the table with the means of a run, and its episodes."""
+    from appendix import analysis, report
+    means = []
+    for name in ("mean_iou", "zooms", *analysis.COUNTS, "pointing"):
+        if any(name in s for _, s in rows):
+            means.append(name)
+    head = ["accuracy, 95 % interval", "questions", "wrong format"]
+    head += [name.replace("_", " ") for name in means]
+    table = [("", head)]
+    for label, s in rows:
+        cells = [s, s["n"], s["wrong_format"]]
+        cells += [f"{s[name]:.2f}" if name in s else "" for name in means]
+        table.append((label, cells))
+    settings = {"on": title}
+    for f in fields(cfg):
+        value = getattr(cfg, f.name)
+        if value != f.default and f.name not in ("data", "out", "fresh"):
+            settings[f.name] = value
+    asked = cfg.predictions or cfg.checkpoint or cfg.model
+    report.write_report(os.path.join(cfg.out, "report.html"), report.Report(
+        title=f"How well does {asked} look?", sections=list(runs.items()), table=table,
+        settings=settings, drawn=cfg.drawn))

@@ -1,0 +1,297 @@
+"""What a run reports: a row per step, the line on the screen, the summary and table at the end.
+
+`step_metrics` is the glossary: every key of metrics.jsonl stands there with its meaning.
+"""
+import math
+import time
+
+import torch
+
+import evaluate
+import grpo
+import zoom_rollout
+from appendix import ranks
+
+
+class StepLog:
+    """Collects what happens during one step: seconds by part, sums over tokens, gradient norms."""
+
+    def __init__(self, vlm, cfg, step):
+        self.vlm = vlm
+        self.cfg = cfg
+        self.step = step
+        self.last_lap = ranks.synchronized_time()
+        self.seconds = {"rollout": 0.0, "reward": 0.0, "reference": 0.0, "update": 0.0}
+        self.work_before = dict(vlm.work)
+        self.rollout_work = {"tokens": 0, "patches": 0}     # prefilled, encoded
+        self.sums = {"clipfrac": 0.0, "entropy": 0.0, "kl": 0.0}        # over tokens
+        if cfg.papo_coef:
+            self.sums["perception"] = 0.0
+        self.tokens = 0                                 # policy tokens that were trained on
+        self.trained_tokens = 0                         # all tokens of the episodes trained on
+        self.gap_sum = 0.0                              # of |sampler - trainer| log-probabilities
+        self.gap_max = 0.0
+        self.gap_tokens = 0
+        self.grad_norms = []                            # one per optimizer step
+
+    def lap(self, part):
+        """Add the seconds since the last lap to a part of the step."""
+        now = ranks.synchronized_time()
+        self.seconds[part] += now - self.last_lap
+        self.last_lap = now
+        if part == "rollout":
+            for kind, done in self.vlm.work.items():
+                self.rollout_work[kind] = done - self.work_before[kind]
+
+    def add(self, name, per_token):
+        """Add a statistic (B, T) that is 0 where the policy did not choose the token."""
+        self.sums[name] += per_token.sum().item()
+
+    def add_micro_batch(self, episodes, logprobs, old_logprobs, mask, advantages):
+        """Count tokens, clipped tokens, and the gap between sampler and trainer.
+
+        episodes: B; logprobs, old_logprobs, mask (B, T); advantages (B,).
+        """
+        cfg = self.cfg
+        n = int(mask.sum())
+        stats = grpo.stats(logprobs, old_logprobs, mask, cfg.clip_low, cfg.clip_high, advantages,
+                           cfg.loss)
+        self.sums["clipfrac"] += n * stats["clipfrac"]
+        self.tokens += n
+        self.trained_tokens += sum(len(e.ids) for e in episodes)
+        if not self.grad_norms:                         # before any update the policy has not moved
+            gap = (logprobs.detach() - old_logprobs).abs()[mask]
+            self.gap_sum += gap.sum().item()
+            self.gap_max = max(self.gap_max, gap.max().item())
+            self.gap_tokens += n
+
+
+def step_metrics(log, batch, reward, advantages, weights):
+    """The row of metrics.jsonl for one step: {name: number}, over all ranks.
+
+    batch is train_rl.Batch; reward and advantages are (P, G), weights is (P,). A mean is written as
+    (sum, count); `ranks.reduce_ratios` adds both up over the ranks and divides. Means over episodes
+    leave out the blind prompts, which may not zoom, unless they say otherwise.
+    """
+    cfg = log.cfg
+    log.lap("update")                                   # since the last lap: advantages to update
+    blind = batch.episodes[:batch.num_blind]
+    seeing = batch.episodes[batch.num_blind:]
+    rows_blind = len(blind) // cfg.group_size
+    calls = [t for e in seeing for t in e.turns if "<tool_call>" in t.text]
+    crops = sum(t.crop is not None for t in calls)
+    components = seeing[0].reward_components
+
+    row = {}
+    row["step"] = log.step
+    # mean reward of an episode; should rise
+    row["reward"] = reward[rows_blind:].sum().item(), len(seeing)
+    # share of right answers (for univg-r1: mean IoU); should rise
+    row["accuracy"] = component_mean(seeing, "accuracy")
+    # share of episodes whose turns follow the grammar; near 1 after the warm start
+    row["format"] = component_mean(seeing, "format")
+    if "iou" in components:
+        # share of box prompts whose group has a mean IoU above 0.7, between, below 0.3
+        row |= difficulty_shares(group_means(seeing, "iou", cfg.group_size))
+    for name in ("grounded", "distinct", "iou"):
+        # grounded: share of turns whose thought names points, all inside the image; near 1
+        # distinct: mean bonus for points at least 10 pixels apart
+        # iou: mean IoU of box answers; should rise
+        if name in components:
+            row[name] = component_mean(seeing, name)
+    if cfg.difficulty_weight != "none":
+        # mean difficulty weight of a prompt
+        row["weight"] = weights.sum().item(), len(weights)
+    if cfg.resample:
+        # groups that dynamic sampling replaced; the other means are over the groups kept
+        row["resampled"] = ranks.all_reduce([len(batch.dropped) // cfg.group_size])[0]
+    if blind:
+        # accuracy of the blind prompts; should stay at chance
+        row["accuracy_blind"] = component_mean(blind, "accuracy")
+    # sampled tokens per episode
+    row["length"] = sum(sum(e.completion_mask) for e in seeing), len(seeing)
+    # crops per episode
+    row["zooms"] = crops, len(seeing)
+    # share of tool calls that led to a crop; near 1
+    row["valid_calls"] = crops, len(calls)
+    # share of episodes cut off by --max-new-tokens; near 0
+    row["clipped_ratio"] = sum(e.finish_reason == "length" for e in seeing), len(seeing)
+    # share of groups whose advantages are all 0, blind ones included; rises as the task is solved
+    row["frac_zero_std"] = (advantages == 0).all(1).sum().item(), len(advantages)
+    add_update(row, log)
+    add_work(row, log, batch)
+    add_seconds(row, log, batch)
+    return ranks.reduce_ratios(row)
+
+
+def add_update(row, log):
+    """What the update did, as means over the tokens that were trained on.
+
+    These leave out groups without a signal, which are not run.
+    """
+    # clipfrac: share of tokens whose gradient the clip stopped; 0 with one update per batch
+    # entropy: entropy of the policy in nats; falls slowly, not to 0
+    # kl: KL penalty (0 without --kl-coef); small
+    # perception: PAPO's KL to the policy that sees mostly black images; rises slowly
+    for name, value in log.sums.items():
+        row[name] = value, log.tokens
+    # mean gap between the sampler's and the trainer's log-probabilities of the same tokens;
+    # below 1e-4 in fp32, below 0.01 in bf16
+    row["logp_gap"] = log.gap_sum, log.gap_tokens
+    # largest such gap; below 1e-3 in fp32, about 0.1 in bf16
+    row["logp_gap_max"] = ranks.all_reduce([log.gap_max], op="MAX")[0]
+    # gradient norm before clipping, mean over the updates; 0 when no group had a signal
+    row["grad_norm"] = sum(log.grad_norms) / max(len(log.grad_norms), 1)
+    # updates that were not applied because a gradient was not finite; 0
+    row["skipped"] = sum(not math.isfinite(norm) for norm in log.grad_norms)
+
+
+def add_work(row, log, batch):
+    """Tokens prefilled and patches encoded by the rollouts, ours and the naive way's."""
+    naive = zoom_rollout.naive_work(log.vlm, batch.episodes + batch.dropped)
+    share = 1 / ranks.world_size()                      # reduce_ratios then gives the sum
+    for kind in ("tokens", "patches"):
+        # what the rollouts of this step ran
+        row[f"{kind}_run"] = log.rollout_work[kind], share
+        # what sending the whole conversation again each turn would have run; far above
+        row[f"{kind}_naive"] = naive[kind], share
+
+
+def add_seconds(row, log, batch):
+    """Speed, and the share of each part of the step in its time."""
+    total_seconds = sum(log.seconds.values())
+    sampled = sum(sum(e.completion_mask) for e in batch.episodes + batch.dropped)
+    world = ranks.world_size()
+    training = log.seconds["update"] + log.seconds["reference"]
+    # sampled tokens per second of rollout, all ranks together
+    row["roll_tokens_per_s"] = sampled, log.seconds["rollout"] / world
+    # tokens (prompts included) trained on per second of update, all ranks together
+    row["train_tokens_per_s"] = log.trained_tokens, training / world
+    for part, seconds in log.seconds.items():
+        # share of the step's time; that of the rollout is the largest
+        row[f"share_{part}"] = seconds, total_seconds
+    # seconds of the step
+    row["seconds"] = total_seconds
+
+
+def component_mean(episodes, name):
+    """Sum and count of a reward component."""
+    return sum(e.reward_components[name] for e in episodes), len(episodes)
+
+
+def group_means(episodes, name, group_size):
+    """Mean of a reward component in each group -> tensor (P,)."""
+    values = [float(e.reward_components[name]) for e in episodes]
+    return torch.tensor(values).view(-1, group_size).mean(1)
+
+
+def difficulty_shares(iou):
+    """Mean IoU per group (P,) -> {level: (prompts, all prompts)}; figure 3 of UniVG-R1."""
+    easy = iou > 0.7
+    hard = iou < 0.3
+    medium = ~easy & ~hard
+    levels = {"easy": easy, "medium": medium, "hard": hard}
+    return {name: (level.sum().item(), len(iou)) for name, level in levels.items()}
+
+
+# --------------------------------------------------------------------------------------------------
+# on the screen
+
+class Clock:
+    """How long the remaining steps will take."""
+
+    def __init__(self, first_step, steps):
+        self.began = time.time()
+        self.first_step = first_step
+        self.steps = steps
+
+    def minutes_left(self, step):
+        per_step = (time.time() - self.began) / (step + 1 - self.first_step)
+        return per_step * (self.steps - step - 1) / 60
+
+
+def log_line(row, steps, minutes_left):
+    """What one watches, in at most 120 columns. The other metrics are in metrics.jsonl."""
+    update = "SKIPPED" if row["skipped"] else f"gnorm {row['grad_norm']:.2f}"
+    digits = 1 if minutes_left < 10 else 0
+    return (f"step {row['step'] + 1:4d}/{steps}  reward {row['reward']:.3f} "
+            f"acc {row['accuracy']:.2f} fmt {row['format']:.2f}  "
+            f"len {row['length']:.0f} zooms {row['zooms']:.1f}  "
+            f"zero-std {row['frac_zero_std']:.0%} {update}  "
+            f"{row['roll_tokens_per_s']:.0f} tok/s {minutes_left:.{digits}f} min left")
+
+
+# --------------------------------------------------------------------------------------------------
+# at the end
+
+def chance(samples):
+    """Accuracy of a blind guess: one over the number of options, 0 where there are none."""
+    guesses = [1 / len(s.options) if s.options else 0.0 for s in samples]
+    return sum(guesses) / len(samples)
+
+
+def summarise_run(before, after, held_out, curves, seconds):
+    """The figures of summary.json. before, after: {zoom mode: evaluate.summarise(...)}."""
+    on = after["on"]
+    summary = {
+        "seconds": round(seconds, 1),                   # of the whole run, warm start included
+        "n": on["n"],                                   # held-out questions
+        "accuracy_before": before["on"]["accuracy"],    # zoom allowed, before RL
+        "accuracy_after": on["accuracy"],               # zoom allowed, after RL
+        "low": on["low"],                               # 95 % interval of accuracy_after
+        "high": on["high"],
+        "chance": chance(held_out),
+        "zooms_per_episode": on["zooms"],
+        "logp_gap_max": max((row["logp_gap_max"] for row in curves), default=0.0),
+    }
+    if "off" in after:
+        summary["accuracy_no_zoom"] = after["off"]["accuracy"]
+        summary["accuracy_black_crop"] = after["black"]["accuracy"]
+    if "mean_iou" in on:
+        summary["mean_iou_before"] = before["on"]["mean_iou"]
+        summary["mean_iou_after"] = on["mean_iou"]
+    levels = {}
+    for name, part in difficulty_levels(on).items():
+        accuracy_before = before["on"]["categories"][name]["accuracy"]
+        levels[name] = {"n": part["n"], "accuracy_before": accuracy_before,
+                        "accuracy_after": part["accuracy"]}
+    if levels:
+        summary["levels"] = levels
+    return summary
+
+
+def difficulty_levels(summary):
+    """The categories that are not all there is: easy, medium and hard scenes of a mixed world."""
+    categories = summary["categories"]
+    return {name: part for name, part in categories.items() if part["n"] < summary["n"]}
+
+
+def print_results(before, after, summary, curves):
+    """The table of held-out accuracies before and after RL."""
+    on = after["on"]
+    if curves:
+        print_work(curves)
+    print(f"\n{'held-out accuracy':22s}{'before RL':24s}after RL      "
+          f"(95 % interval, n = {on['n']}, chance {summary['chance']:.0%})")
+    for mode, part in after.items():
+        print(f"{evaluate.MODES[mode]:22s}{interval(before[mode]):24s}{interval(part)}")
+    for name, part in difficulty_levels(on).items():
+        label = f"{name}, n = {part['n']}"
+        print(f"  {label:20s}{interval(before['on']['categories'][name]):24s}{interval(part)}")
+    if "mean_iou" in on:
+        print(f"{'mean IoU':22s}{before['on']['mean_iou']:<24.3f}{on['mean_iou']:.3f}")
+
+
+def interval(part):
+    return f"{part['accuracy']:.1%} [{part['low']:.1%}, {part['high']:.1%}]"
+
+
+def print_work(curves):
+    """What the cache and the shared encodings saved, over all steps."""
+    total = {}
+    for key in ("tokens_run", "patches_run", "tokens_naive", "patches_naive"):
+        total[key] = sum(row[key] for row in curves)
+    print(f"rollouts prefilled {total['tokens_run']:,.0f} tokens and encoded "
+          f"{total['patches_run']:,.0f} patches; sending everything again each turn, for each "
+          f"member of a group, would have been {total['tokens_naive']:,.0f} and "
+          f"{total['patches_naive']:,.0f}")

@@ -1,0 +1,360 @@
+"""A group's prompt, computed once: drop-ins for the plain cache and the plain log-probabilities.
+
+The G episodes of a prompt begin with the same tokens, mostly those of its image. The plain version
+(model.py) gives every row a copy:
+
+    row 0   [prompt A ..................][turn 1][crop][turn 2]
+    row 1   [prompt A ..................][turn 1]
+    row 2   [prompt A ..................][turn 1][crop][turn 2][crop][turn 3]
+    row 3   [prompt B .........][turn 1][crop][turn 2]
+    row 4   [prompt B .........][turn 1][crop][turn 2]
+    row 5   [prompt B .........][turn 1]
+
+Here a prompt stands once, and the rows hold what follows it:
+
+    prompt A [..................]  <-  row 0 [turn 1][crop][turn 2]
+                                   <-  row 1 [turn 1]
+                                   <-  row 2 [turn 1][crop][turn 2][crop][turn 3]
+    prompt B [.........]           <-  row 3 [turn 1][crop][turn 2]
+                                   <-  row 4 [turn 1][crop][turn 2]
+                                   <-  row 5 [turn 1]
+
+What that saves, of P prompts of S tokens and P * G rows that add T tokens each: sampling keeps
+P * S + P * G * T slots in the cache in place of P * G * (S + T), and a decoding step reads the keys
+of a prompt once for its whole group; training runs P * S + P * G * T tokens through the model in
+place of P * G * (S + T). With S = 300, G = 8, T = 100 that is 2.9 times fewer.
+
+`SharedCache` does the first (Hydragen, arXiv 2402.05099, splits attention the same way), `Packed`
+does the second. tests/test_prefix.py holds both to the results of the plain version.
+
+Shapes:  P prompts   S slots of the longest prompt   B rows   T slots of the longest row
+         G rows of the largest group   N tokens of a packed row   M sampled tokens
+         H query heads   K key and value heads   R = H / K   d width of a head
+"""
+import torch
+import torch.nn.functional as F
+from torch.nn.attention.bias import causal_lower_right
+
+import model
+
+
+# --------------------------------------------------------------------------------------------------
+# sampling: rows that refer to their prompt
+
+class PromptCache(model.KVCache):
+    """The plain cache, whose rows other rows may continue without copying them."""
+
+    def branch(self, group):
+        """A cache of B empty rows that continue the rows group (B,) of this one."""
+        return self.resume([None] * len(group), group)
+
+    def resume(self, kept, group):
+        """`branch` with rows that hold tokens already: each what SharedCache.keep_row returned.
+
+        kept: B lists of a (keys, values) per layer, or None for a row that is empty.
+        """
+        lengths = [row[0][0].shape[1] if row else 0 for row in kept]
+        keys = []
+        values = []
+        for layer, block in enumerate(self.keys):
+            shape = (len(kept), block.shape[1], max(lengths), block.shape[3])
+            keys.append(block.new_zeros(shape))
+            values.append(block.new_zeros(shape))
+            for b, row in enumerate(kept):
+                if row:
+                    keys[layer][b, :, :lengths[b]] = row[layer][0]
+                    values[layer][b, :, :lengths[b]] = row[layer][1]
+        return SharedCache(self, group, keys, values, torch.tensor(lengths, device=group.device))
+
+
+class SharedCache(model.KVCache):
+    """What B rows hold beyond their prompts. A new token sees its row's prompt, then its row.
+
+    One softmax runs over the scores of both. The scores of the prompt are computed per group: the
+    queries of its rows, side by side, are multiplied with one copy of the prompt's keys. For this
+    every prompt has G places, and a row takes one of its prompt's.
+    """
+
+    def __init__(self, prompts, group, keys, values, lengths):
+        super().__init__(keys, values, lengths)
+        self.prompts = prompts                          # PromptCache of P rows
+        self.group = group                              # (B,) prompt of each row
+        self.bias = None                                # (B, 1, 1, S + T) for the softmax
+        # Rows of a group take its places in order.
+        order = torch.arange(len(group), device=group.device)
+        same_group = group[:, None] == group
+        earlier = order[:, None] > order
+        rank = (same_group & earlier).sum(1)            # (B,) rows of its group before a row
+        self.group_size = int(rank.max()) + 1           # G
+        self.place_of_row = group * self.group_size + rank              # (B,) its place among P * G
+        self.num_places = len(prompts.lengths) * self.group_size
+        all_taken = len(group) == self.num_places
+        self.in_order = all_taken and torch.equal(self.place_of_row, order)
+        self.rows_of = {}                               # prompt: its rows
+        for p in group.unique().tolist():
+            self.rows_of[p] = (group == p).nonzero()[:, 0]
+
+    def place(self, n):
+        """Give the next n tokens of every row their slots."""
+        super().place(n)
+        prompt_slots = self.prompts.keys[0].shape[2]
+        slots = torch.arange(prompt_slots, device=self.lengths.device)
+        in_prompt = slots < self.prompts.lengths[self.group, None]                      # (B, S)
+        in_prompt = in_prompt[:, None].expand(-1, n, -1)
+        self.mask = torch.cat([in_prompt, self.mask], 2)                            # (B, n, S + T)
+        self.bias = ~self.mask[:, None] * -1e9 if n == 1 else None
+
+    def attend(self, layer, q, k, v):
+        """Attention of n new tokens per row: q (B, n, H, d), k and v (B, n, K, d) -> like q."""
+        keys, values = self.store(layer, k, v)                                      # (B, K, T, d)
+        prompt_keys = self.prompts.keys[layer]                                      # (P, K, S, d)
+        prompt_values = self.prompts.values[layer]
+        if q.shape[1] == 1:
+            return self.attend_one_token(q, keys, values, prompt_keys, prompt_values)
+        return self.attend_chunk(q, keys, values, prompt_keys, prompt_values)
+
+    def attend_one_token(self, q, keys, values, prompt_keys, prompt_values):
+        """A decoding step: the prompt's keys and values are read once per group."""
+        q = q[:, 0].unflatten(1, (keys.shape[1], -1)) * q.shape[-1] ** -0.5         # (B, K, R, d)
+        prompt_scores = self.to_rows(self.to_prompts(q) @ prompt_keys.mT)           # (B, K, R, S)
+        own_scores = q @ keys.mT                                                    # (B, K, R, T)
+        scores = torch.cat([prompt_scores, own_scores], -1).float() + self.bias
+        weights = scores.softmax(-1).to(values.dtype)
+        prompt_weights, own_weights = weights.split([prompt_keys.shape[2], keys.shape[2]], -1)
+        from_prompt = self.to_rows(self.to_prompts(prompt_weights) @ prompt_values)  # (B, K, R, d)
+        out = own_weights @ values + from_prompt
+        return out.flatten(1, 2)[:, None]                                           # (B, 1, H, d)
+
+    def attend_chunk(self, q, keys, values, prompt_keys, prompt_values):
+        """An observation: enough work to pay for a copy of the prompt, one group at a time."""
+        out = torch.empty_like(q)
+        for p, rows in self.rows_of.items():
+            copies = (len(rows), -1, -1, -1)
+            all_keys = torch.cat([prompt_keys[p].expand(copies), keys[rows]], 2)
+            all_values = torch.cat([prompt_values[p].expand(copies), values[rows]], 2)
+            mask = self.mask[rows][:, None]
+            x = F.scaled_dot_product_attention(q[rows].transpose(1, 2), all_keys, all_values, mask,
+                                               enable_gqa=True)
+            out[rows] = x.transpose(1, 2)
+        return out
+
+    def to_prompts(self, x):
+        """(B, K, R, X) -> (P, K, G * R, X): rows of a group side by side, 0 in free places."""
+        if not self.in_order:
+            places = x.new_zeros(self.num_places, *x.shape[1:])
+            x = places.index_copy_(0, self.place_of_row, x)
+        return x.unflatten(0, (-1, self.group_size)).transpose(1, 2).flatten(2, 3)
+
+    def to_rows(self, x):
+        """(P, K, G * R, X) -> (B, K, R, X): the way back."""
+        x = x.unflatten(2, (self.group_size, -1)).transpose(1, 2).flatten(0, 1)
+        return x if self.in_order else x[self.place_of_row]
+
+    def select_rows(self, index):
+        """A cache of the rows index (b,), copied. Prompts that no row continues are dropped."""
+        used, group = self.group[index].unique(return_inverse=True)
+        prompts = self.prompts
+        if len(used) < len(prompts.lengths):
+            prompts = prompts.select_rows(used)
+        return SharedCache(prompts, group, *self.copy_rows(index))
+
+    def keep_row(self, row):
+        """A copy of what a row holds beyond its prompt: per layer (keys, values) (K, T, d)."""
+        n = int(self.lengths[row])
+        kept = []
+        for keys, values in zip(self.keys, self.values):
+            kept.append((keys[row, :, :n].clone(), values[row, :, :n].clone()))
+        return kept
+
+
+# --------------------------------------------------------------------------------------------------
+# training: a group as one row
+
+class Packed:
+    """Episodes to train on, as one row without padding; in place of a cache it answers attention.
+
+        [prompt A][rest of 0][rest of 1][rest of 2][prompt B][rest of 3][rest of 4][rest of 5]
+
+    All of a layer works token by token and does not care who stands where, except for attention: a
+    prompt sees itself, the rest of an episode sees its prompt and itself.
+    """
+
+    def __init__(self, ids, positions, views, groups, predictors, targets):
+        self.ids = ids                                  # (1, N)
+        self.positions = positions                      # (3, 1, N)
+        self.views = views                              # in the order of their tokens
+        self.groups = groups                        # [(tokens of prompt, [tokens of each rest])]
+        self.predictors = predictors                # (M,) where the sampled tokens are predicted
+        self.targets = targets                      # (M,) the sampled tokens, episode by episode
+        self.sizes = []                             # tokens of prompt, rests, prompt, rests, ...
+        self.places = []                                # per group: see `padded_places`
+        for prompt, rests in groups:
+            self.sizes += [prompt, sum(rests)]
+            self.places.append(torch.tensor(padded_places(rests), dtype=torch.long,
+                                            device=ids.device))
+
+    def attend(self, layer, q, k, v):
+        """Attention of all tokens: q (1, N, H, d), k and v (1, N, K, d) -> like q."""
+        q = q[0].split(self.sizes)
+        k = k[0].split(self.sizes)
+        v = v[0].split(self.sizes)
+        out = []
+        for g, (_, rests) in enumerate(self.groups):
+            prompt_q = heads_first(q[2 * g])                                        # (1, H, S, d)
+            prompt_k = heads_first(k[2 * g])                                        # (1, K, S, d)
+            prompt_v = heads_first(v[2 * g])
+            x = F.scaled_dot_product_attention(prompt_q, prompt_k, prompt_v, is_causal=True,
+                                               enable_gqa=True)
+            out.append(x[0].transpose(0, 1))
+            if rests:
+                own = (q[2 * g + 1], k[2 * g + 1], v[2 * g + 1])
+                out.append(self.attend_rests(g, *own, prompt_k, prompt_v))
+        return torch.cat(out)[None]
+
+    def attend_rests(self, g, q, k, v, prompt_k, prompt_v):
+        """The rests of group g, n tokens in all: q (n, H, d), k and v (n, K, d) -> like q."""
+        rests = self.groups[g][1]
+        places = self.places[g]
+        q = padded(q, places, rests)                                                # (G, H, T, d)
+        own_k = padded(k, places, rests)                                            # (G, K, T, d)
+        own_v = padded(v, places, rests)
+        copies = (len(rests), -1, -1, -1)
+        k = torch.cat([prompt_k.expand(copies), own_k], 2)                      # (G, K, S + T, d)
+        v = torch.cat([prompt_v.expand(copies), own_v], 2)
+        mask = causal_lower_right(q.shape[2], k.shape[2])                           # sees all of S
+        x = F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True)
+        return x.transpose(1, 2).flatten(0, 1).index_select(0, places)                  # (n, H, d)
+
+
+def heads_first(x):
+    """(n, heads, d) -> (1, heads, n, d)."""
+    return x[None].transpose(1, 2)
+
+
+def padded_places(lengths):
+    """Where the tokens of rows of these lengths stand once the rows are padded to the longest."""
+    places = []
+    for row, length in enumerate(lengths):
+        start = row * max(lengths)
+        places += range(start, start + length)
+    return places
+
+
+def padded(x, places, lengths):
+    """Rows of these lengths without padding (n, heads, d) -> padded (G, heads, T, d)."""
+    blank = x.new_zeros(len(lengths) * max(lengths), *x.shape[1:])
+    return blank.index_copy(0, places, x).unflatten(0, (len(lengths), -1)).transpose(1, 2)
+
+
+class PrefixVLM(model.VLM):
+    """model.VLM with the two halves of this file in place of the plain ones."""
+
+    shares_prompts = True
+
+    def new_cache(self, rows):
+        """An empty cache of so many rows, which `branch` continues without copies."""
+        plain = super().new_cache(rows)
+        return PromptCache(plain.keys, plain.values, plain.lengths)
+
+    def logprobs(self, episodes, temperature=1.0, chunk=1024):
+        """See model.VLM.logprobs. A prompt that several episodes continue is computed once."""
+        self.encode(model.all_views(episodes))
+        packed = self.pack(episodes)
+        h = self.forward(packed.ids, packed.positions, packed.views, packed)[0]         # (N, D)
+        mask = self.completion_mask(episodes)                                           # (B, T)
+        logprobs, entropy = self.score_tokens(h[packed.predictors], packed.targets, temperature,
+                                              chunk)
+        return model.scatter(logprobs, mask), model.scatter(entropy, mask), mask
+
+    def group_by_prompt(self, episodes):
+        """Which episodes continue the same prompt: equal ids up to the first sampled token, and the
+        very same views?
+
+        -> [(tokens of the prompt, indices of its episodes)]. An episode that shares its prompt with
+        no other counts as a prompt from end to end.
+        """
+        groups = {}
+        for b, e in enumerate(episodes):
+            n = len(e.ids)
+            if True in e.completion_mask:
+                n = e.completion_mask.index(True)
+            prompt = e.ids[:n]
+            views = e.views[:prompt.count(self.vision_start)]
+            key = (tuple(prompt), *map(id, views))
+            groups.setdefault(key, []).append(b)
+        out = []
+        for (prompt, *_), members in groups.items():
+            alone = len(members) == 1
+            out.append((len(episodes[members[0]].ids) if alone else len(prompt), members))
+        return out
+
+    def micro_batches(self, episodes, max_tokens=4096):
+        """Split into parts of at most max_tokens tokens as `pack` counts them, groups together.
+
+        An episode that is longer is a part by itself. Gradients do not change.
+        """
+        parts = []
+        room = 0                                        # tokens left in the last part
+        for prompt, members in self.group_by_prompt(episodes):
+            to_pay = prompt                             # by the first episode of it in a part
+            for b in members:
+                rest = len(episodes[b].ids) - prompt
+                if not parts or to_pay + rest > room:
+                    parts.append([])
+                    room = max_tokens
+                    to_pay = prompt
+                parts[-1].append(episodes[b])
+                room -= to_pay + rest
+                to_pay = 0
+        return parts
+
+    def pack(self, episodes):
+        """-> the episodes as a Packed row."""
+        ids = []
+        positions = []                                  # tensors (3, n)
+        views = []
+        groups = []
+        places = [None] * len(episodes)                 # of each episode's tokens in the row
+        for prompt, members in self.group_by_prompt(episodes):
+            prompt_places = list(range(len(ids), len(ids) + prompt))
+            rests = []
+            for b in members:
+                e = episodes[b]
+                grids = [view.grid for view in e.views]
+                own_positions, _ = model.mrope(e.ids, grids, self.image_token)      # (3, tokens)
+                num_views = e.ids[:prompt].count(self.vision_start)
+                if b == members[0]:
+                    ids += e.ids[:prompt]
+                    positions.append(own_positions[:, :prompt])
+                    views += e.views[:num_views]
+                rest = e.ids[prompt:]
+                places[b] = prompt_places + list(range(len(ids), len(ids) + len(rest)))
+                ids += rest
+                positions.append(own_positions[:, prompt:])
+                views += e.views[num_views:]
+                rests.append(len(rest))
+            groups.append((prompt, rests if len(members) > 1 else []))
+        predictors, sampled = sampled_places(episodes, places)
+        ids = torch.tensor(ids, device=self.device)
+        positions = torch.cat(positions, 1).to(self.device)
+        return Packed(ids[None], positions[:, None], views, groups, predictors.to(self.device),
+                      ids[sampled.to(self.device)])
+
+
+def sampled_places(episodes, places):
+    """Where the tokens that predict the sampled ones stand, and these themselves: two (M,)."""
+    predictors = []
+    sampled = []
+    for e, own in zip(episodes, places):
+        for t, chosen in enumerate(e.completion_mask):
+            if chosen:
+                predictors.append(own[t - 1])
+                sampled.append(own[t])
+    return torch.tensor(predictors, dtype=torch.long), torch.tensor(sampled, dtype=torch.long)
+
+
+def load_vlm(name, plain=False, device="auto", dtype="auto", max_pixels=0, recompute=False,
+             quiet=False):
+    """model.load -> PrefixVLM, or, if plain, model.VLM."""
+    vlm_class = model.VLM if plain else PrefixVLM
+    return model.load(name, device, dtype, max_pixels, recompute, quiet, vlm_class)

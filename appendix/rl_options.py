@@ -1,0 +1,83 @@
+"""Optional parts of the RL step, each behind a flag of train_rl.py that is off by default.
+
+    --curiosity, --overlong     bonuses that depend on the group or on the length in tokens
+    --over-turn                 what becomes of episodes that a limit cut off
+    --papo-coef                 a second look at images that are mostly black
+
+The formulas are in grpo.py; here stands what they need to know about episodes.
+"""
+import random
+from dataclasses import replace
+
+import torch
+
+import grpo
+
+
+def bonuses(episodes, cfg, episode_limit):
+    """The bonuses of --curiosity and --overlong -> tensor (P, G), to be added to the rewards.
+
+    episode_limit: tokens that an episode may sample at most.
+    """
+    bonus = torch.zeros(len(episodes) // cfg.group_size, cfg.group_size)
+    if cfg.curiosity:
+        zooms = [float(sum(t.crop is not None for t in e.turns)) for e in episodes]
+        bonus = bonus + grpo.curiosity(torch.tensor(zooms).view_as(bonus), cfg.curiosity)
+    if cfg.overlong:
+        lengths = [float(sum(e.completion_mask)) for e in episodes]
+        lengths = torch.tensor(lengths).view_as(bonus)
+        bonus = bonus + grpo.overlong(lengths, episode_limit, cfg.overlong)
+    return bonus
+
+
+def finished_by_themselves(episodes):
+    """Which episodes ended with an answer that no limit on tokens or zooms forced? -> bool (B,)."""
+    finished = []
+    for e in episodes:
+        forced_after_zooms = e.turns[-1].forced and len(e.turns) > 1
+        finished.append(e.finish_reason == "answer" and not forced_after_zooms)
+    return torch.tensor(finished)
+
+
+def counted_episodes(episodes, cfg):
+    """Which episodes count in the mean and standard deviation of their group? -> bool (P, G).
+
+    None, for all of them, unless --over-turn exclude leaves out those that a limit cut off.
+    """
+    if cfg.over_turn != "exclude":
+        return None
+    return finished_by_themselves(episodes).view(-1, cfg.group_size)
+
+
+def mask_advantages(episodes, advantages, cfg):
+    """Advantages (P, G) -> the same, 0 where --over-turn mask or --mask-negative says so.
+
+    To be cut off is not to be wrong: the over-turn mask of Mini-o3 (2509.07969). Learning from
+    advantages above 0 alone is an option of ViGoRL's code.
+    """
+    if cfg.over_turn == "mask":
+        advantages = advantages * finished_by_themselves(episodes).view_as(advantages)
+    if cfg.mask_negative:
+        advantages = advantages.clamp(min=0)
+    return advantages
+
+
+def blindfold(vlm, episodes, step, share=0.6):
+    """The same episodes with 60 % of the patches of every image black (PAPO, 2507.06448).
+
+    Which patches depends on the image and the step, not on the rest of the micro-batch.
+    """
+    dark_views = {}                                     # a group shares the views of its prompt
+    out = []
+    for e in episodes:
+        for view in e.views:
+            if id(view) not in dark_views:
+                name = f"{step}/{e.sample.id}/{view.index}/{view.box}"
+                generator = torch.Generator().manual_seed(random.Random(name).getrandbits(60))
+                dark = vlm.view(view.source, view.index, view.box, view.fed)
+                vlm.patchify(dark)
+                hidden = torch.rand(len(dark.patches), 1, generator=generator) < share
+                dark.patches.masked_fill_(hidden, 0)
+                dark_views[id(view)] = dark
+        out.append(replace(e, views=[dark_views[id(view)] for view in e.views]))
+    return out

@@ -1,0 +1,341 @@
+"""What stands around the steps of an RL run: loading, measuring, saving, resuming, reporting.
+
+train_rl.py calls these functions in the order in which they stand here. `cfg` is train_rl.Config.
+"""
+import json
+import os
+import random
+import time
+from dataclasses import asdict, dataclass, field, replace
+
+import torch
+
+import data
+import evaluate
+import train_sft
+import zoom_rollout
+from appendix import memory, metrics, prefix, ranks, run
+from model import is_tiny
+
+# Fields that may change when a run is resumed.
+FREE = ("resume", "steps", "name", "save_every", "max_batch_tokens", "graphs", "micro_tokens",
+        "recompute", "offload", "plain")
+# The run stops after this many steps in a row whose gradient was not finite.
+PATIENCE = 5
+
+
+@dataclass
+class Progress:
+    """Where a run stands: what a checkpoint records beside weights and optimizer."""
+    step: int = 0                                       # steps done
+    seconds: float = 0.0                                # seconds spent by earlier processes
+    before: dict = field(default_factory=dict)          # held-out summary by zoom mode, before RL
+    sections: list = field(default_factory=list)        # sections of the report: (title, episodes)
+
+
+def run_folder(cfg):
+    return os.path.join("runs", cfg.name)
+
+
+def rollout_config(cfg, seed):
+    """The part of the run's settings that decides how an episode unfolds."""
+    config = run.pick_fields(cfg, zoom_rollout.RolloutConfig)
+    return replace(config, style=data.PROMPT_STYLES[cfg.recipe], seed=seed)
+
+
+def check_config(cfg, num_blind):
+    """Refuse settings that cannot work, before any work starts.
+
+    num_blind: prompts per step that may not zoom.
+    """
+    world = ranks.world_size()
+    num_seeing = cfg.num_prompts - num_blind
+    if cfg.data and cfg.traces == "oracle":
+        run.fail("the oracle knows the toy world only: --data needs --traces mcts, "
+                 "--traces FILE.jsonl, or --traces '' for none")
+    if cfg.group_size < 2:
+        run.fail("in a group of one no episode is better than the mean, so nothing is learned; "
+                 "expected --group-size 2 or more")
+    if cfg.graphs and not torch.cuda.is_available():
+        run.fail("--graphs needs a CUDA device")
+    if num_seeing < world:
+        run.fail(f"{num_seeing} prompts that may zoom cannot be shared by {world} ranks; "
+                 f"expected --num-prompts {world + cfg.blind_prompts} or more")
+
+
+# --------------------------------------------------------------------------------------------------
+# resume
+
+def read_state(checkpoint):
+    """state.json of a checkpoint folder, with the keys that a resumed run needs."""
+    path = os.path.join(checkpoint, "state.json")
+    if not os.path.exists(path):
+        run.fail(f"nothing to resume in {checkpoint}")
+    return run.read_json(path, "config", "step", "before", "seconds")
+
+
+def resumable(checkpoint, cfg):
+    """The state of a checkpoint made with these settings, a dict (those in FREE may differ)."""
+    state = read_state(checkpoint)
+    differences = []
+    for key, value in asdict(cfg).items():
+        there = state["config"].get(key)
+        if key not in FREE and there != value:
+            differences.append(f"{key} ({there!r} there, {value!r} here)")
+    if differences:
+        run.fail(f"{checkpoint} was made with other settings: {', '.join(differences)}")
+    return state
+
+
+# --------------------------------------------------------------------------------------------------
+# models and memory
+
+def load_policy(cfg):
+    """The model that learns: the run's checkpoint with --resume, else --model."""
+    name = os.path.join(run_folder(cfg), "checkpoint") if cfg.resume else cfg.model
+    # A toy scene is four times the size of what is fed, so a real model gets a smaller image there.
+    small = not cfg.data and not is_tiny(cfg.model)
+    max_pixels = cfg.max_pixels or (448 * 448 if small else 0)
+    return prefix.load_vlm(name, plain=cfg.plain, device=cfg.device, dtype=cfg.dtype,
+                           max_pixels=max_pixels, recompute=cfg.recompute)
+
+
+def load_reference(vlm, cfg):
+    """The frozen reference of the KL penalty: the policy as it was when the run began, or None."""
+    if cfg.kl_coef == 0:
+        return None
+    path = os.path.join(run_folder(cfg), "reference")
+    if not cfg.resume and ranks.rank() == 0:
+        run.replace_folder(vlm.save(path), path)
+    ranks.barrier()
+    return prefix.load_vlm(path, plain=cfg.plain, device=cfg.device, dtype=cfg.dtype,
+                           max_pixels=vlm.spec.max_pixels, quiet=True)
+
+
+def memory_plan(vlm, cfg):
+    """What the run will need in bytes, by part; printed for a real model."""
+    options = memory.MemoryOptions(
+        micro_tokens=cfg.micro_tokens, cache_tokens=cfg.max_batch_tokens, recompute=cfg.recompute,
+        offload=cfg.offload, reference=cfg.kl_coef > 0)
+    plan = memory.memory_plan(vlm, options)
+    if not is_tiny(cfg.model):
+        memory.print_plan(plan, cfg.offload)
+    return plan
+
+
+# --------------------------------------------------------------------------------------------------
+# questions and the warm start
+
+def split(cfg, side, rows):
+    """-> (held-out samples, rows to train on). One row in ten of --data is held out.
+
+    side: pixels of a side of a toy scene. The toy world has a test split of its own and no rows:
+    training draws its scenes step by step.
+    """
+    if not cfg.data:
+        held_out = data.toy(cfg.task, "test", cfg.eval_n, cfg.seed, cfg.difficulty, side)
+        return held_out, []
+    rows = random.Random(cfg.seed).sample(rows, len(rows))
+    n = min(cfg.eval_n, max(len(rows) // 10, 1))
+    return rows[:n], rows[n:] or rows
+
+
+def fine_tune_on_traces(vlm, rows, cfg):
+    """The warm start, in place, if the run asks for one. rows: the questions of --data."""
+    if not cfg.traces:
+        return
+    began = time.time()
+    defaults = {} if is_tiny(cfg.model) else train_sft.REAL
+    sft = replace(
+        train_sft.Config(**defaults), traces=cfg.traces, task=cfg.task, difficulty=cfg.difficulty,
+        n=cfg.sft_n, epochs=cfg.sft_epochs, batch=cfg.sft_batch, lr=cfg.sft_lr, seed=cfg.seed,
+        max_zooms=cfg.max_zooms, micro_tokens=cfg.micro_tokens, offload=cfg.offload,
+        plain=cfg.plain)
+    style = data.PROMPT_STYLES[cfg.recipe]
+    losses, traces = train_sft.warm_start(vlm, sft, style, rows, vlm.toy_side)
+    print(f"warm start: {len(traces)} traces, loss {losses[0]:.2f} -> {losses[-1]:.2f}, "
+          f"{time.time() - began:.0f} s")
+
+
+# --------------------------------------------------------------------------------------------------
+# measure
+
+def measure(vlm, cfg, samples, label):
+    """Held-out accuracy in each zoom mode, sampled as in training.
+
+    -> {mode: (evaluate.summarise(...), episodes)}
+    """
+    can_zoom = data.PROMPT_STYLES[cfg.recipe] == "zoom"
+    modes = list(evaluate.MODES) if can_zoom else ["on"]
+    options = evaluate.RunOptions(recipe=cfg.recipe, plain=cfg.plain)
+    out = {}
+    for mode in modes:
+        config = replace(rollout_config(cfg, cfg.seed), zoom=mode)
+        episodes = evaluate.run_episodes(vlm, samples, config, options)
+        rows = ranks.gather(evaluate.summary_rows(episodes))
+        out[mode] = evaluate.summarise(rows), episodes
+    shares = []
+    for mode, (s, _) in out.items():
+        shares.append(f"zoom {mode} {s['accuracy']:.1%} [{s['low']:.1%}, {s['high']:.1%}]")
+    print(f"{label}: {'; '.join(shares)}")
+    return out
+
+
+# --------------------------------------------------------------------------------------------------
+# during the run
+
+def stop_if_nothing_succeeds(episodes, step):
+    """End the run after its first step if no rollout of any rank had any success."""
+    if step > 0:
+        return
+    successes = sum(e.reward_components["accuracy"] > 0 for e in episodes)
+    successes, rollouts = ranks.all_reduce([successes, len(episodes)])
+    if successes > 0:
+        return
+    form = sum(e.reward_components["format"] for e in episodes) / len(episodes)
+    run.fail(f"none of the {rollouts:.0f} rollouts of the first step has any success, so there is "
+             f"nothing to reinforce (each group's advantages are 0). Mean format {form:.2f}. "
+             "Warm-start on traces (--traces), or take easier questions.")
+
+
+class RunLog:
+    """Writes and prints each step, saves checkpoints, and stops a run that cannot go on."""
+
+    def __init__(self, vlm, optimizer, cfg, progress, began):
+        self.vlm = vlm
+        self.optimizer = optimizer
+        self.cfg = cfg
+        self.progress = progress
+        self.began = began                              # time at which this process began
+        self.saved = progress.step                      # step of the last checkpoint
+        self.skipped = 0                                # steps in a row without a finite gradient
+        self.clock = metrics.Clock(progress.step, cfg.steps)
+        self.interrupt = run.Interrupt()
+
+    def begin(self):
+        """Cut the logs to the steps done, write config.json; resume the optimizer or save."""
+        for name in ("metrics.jsonl", "episodes.jsonl"):    # later steps are run again
+            run.keep_rows_before(self.path(name), self.progress.step)
+        run.write_json(self.path("config.json"), asdict(self.cfg))
+        ranks.barrier()
+        if self.cfg.resume:
+            run.load_checkpoint(self.path("checkpoint"), self.optimizer)
+        else:
+            self.save(0)                                # a warm start takes long, too
+
+    def path(self, name):
+        return os.path.join(run_folder(self.cfg), name)
+
+    def save(self, step):
+        seconds = self.progress.seconds + time.time() - self.began
+        state = {"step": step, "config": asdict(self.cfg), "before": self.progress.before,
+                 "seconds": seconds}
+        run.save_checkpoint(self.path("checkpoint"), self.vlm, self.optimizer, state)
+        self.saved = step
+
+    def write(self, row, episodes):
+        """Print the step; append its metrics, and its best and its worst episode."""
+        minutes_left = self.clock.minutes_left(row["step"])
+        print(metrics.log_line(row, self.cfg.steps, minutes_left), flush=True)
+        run.append_rows(self.path("metrics.jsonl"), [row])
+        picked = best_and_worst(episodes)
+        describe(picked, self.cfg)
+        records = [{"step": row["step"], **evaluate.record(e)} for e in picked]
+        run.append_rows(self.path("episodes.jsonl"), records)
+
+    def stops_after(self, row):
+        """Save when it is time -> True if Ctrl-C asked the run to stop."""
+        self.skipped = self.skipped + 1 if row["skipped"] else 0
+        if self.skipped == PATIENCE:
+            run.fail(self.diverged())
+        done = row["step"] + 1
+        stopping = ranks.all_reduce([int(self.interrupt.asked)])[0] > 0         # on any rank
+        if done % self.cfg.save_every == 0 or done == self.cfg.steps or stopping:
+            self.save(done)
+        if stopping:
+            print(f"stopped and saved; continue with: --name {self.cfg.name} --resume")
+        return stopping
+
+    def diverged(self):
+        return (f"the gradient was not finite in {PATIENCE} steps in a row, so nothing was learned "
+                f"in them and nothing will be. Look at {self.path('metrics.jsonl')}: a growing "
+                "grad_norm asks for a smaller --lr, a large logp_gap for --dtype float32. "
+                f"The checkpoint of step {self.saved} is as it was")
+
+
+def describe(episodes, cfg):
+    """Count what the episodes did, except with --plain."""
+    if not cfg.plain:
+        from appendix import analysis
+        analysis.describe(episodes)
+
+
+def best_and_worst(episodes):
+    """The episodes with the highest and the lowest reward."""
+    best = max(episodes, key=lambda e: e.reward_components["reward"])
+    worst = min(episodes, key=lambda e: e.reward_components["reward"])
+    return [best, worst]
+
+
+# --------------------------------------------------------------------------------------------------
+# the end
+
+def group_to_show(vlm, episodes, cfg):
+    """The group whose advantages differ most, with what the report shows of its episodes."""
+    G = cfg.group_size
+    groups = [episodes[i:i + G] for i in range(0, len(episodes), G)]
+    group = max(groups, key=advantage_range)
+    for e in group:
+        e.token_texts = evaluate.token_texts(vlm, e)
+        e.shown_as = {"crop_from": cfg.crop_from, "fed": e.views[0].fed}
+    describe(group, cfg)
+    return group
+
+
+def advantage_range(group):
+    advantages = [e.advantage for e in group]
+    return max(advantages) - min(advantages)
+
+
+def finish(vlm, held_out, run_log, planned_bytes):
+    """Measure again; write summary.json and report.html; print the results."""
+    cfg = run_log.cfg
+    progress = run_log.progress
+    after = measure(vlm, cfg, held_out, "after RL")
+    if ranks.rank() > 0:
+        return
+    folder = run_folder(cfg)
+    with open(os.path.join(folder, "metrics.jsonl"), encoding="utf-8") as f:
+        curves = [json.loads(line) for line in f]
+    summaries = {mode: summary for mode, (summary, _) in after.items()}
+    seconds = progress.seconds + time.time() - run_log.began
+    summary = metrics.summarise_run(progress.before, summaries, held_out, curves, seconds)
+    run.write_json(os.path.join(folder, "summary.json"), summary)
+    metrics.print_results(progress.before, summaries, summary, curves)
+    page = "summary.json has the figures"
+    if not cfg.plain:
+        write_report(run_log, after, curves)
+        page = "report.html shows the episodes"
+    planned = "" if is_tiny(cfg.model) else f" (planned {planned_bytes / 1e9:.1f})"
+    print(f"{summary['seconds']:.0f} s in all, peak memory {memory.peak_memory() / 1e9:.2f} GB"
+          f"{planned}; {folder}/{page}")
+
+
+def write_report(run_log, after, curves):
+    """runs/NAME/report.html: curves, the table of accuracies, episodes before and after."""
+    from appendix import report
+    cfg = run_log.cfg
+    before = run_log.progress.before
+    sections = list(run_log.progress.sections)
+    for mode, (_, episodes) in after.items():
+        sections.append((f"after RL, {evaluate.MODES[mode]}", episodes))
+    modes = list(after)
+    table = [("", [evaluate.MODES[mode] for mode in modes]),
+             ("before RL", [before[mode] for mode in modes]),
+             ("after RL", [after[mode][0] for mode in modes])]
+    settings = asdict(cfg)
+    changed = {k: v for k, v in settings.items() if v != getattr(type(cfg), k)}
+    question = os.path.basename(cfg.data) if cfg.data else cfg.task
+    page = report.Report(title=f"{question}, {run_log.vlm.name}", sections=sections,
+                         curves=curves, table=table, settings=changed)
+    report.write_report(os.path.join(run_folder(cfg), "report.html"), page)
