@@ -1,15 +1,16 @@
 """What the model computes: image -> tokens, chat -> ids, forward pass, log-probabilities.
 
 Both Qwen families (Qwen2.5-VL, Qwen3-VL) are loaded with transformers; the lines that matter are
-written out here: how an image becomes tokens (`View`), how a chat becomes ids (`VLM.chat`), which
-positions the tokens get (`mrope`), one decoder layer (`VLM.layer`), the forward pass
+written out here: the cache (`KVCache`), the positions of tokens (`mrope`), how an image becomes
+tokens (`VLM.view`) and a chat ids (`VLM.chat`), one decoder layer (`VLM.layer`), the forward pass
 (`VLM.forward`), the same pass with a cache for sampling (`VLM.prefill`, `VLM.decode_step`), and the
 log-probabilities for training (`VLM.logprobs`). The vision tower is frozen, as in both papers, so
 an image is encoded once; its features serve every rollout, the reference model and the update.
 
 This is the plain version: every row holds its own prompt. appendix/prefix.py computes the prompt of
-a group once, to the same result. Left out: videos as input (their frames are images here), and any
-attention but torch's scaled dot product.
+a group once, to the same result. An image (`View`) stands in appendix/vision.py, the models that
+there are (`MODELS`) and their files in appendix/weights.py. Left out: videos as input (their frames
+are images here), and any attention but torch's scaled dot product.
 
 Shapes:  B rows (episodes)   T tokens   D width   V vocabulary   S cache slots   N image tokens
          H query heads   K key and value heads   d width of a head
@@ -19,7 +20,6 @@ from dataclasses import asdict, replace
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch.utils.checkpoint import checkpoint
 
 # Set before transformers is imported and before the GPU is used. Rollout and update need memory
@@ -27,70 +27,16 @@ from torch.utils.checkpoint import checkpoint
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 import transformers
+# For those who build a model of their own, such as appendix/tiny.py.
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
-from appendix import vision, weights
+from appendix import parts, vision, weights
+from appendix.vision import View
 from appendix.weights import MODELS, Spec, card_of, is_tiny
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
-
-
-# --------------------------------------------------------------------------------------------------
-# an image
-
-class View:
-    """One image as the model sees it: a box of a source image, resized, and its features.
-
-    The only place that maps between pixels of the source and the coordinates that the model reads
-    and writes: source = model * scale, with `scale` the pair (sx, sy), for a view of a whole image.
-    """
-
-    def __init__(self, source, fed, convention, index=0, box=None, grid=None):
-        self.source = source                            # PIL image
-        self.fed = fed                                  # (width, height) in pixels, as fed
-        self.index = index                              # number of the prompt image it shows
-        self.box = box or (0, 0, *source.size)          # left, top, right, bottom in source pixels
-        self.grid = grid                                # (1, h, w) in patches
-        width = self.box[2] - self.box[0]
-        height = self.box[3] - self.box[1]
-        if convention == "thousand":
-            self.scale = (width / 1000, height / 1000)
-        else:
-            self.scale = (width / fed[0], height / fed[1])
-        self.patches = None                             # (h * w, 3 * patch ** 2) bytes
-        self.features = None                            # (N, D)
-        self.deep = None                                # Qwen3-VL: list of (N, D), for early layers
-
-    def to_source(self, x, y):
-        """The model's coordinates -> source pixels."""
-        return self.box[0] + x * self.scale[0], self.box[1] + y * self.scale[1]
-
-    def from_source(self, x, y):
-        """Source pixels -> the integers that a model would write."""
-        return round((x - self.box[0]) / self.scale[0]), round((y - self.box[1]) / self.scale[1])
-
-    def pixels(self):
-        """The image as fed. Cut first: resize(box=...) would mix in pixels beyond the crop."""
-        return self.source.crop(self.box).resize(self.fed, Image.Resampling.BICUBIC)
-
-    def tokens(self, merge=2):
-        """How many image tokens it takes: merge x merge patches become one token."""
-        return self.grid[1] * self.grid[2] // merge ** 2
-
-    def set_patches(self, patches):
-        self.patches = patches
-
-    def set_features(self, features, deep):
-        self.features = features
-        self.deep = deep
-        self.patches = None
-
-    def drop_features(self):
-        """Free the memory; `VLM.encode` computes the features again when they are needed."""
-        self.features = None
-        self.deep = None
 
 
 # --------------------------------------------------------------------------------------------------
@@ -200,7 +146,7 @@ def mrope(ids, grids, image_token, start=0, merge=2):
 
 
 def rope_axes(sections, interleaved):
-    """Which of a token's three positions turns each of the d / 2 rotary frequencies -> (d / 2,).
+    """Which of the three positions of a token turns each rotary frequency -> (d / 2,).
 
     sections: how many frequencies belong to time, row and column.
     """
@@ -503,19 +449,8 @@ class VLM:
         return logprobs.gather(1, targets[:, None])[:, 0], entropy
 
     def micro_batches(self, episodes, max_tokens=4096):
-        """Split into parts of at most max_tokens tokens, padding included; gradients do not change.
-
-        An episode that is longer is a part by itself.
-        """
-        parts = []
-        longest = 0                                     # episode of the last part
-        for e in episodes:
-            longest = max(longest, len(e.ids))
-            if not parts or longest * (len(parts[-1]) + 1) > max_tokens:
-                parts.append([])
-                longest = len(e.ids)
-            parts[-1].append(e)
-        return parts
+        """Split into parts of at most max_tokens tokens. A memory knob: gradients do not change."""
+        return parts.padded_parts(episodes, max_tokens)
 
     def parameters(self):
         """The parameters that are trained: all but the vision tower's."""
@@ -528,8 +463,8 @@ class VLM:
         which model this is and how it writes coordinates.
         """
         spec = asdict(replace(self.spec, path="."))
-        parts = (self.model, self.tokenizer, self.processor)
-        return weights.write_files(folder, parts, {"name": self.name, **spec, **card})
+        card = {"name": self.name, **spec, **card}
+        return weights.write_files(folder, (self.model, self.tokenizer, self.processor), card)
 
 
 def all_views(episodes):

@@ -82,7 +82,7 @@ def answer_part(text):
         start += len("<answer>")
         return text[start:text.index("</answer>", start)], True
     said = re.split(r"</(?:think|tool_call)>", text)[-1]
-    said = re.split(r"<(?:think|tool_call)>", said)[0]          # one that was never closed
+    said = re.split(r"<(?:think|tool_call)>", said)[0]          # drop a thought that never closes
     return re.sub(r"</?answer>", "", said), False
 
 
@@ -108,7 +108,7 @@ def find_shape(said, answer_type, take_first):
 # judge: is the value right? A grader takes (value, sample, frames) and returns a float in [0, 1].
 
 def to_source(values, image, frames):
-    """(x, y) or (x1, y1, x2, y2) as the model writes it -> source pixels of image number `image`."""
+    """(x, y) or (x1, y1, x2, y2) as the model says it -> source pixels of prompt image `image`."""
     sx, sy = frames[image][:2] if frames else (1, 1)
     scales = (sx, sy, sx, sy)
     return [value * scale for value, scale in zip(values, scales)]
@@ -352,7 +352,7 @@ def grounded(turn_text, frames):
 @dataclass(frozen=True)
 class Bonuses:
     """What vigorl-zoom pays beside right answers and good form."""
-    min_distance: float = 10.0  # distance between distinct points, in pixels of what the model sees
+    min_distance: float = 10.0  # least distance of distinct points, in the model's coordinates
     distinct: float = 0.2       # reward for each further distinct point; 0: none
     tool: float = 0.0           # reward for a right answer after a zoom that worked (DeepEyes: 1.2)
 

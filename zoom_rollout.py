@@ -24,7 +24,7 @@ import torch
 from PIL import Image
 
 import data
-from appendix import files
+from appendix import files, parts
 
 
 # --------------------------------------------------------------------------------------------------
@@ -375,38 +375,13 @@ def rollout(vlm, samples, group_size=1, config=RolloutConfig(), first_sample=0, 
     u = torch.rand(before + len(episodes), config.zoom_limit + 1, config.max_new_tokens,
                    dtype=torch.double, generator=torch.Generator().manual_seed(config.seed))
     u = u[before:]                                      # (P * G, turns, tokens of a turn)
-    for first, last in split_by_memory(vlm, prompts, group_size, config):
+    for first, last in parts.rollout_parts(vlm, prompts, group_size, config):
         first_prompt = first // group_size
         last_prompt = (last - 1) // group_size
         group = [i // group_size - first_prompt for i in range(first, last)]
         unfold(vlm, prompts[first_prompt:last_prompt + 1], group, episodes[first:last],
                u[first:last], config)
     return episodes
-
-
-def split_by_memory(vlm, prompts, group_size, config):
-    """Cut the P * G episodes into parts whose cache fits into config.max_batch_tokens.
-
-    -> [(first, last)], last excluded. A single episode that does not fit is a part by itself.
-    """
-    limit = config.zoom_limit
-    crop_tokens = (vlm.spec.crop_side // vlm.factor) ** 2 + 64          # and the text around it
-    growth = (limit + 1) * config.max_new_tokens + limit * crop_tokens  # of one episode, at most
-    parts = []
-    first = 0
-    size = 0                                            # cache slots of the part from `first` on
-    for i in range(len(prompts) * group_size):
-        prompt = len(prompts[i // group_size].ids)
-        new_prompt = i == first or i % group_size == 0 or not vlm.shares_prompts
-        cost = growth + prompt if new_prompt else growth
-        if i > first and size + cost > config.max_batch_tokens:
-            parts.append((first, i))
-            first = i
-            size = 0
-            cost = growth + prompt
-        size += cost
-    parts.append((first, len(prompts) * group_size))
-    return parts
 
 
 @dataclass
@@ -438,9 +413,12 @@ def unfold(vlm, prompts, group, episodes, u, config):
     """
     # The prompts run through the model once; then every episode gets a row of its own.
     cache = vlm.new_cache(len(prompts))
-    prompt_views = [view for prompt in prompts for view in prompt.views]
-    logits, positions = vlm.prefill(cache, [prompt.ids for prompt in prompts],
-                                    [0] * len(prompts), prompt_views)
+    chunks = []
+    views = []
+    for prompt in prompts:
+        chunks.append(prompt.ids)
+        views += prompt.views
+    logits, positions = vlm.prefill(cache, chunks, [0] * len(prompts), views)
     cache = cache.branch(torch.tensor(group, device=vlm.device))
     logits = logits[group]
     positions = [positions[p] for p in group]

@@ -1,9 +1,11 @@
-"""From pixels to image features: patches, normalisation, the vision tower in bounded batches.
+"""One image as the model sees it: which part, at which size, in which coordinates, as features.
 
-The tower itself is transformers' own. What stands here saves time and memory around it: an image is
-kept as bytes until the tower takes it, several are resized at once, each is encoded once.
+    box of the source image -> resized image -> patches -> the vision tower -> N image tokens
 
-Functions take a model.VLM and its model.View objects.
+The tower itself is transformers' own. What stands around it saves time and memory: an image is kept
+as bytes until the tower takes it, several are resized at once, each is encoded once.
+
+`vlm` is a model.VLM.
 
 Shapes:  h, w patches of an image (grid)   n = h * w   N = n / 4 image tokens   D width
 """
@@ -11,7 +13,64 @@ import math
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
+from PIL import Image
 
+
+class View:
+    """One image as the model sees it: a box of a source image, resized, and its features.
+
+    The only place that maps between pixels of the source and the coordinates that the model reads
+    and writes: source = model * scale, with `scale` the pair (sx, sy), for a view of a whole image.
+    """
+
+    def __init__(self, source, fed, convention, index=0, box=None, grid=None):
+        self.source = source                            # PIL image
+        self.fed = fed                                  # (width, height) in pixels, as fed
+        self.index = index                              # number of the prompt image it shows
+        self.box = box or (0, 0, *source.size)          # left, top, right, bottom in source pixels
+        self.grid = grid                                # (1, h, w) in patches
+        width = self.box[2] - self.box[0]
+        height = self.box[3] - self.box[1]
+        if convention == "thousand":
+            self.scale = (width / 1000, height / 1000)
+        else:
+            self.scale = (width / fed[0], height / fed[1])
+        self.patches = None                             # (n, 3 * patch ** 2) bytes
+        self.features = None                            # (N, D)
+        self.deep = None                                # Qwen3-VL: list of (N, D), for early layers
+
+    def to_source(self, x, y):
+        """The model's coordinates -> source pixels."""
+        return self.box[0] + x * self.scale[0], self.box[1] + y * self.scale[1]
+
+    def from_source(self, x, y):
+        """Source pixels -> the integers that a model would write."""
+        return round((x - self.box[0]) / self.scale[0]), round((y - self.box[1]) / self.scale[1])
+
+    def pixels(self):
+        """The image as fed. Cut first: resize(box=...) would mix in pixels beyond the crop."""
+        return self.source.crop(self.box).resize(self.fed, Image.Resampling.BICUBIC)
+
+    def tokens(self, merge=2):
+        """How many image tokens it takes: merge x merge patches become one token."""
+        return self.grid[1] * self.grid[2] // merge ** 2
+
+    def set_patches(self, patches):
+        self.patches = patches
+
+    def set_features(self, features, deep):
+        self.features = features
+        self.deep = deep
+        self.patches = None
+
+    def drop_features(self):
+        """Free the memory; `encode` computes the features again when they are needed."""
+        self.features = None
+        self.deep = None
+
+
+# --------------------------------------------------------------------------------------------------
+# the features
 
 def patchify(vlm, view, pixels=None):
     """Cut an image into patches (n, 3 * patch ** 2) of bytes, stored in view.patches.
@@ -68,7 +127,7 @@ def encode_batch(vlm, views, grad):
     """Fill the features (N, D) of the views; of Qwen3-VL also those for its early layers."""
     new = [view for view in views if view.patches is None]
     with ThreadPoolExecutor() as pool:                  # resizing is slow and releases the lock
-        images = pool.map(resized, new)
+        images = pool.map(View.pixels, new)
         for view, pixels in zip(new, images):
             patchify(vlm, view, pixels)
     patches = torch.cat([view.patches for view in views])
@@ -82,7 +141,3 @@ def encode_batch(vlm, views, grad):
         deep = [layer.split(sizes) for layer in deep]
     for i, view in enumerate(views):
         view.set_features(out.pooler_output[i], [layer[i] for layer in deep])
-
-
-def resized(view):
-    return view.pixels()

@@ -124,7 +124,7 @@ def read_files(name, path, device, dtype):
 
 
 def write_files(folder, parts, card):
-    """Write model, tokenizer, processor and vlm.json (`card`) into folder + ".tmp" -> its path."""
+    """Write the parts of a model and its `card`, vlm.json, into folder + ".tmp" -> that path."""
     tmp = folder.rstrip("/") + ".tmp"
     shutil.rmtree(tmp, ignore_errors=True)
     for part in parts:

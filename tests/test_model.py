@@ -1,17 +1,18 @@
 """
-Is our forward pass transformers' own, and does the plumbing around it keep what it is given? Both families, random weights,
-several images; float64 where rounding would hide a bug. At the end MUTATIONS puts bugs into model.py, one at a time, and requires
-the named test to fail.
+Is our forward pass transformers' own, and does what stands around it keep what it is given? Both families, random weights, several
+images; float64 where rounding would hide a bug. Sampling and log-probabilities are tested for the plain VLM and for PrefixVLM (what
+only the latter does is in test_prefix.py). At the end MUTATIONS puts bugs into model.py, appendix/vision.py and appendix/parts.py,
+one at a time, and requires the named test to fail.
 """
-import copy, dataclasses, itertools, math, os, random
-from typing import Literal
+import itertools, math, os, random
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-import data, model, train_sft, zoom_rollout
+import data, model, zoom_rollout
+from appendix import run
 from conftest import check_mutation, close, names
 from zoom_rollout import Episode
 
@@ -20,14 +21,20 @@ SIZES = [(112, 112), (333, 97), (50, 120), (448, 449)]
 def picture(size, seed=0):
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
 
+def plainly(vlm, plain=True):
+    """The same model without what appendix/prefix.py does."""
+    return model.VLM(vlm.model, vlm.tokenizer, vlm.processor, vlm.name, vlm.spec) if plain else vlm
+
+both = pytest.mark.parametrize("plain", [True, False], ids=["plain", "prefix"])
+
 def episode(vlm, images, turns=1, seed=0):
     """A chat with `images` spread over its user turns; the assistant's turns are random tokens, and sampled."""
-    rng, e = random.Random(seed), Episode(None, [], [], [], [])
+    rng, e = random.Random(seed), Episode(None)
     views = [vlm.view(picture(SIZES[i % 4], seed + i), i) for i in range(images)]
     for turn in range(turns):
         here = views[turn::turns]
-        e.say(vlm, vlm.chat("user", "Look.", *here, f"Which is {seed}?") + vlm.chat("assistant", open=True), views=here, sampled=False)
-        e.say(vlm, [rng.randrange(vlm.im_start) for _ in range(rng.randrange(3, 12))] + [vlm.im_end])
+        e.append_given(vlm.chat("user", "Look.", *here, f"Which is {seed}?") + vlm.chat("assistant", open=True), here)
+        e.append_sampled([rng.randrange(vlm.im_start) for _ in range(rng.randrange(3, 12))] + [vlm.im_end])
     return e
 
 def batch(vlm):
@@ -45,7 +52,7 @@ def theirs(vlm, e):
 def sampled_logprobs(vlm, e, logits, temperature=1.0):
     """By hand: log pi(token t | before t) of the sampled tokens, from all logits."""
     logits = logits[0].index_fill(-1, torch.tensor([vlm.image_token, vlm.vision_start, vlm.vision_end]), -torch.inf) / temperature
-    return torch.stack([logits[t - 1].log_softmax(-1)[e.ids[t]] for t, on in enumerate(e.sampled) if on])
+    return torch.stack([logits[t - 1].log_softmax(-1)[e.ids[t]] for t, on in enumerate(e.completion_mask) if on])
 
 # -----------------------------------------------------------------------------
 # the forward pass
@@ -90,8 +97,10 @@ def test_forward_equals_transformers(vlm64, float64, images):
         h = vlm64.forward(torch.tensor([e.ids]), positions[:, None], e.views)
         close(vlm64.model.lm_head(h), theirs(vlm64, e), 1e-9)
 
-def test_padded_batch_equals_singletons(vlm64, float64):
+@both
+def test_padded_batch_equals_singletons(vlm64, float64, plain):
     """Bug: padding or a neighbour's images leak into a row; nan from a row without images; the mask shifted by one."""
+    vlm64 = plainly(vlm64, plain)
     episodes = batch(vlm64)
     with torch.no_grad():
         logprobs, entropy, mask = vlm64.logprobs(episodes)
@@ -101,69 +110,60 @@ def test_padded_batch_equals_singletons(vlm64, float64):
             n = len(e.ids)
             close(logprobs[b, :n], alone[0], 1e-9), close(entropy[b, :n], its_entropy[0], 1e-9)
             close(alone[0][mask[b, :n]], sampled_logprobs(vlm64, e, theirs(vlm64, e)), 1e-9)
-            assert mask[b, :n].tolist() == e.sampled and (logprobs[b][~mask[b]] == 0).all() and (entropy[b][~mask[b]] == 0).all()
+            assert mask[b, :n].tolist() == e.completion_mask and (logprobs[b][~mask[b]] == 0).all() and (entropy[b][~mask[b]] == 0).all()
 
-def test_cached_equals_one_shot(vlm64, float64):
+@both
+def test_cached_equals_one_shot(vlm64, float64, plain):
     """Bug: a row's new tokens overwrite or skip cache slots, or see another row's, when rows grow by different lengths."""
+    vlm64 = plainly(vlm64, plain)
     episodes, rng = encoded(vlm64, batch(vlm64)), random.Random(3)
     cut = [chunks(vlm64, e, rng) for e in episodes]
     cut[2].insert(1, ([], []))                                                      # rows wait at different times
     cut[0].insert(3, ([], []))
     cache, starts, done = vlm64.new_cache(5), [0] * 5, [0] * 5
     for step in itertools.zip_longest(*cut, fillvalue=([], [])):
-        logits, starts = vlm64.extend(cache, [ids for ids, _ in step], starts, [v for _, views in step for v in views])
+        logits, starts = vlm64.prefill(cache, [ids for ids, _ in step], starts, [v for _, views in step for v in views])
         done = [n + len(ids) for n, (ids, _) in zip(done, step)]
         for b, e in enumerate(episodes):
             if step[b][0]:
                 close(logits[b].softmax(-1), vlm64.logits(whole(vlm64, e)[0, done[b] - 1]).softmax(-1), 1e-9)
     assert done == [len(e.ids) for e in episodes] == cache.lengths.tolist()
 
-def shared(vlm, group, keep):
-    """Logits after a prompt, a chunk and two tokens: rows with prompts of their own, extended, and rows that share, decoded."""
+@both
+@pytest.mark.parametrize("group", [[0, 0, 1, 1, 2, 2], [2, 0, 2, 0, 1, 0]])
+def test_decoding_equals_prefill(vlm64, float64, plain, group):
+    """Bug: a row that waits moves on, or is overwritten by what its neighbours write meanwhile; a branch that is another's. Three
+    tokens one by one, of rows that wait at different times, against the same tokens in one chunk."""
+    vlm64 = plainly(vlm64, plain)
     with torch.no_grad():
-        prompts = encoded(vlm, batch(vlm))[:3]
-        said, caches = torch.randint(5, 200, (len(group), 6), generator=torch.Generator().manual_seed(0)), []
-        for share in (False, True):
-            cache = vlm.new_cache(3)
-            _, starts = vlm.extend(cache, [e.ids for e in prompts], [0] * 3, [v for e in prompts for v in e.views])
-            cache = (cache.share if share else cache.rows)(torch.tensor(group))
-            logits, starts = vlm.extend(cache, [row[:2 + i % 3].tolist() for i, row in enumerate(said)], [starts[g] for g in group])
-            cache, starts, out = cache.rows(torch.tensor(keep)), [starts[i] for i in keep], [logits]
-            cache.reserve(3)
-            for t in (4, 5):
-                out.append(vlm.decode(cache, said[keep, t], torch.tensor(starts), torch.ones(len(keep), dtype=torch.long)) if share else
-                           vlm.extend(cache, said[keep, t:t + 1].tolist(), starts)[0])
-                starts = [s + 1 for s in starts]
-            caches.append(out)
-    return caches
-
-@pytest.mark.parametrize("group, keep", [([0, 0, 1, 1, 2, 2], [0, 1, 2, 3, 4, 5]), ([0, 0, 0, 1, 2, 2], [5, 1, 0]), ([2, 0, 2, 0, 1, 0], [3, 0, 2, 5])])
-def test_shared_prompt_equals_own(vlm64, float64, group, keep):
-    """Bug: a prompt that is attended to once for its group weighs too much or too little, or is another group's."""
-    for own, once in zip(*shared(vlm64, group, keep)):
-        close(once.softmax(-1), own.softmax(-1), 1e-9)
-
-@pytest.mark.cuda
-def test_graph_on_cuda(models):
-    """Bug: a captured step that reads what has moved since, or that advances rows which wait."""
-    single = models["qwen2.5"]
-    vlm = model.VLM(copy.deepcopy(single.model).to("cuda"), single.tokenizer, single.processor, single.name, single.spec)
-    out = []
-    for graphs in (False, True):
-        cache = vlm.new_cache(3)
-        logits, starts = vlm.extend(cache, [[5, 6, 7], [8, 9], [10]], [0] * 3)
-        u = torch.rand(3, 24, generator=torch.Generator().manual_seed(1), dtype=torch.double).cuda()
-        out.append(zoom_rollout.sample_turn(vlm, cache, logits, starts, u, 1.0, 24, graphs))
-    assert out[0][0] == out[1][0] and out[0][2] == out[1][2]
+        prompts, said = encoded(vlm64, batch(vlm64))[:3], torch.randint(5, 200, (6, 3), generator=torch.Generator().manual_seed(0))
+        cache = vlm64.new_cache(3)
+        _, positions = vlm64.prefill(cache, [e.ids for e in prompts], [0] * 3, [v for e in prompts for v in e.views])
+        cache, at = cache.branch(torch.tensor(group)), torch.tensor([positions[g] for g in group])
+        n, last = torch.zeros(6, dtype=torch.long), [None] * 6
+        cache.reserve(9)
+        for step in range(9):                                                       # row b writes in three of the nine steps
+            live = torch.tensor([(step + b) % 3 == 0 for b in range(6)])
+            logits = vlm64.decode_step(cache, said[torch.arange(6), n.clamp(max=2)], at, live)
+            last = [logits[b] if live[b] else last[b] for b in range(6)]
+            n, at = n + live, at + live
+        assert n.tolist() == [3] * 6
+        fresh = vlm64.new_cache(6)
+        want, after = vlm64.prefill(fresh, [prompts[g].ids + said[b].tolist() for b, g in enumerate(group)], [0] * 6,
+                                    [v for g in group for v in prompts[g].views])
+        close(torch.stack(last).softmax(-1), want.softmax(-1), 1e-9)
+        assert at.tolist() == after
 
 def whole(vlm, e):
     positions, _ = model.mrope(e.ids, [v.grid for v in e.views], vlm.image_token)
     with torch.no_grad():
         return vlm.forward(torch.tensor([e.ids]), positions[:, None], e.views)
 
+@both
 @pytest.mark.parametrize("chunk", [3, 4096])
-def test_logprobs_gradient(vlm64, float64, chunk):
+def test_logprobs_gradient(vlm64, float64, chunk, plain):
     """Bug: a chunk forgotten, or weighted twice, in the backward pass; the temperature on one side only. Against all logits."""
+    vlm64 = plainly(vlm64, plain)
     episodes = batch(vlm64)[:2]
     logprobs, _, mask = vlm64.logprobs(episodes, temperature=0.7, chunk=chunk)
     by_hand = torch.cat([sampled_logprobs(vlm64, e, theirs(vlm64, e), 0.7) for e in episodes])
@@ -173,18 +173,48 @@ def test_logprobs_gradient(vlm64, float64, chunk):
     for g, w in zip(got, want):
         close(g, w, 1e-8)
 
-def test_entropy(vlm64, float64):
+@both
+def test_recomputed_layers_are_the_same(vlm64, float64, plain):
+    """Bug: a layer that is computed again in the backward pass is another one."""
+    episodes = batch(vlm64)[:2]
+    gradients = []
+    for recompute in (False, True):
+        vlm = type(plainly(vlm64, plain))(vlm64.model, vlm64.tokenizer, vlm64.processor, vlm64.name, vlm64.spec, recompute)
+        calls, layer = [], vlm.layer
+        vlm.layer = lambda i, *rest: (calls.append(i), layer(i, *rest))[1]
+        logprobs, _, _ = vlm.logprobs(episodes)
+        gradients.append(torch.autograd.grad(logprobs.sum(), vlm.parameters()))
+        assert len(calls) == (2 if recompute else 1) * vlm.model.config.text_config.num_hidden_layers
+    for once, again in zip(*gradients):
+        close(again, once, 1e-12)
+
+def test_micro_batches_of_padded_rows(vlm):
+    """Bug: an episode is lost or run twice; a padded part is larger than the memory that was granted."""
+    vlm, episodes = plainly(vlm), batch(vlm)
+    cost = lambda part: len(part) * max(len(e.ids) for e in part)
+    for tokens in (1, 100, 300, cost(episodes) - 1, cost(episodes), 10 ** 6):
+        parts = vlm.micro_batches(episodes, tokens)
+        assert [id(e) for part in parts for e in part] == list(map(id, episodes))
+        assert all(len(part) == 1 or cost(part) <= tokens for part in parts)
+        assert len(parts) == {1: 5, cost(episodes) - 1: 2, cost(episodes): 1, 10 ** 6: 1}.get(tokens, len(parts))
+    assert vlm.micro_batches([], 9) == []
+
+@both
+def test_entropy(vlm64, float64, plain):
     """Bug: the wrong sign, base, or an entropy of logits."""
+    vlm64 = plainly(vlm64, plain)
     e = episode(vlm64, 1)
     with torch.no_grad():
         _, entropy, mask = vlm64.logprobs([e], temperature=2.0)
         p = torch.distributions.Categorical(logits=vlm64.logits(whole(vlm64, e)[0]) / 2)
         close(entropy[mask], p.entropy()[:-1][mask[0, 1:]], 1e-9)
 
-def test_nothing_sampled(vlm):
+@both
+def test_nothing_sampled(vlm, plain):
     """Bug: an episode without a sampled token (all of a micro-batch cut away) crashes, or makes the gradient nan."""
+    vlm = plainly(vlm, plain)
     e = episode(vlm, 1)
-    e.sampled = [False] * len(e.ids)
+    e.completion_mask = [False] * len(e.ids)
     logprobs, entropy, mask = vlm.logprobs([e, e])
     assert logprobs.shape == mask.shape == (2, len(e.ids)) and not mask.any() and (logprobs == 0).all() and (entropy == 0).all()
     gradients = torch.autograd.grad(logprobs.sum(), vlm.parameters(), allow_unused=True)
@@ -199,7 +229,7 @@ def test_image_tokens_cannot_be_said(vlm):
     close(p.sum(-1), torch.ones(3), 1e-5)
     u = torch.linspace(0, 1 - 2 ** -53, 999, dtype=torch.double)
     for row in vlm.logits(h):
-        assert not set(zoom_rollout.draw(row.expand(999, -1), u, 1.0)[0].tolist()) & set(said)
+        assert not set(zoom_rollout.sample_tokens(row.expand(999, -1), u, 1.0)[0].tolist()) & set(said)
 
 def encoded(vlm, episodes):
     vlm.encode([v for e in episodes for v in e.views])
@@ -285,227 +315,136 @@ def test_vision_tower_is_frozen(vlm):
     assert tower and trained and not tower & trained and len(tower | trained) == len(list(vlm.model.parameters()))
     assert not any(v.features.requires_grad for e in encoded(vlm, batch(vlm)) for v in e.views)
 
-# -----------------------------------------------------------------------------
-# optimizer
-
-def steps(optimizer, p, gradients, lr):
-    for g in gradients:
-        p.grad = g.to(p.grad_dtype)
-        optimizer.step(lr, clip=1e9) if isinstance(optimizer, model.AdamW) else optimizer.step()
-    return p.detach()
-
-def test_small_updates_survive_bf16():
-    """Bug: bf16 weights near 1 are 0.004 apart: 3000 steps of 1e-6 each are 3000 times nothing."""
-    ours, plain = (torch.nn.Parameter(torch.ones(8, dtype=torch.bfloat16)) for _ in range(2))
-    optimizer, gradients = model.AdamW([ours], 1e-6, weight_decay=0), [torch.ones(8)] * 3000
-    steps(optimizer, ours, gradients, 1e-6)
-    steps(torch.optim.AdamW([plain], lr=1e-6, weight_decay=0), plain, gradients, 1e-6)
-    assert (plain == 1).all() and (ours < 1).all()
-    close(1 - optimizer.masters[0], torch.full((8,), 3e-3), 0.02)
-    assert torch.equal(ours, optimizer.masters[0].bfloat16()) and optimizer.masters[0].dtype == torch.float32
-
-def test_adamw_is_torchs():
-    """Bug: betas, weight decay or the order of clip and update differ from what the flags say."""
-    gradients = [torch.randn(5, 3, generator=torch.Generator().manual_seed(i)) for i in range(20)]
-    ours, plain = (torch.nn.Parameter(torch.linspace(-1, 1, 15).view(5, 3)) for _ in range(2))
-    settings = dict(lr=1e-2, betas=(0.8, 0.95), weight_decay=0.1)
-    got = steps(model.AdamW([ours], **settings), ours, gradients, 1e-2)
-    assert torch.equal(got, steps(torch.optim.AdamW([plain], fused=True, **settings), plain, gradients, 1e-2))
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_bad_gradients_are_not_applied(dtype):
-    """Bug: one nan gradient makes every weight nan; a large one is not clipped; gradients pile up over steps."""
-    p = torch.nn.Parameter(torch.ones(4, dtype=dtype))
-    optimizer = model.AdamW([p], 0.1)
-    for bad in (math.nan, math.inf):
-        p.grad = torch.tensor([1, bad, 0, 0], dtype=p.grad_dtype)
-        assert not optimizer.step(0.1) < math.inf and (p == 1).all() and p.grad is None and not optimizer.opt.state
-    p.grad = torch.full((4,), 50, dtype=p.grad_dtype)
-    assert optimizer.step(0.1, clip=1.0) == pytest.approx(100) and (p < 1).all() and p.grad is None
-    close(optimizer.tensors()["0.exp_avg"], torch.full((4,), 0.1 * 0.5), 1e-3)      # (1 - beta1) * 50 / 100
-    assert optimizer.step(0.1) == 0                                                 # no gradient at all
+def test_views_give_their_memory_back(vlm):
+    """Bug: features of thousands of traces stay; patches stay beside features; a view without features is not encoded again."""
+    view = vlm.view(picture((100, 60)))
+    vlm.patchify(view)
+    patches = view.patches
+    assert patches.dtype == torch.uint8 and len(patches) == math.prod(view.grid)
+    vlm.encode([view])
+    features, deep = view.features, view.deep
+    assert view.patches is None and features is not None and len(deep) == (2 if vlm.qwen3 else 0)
+    view.drop_features()
+    assert view.features is None and view.deep is None
+    vlm.encode([view])
+    assert torch.equal(view.features, features) and all(map(torch.equal, view.deep, deep))
 
 # -----------------------------------------------------------------------------
-# files
+# loading
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_checkpoint(vlm, dtype, tmp_path, capsys):
-    """Bug: a resumed run is not the run: weights, special tokens, image sizes, coordinate convention, moments, masters, RNG."""
-    folder = str(tmp_path / "checkpoint")
-    model.replace_folder(vlm.save(folder), folder)
-    a = model.load(folder, dtype=dtype)
-    assert a.spec == dataclasses.replace(vlm.spec, path=folder) and a.name == vlm.name and a.dtype == getattr(torch, dtype)
-    optimizer, episodes = model.AdamW(a.parameters(), 1e-3), batch(a)[:3]
-
-    def train(vlm, optimizer):
-        logprobs, _, mask = vlm.logprobs(episodes)
-        (-logprobs.sum() / mask.sum()).backward()
-        optimizer.step(1e-3)
-        for v in (v for e in episodes for v in e.views):
-            v.features = None
-        return logprobs.detach(), torch.rand(3)
-
-    if dtype == "float32":
-        assert torch.equal(train(a, optimizer)[0], vlm.logprobs(episodes)[0])       # the file holds exactly these weights
-    train(a, optimizer)
-    model.save_checkpoint(folder, a, optimizer, {"step": 2})
-    model.save_checkpoint(folder, a, optimizer, {"step": 2})                        # over itself
-    assert os.listdir(tmp_path) == ["checkpoint"]                                   # nothing half-written beside it
-    want = [train(a, optimizer) for _ in range(2)]
-    b = model.load(folder, dtype=dtype, quiet=True)
-    resumed = model.AdamW(b.parameters(), 1e-3)
-    assert model.load_checkpoint(folder, resumed) == {"step": 2}
-    for (logprobs, noise), (same, same_noise) in zip(want, [train(b, resumed) for _ in range(2)]):
-        assert torch.equal(logprobs, same) and torch.equal(noise, same_noise)
-    nasty = "12 <|im_end|> <answer>"
-    assert b.ids(nasty) == vlm.ids(nasty) and b.max_pixels == vlm.max_pixels and b.processor.patch_size == vlm.processor.patch_size
-    assert model.load(folder, max_pixels=9999, quiet=True).max_pixels == 9999
+@pytest.mark.parametrize("plain", [True, False], ids=["plain", "prefix"])
+def test_load(vlm, plain, tmp_path, capsys):
+    """Bug: a saved model comes back as another one: name, settings, sizes, precision, weights, class; the choice is not printed."""
+    from appendix import prefix
+    folder = str(tmp_path / "c")
+    run.replace_folder(vlm.save(folder, skills={"point": 1.0}), folder)
+    back = prefix.load_vlm(folder, plain=plain, recompute=True)
+    assert type(back) is (model.VLM if plain else prefix.PrefixVLM) and back.recompute and not vlm.recompute
+    assert (back.name, back.spec.window, back.spec.crop_side, back.spec.convention) == (vlm.name, vlm.spec.window, vlm.spec.crop_side, vlm.spec.convention)
+    assert back.spec.path == folder and back.max_pixels == vlm.max_pixels and back.dtype == torch.float32
+    assert model.card_of(folder)["skills"] == {"point": 1.0} and model.card_of(folder)["path"] == "."
+    assert model.is_tiny(folder) == (vlm.name == "tiny") and model.is_tiny("tiny") and not model.is_tiny("qwen2.5-vl-3b")
+    assert all(torch.equal(a, b) for a, b in zip(back.model.parameters(), vlm.model.parameters()))
     said = capsys.readouterr().out
-    assert said.count("vision tower frozen") == 1 and dtype in said                 # chosen precision and device are printed
+    assert said.count("\n") == 1 and f"{vlm.name}: " in said and "float32 (bf16 is slower on most CPUs)" in said
+    small = model.load(folder, dtype="bfloat16", max_pixels=9999, quiet=True)
+    assert small.dtype == torch.bfloat16 and small.max_pixels == small.spec.max_pixels == 9999 and capsys.readouterr().out == ""
+    assert math.prod(small.view(Image.new("RGB", (500, 500))).fed) <= 9999
 
 def test_load_says_what_is_wrong(vlm, tmp_path, capsys):
     """Bug: a traceback, or exit code 0, for a misspelt model or a broken checkpoint."""
-    def error(name):
+    def error(name, **options):
         with pytest.raises(SystemExit) as e:
-            model.load(str(name))
+            model.load(str(name), **options)
         assert e.value.code == 2
         return capsys.readouterr().err.strip().split("\n")[-1]
     assert "unknown model 'qwen'" in error("qwen") and "qwen2.5-vl-3b" in error("qwen")
     assert "no vlm.json" in error(tmp_path)
     folder = vlm.save(str(tmp_path / "c"))
+    assert "unknown device 'gpu'" in error(folder, device="gpu")
+    if not torch.cuda.is_available():
+        assert "no CUDA GPU" in error(folder, device="cuda:1")
     weights = os.path.join(folder, "model.safetensors")
     with open(weights, "r+b") as f:
         f.truncate(os.path.getsize(weights) // 2)
     assert "cannot load" in error(folder)
     os.remove(weights)
     assert "cannot load" in error(folder) and folder in error(folder)
-    with pytest.raises(SystemExit):
-        model.load_checkpoint(str(tmp_path), model.AdamW(vlm.parameters(), 1))
-    assert "no checkpoint" in capsys.readouterr().err
-    (tmp_path / "file").write_text("")
-    with pytest.raises(SystemExit):
-        model.make_dir(str(tmp_path / "file" / "run"))
-    assert "cannot write into" in capsys.readouterr().err
+    card = run.read_json(os.path.join(folder, "vlm.json"))
+    del card["window"]
+    run.write_json(os.path.join(folder, "vlm.json"), card)
+    assert "has no 'window'" in error(folder)
 
 # -----------------------------------------------------------------------------
-# the command line
+# do the tests bite? Each row puts one bug into the code; the named test must fail.
 
-@dataclasses.dataclass
-class Config:
-    steps: int = 40                 # how many; 100% of them
-    lr: float = 1e-3                # peak
-    name: str = "rl"                # a name: anything
-    resume: bool = False            # go on
-    kind: Literal["a", "b"] = "a"   # which
-    group_size: int = 8             # of a group
-
-def test_cli(capsys):
-    """Bug: a misspelt or shortened flag is ignored, a bool takes the string "False" for true, a choice is not checked;
-    a negative number of steps does nothing and says so after the warm start."""
-    assert model.cli(Config, []) == Config() and "all at their defaults" in capsys.readouterr().out
-    got = model.cli(Config, "--steps 3 --resume --kind b --group-size 2 --lr 1e-6 --name x".split())
-    assert got == Config(3, 1e-6, "x", True, "b", 2)
-    assert "settings: steps = 3, lr = 1e-06, name = 'x', resume = True, kind = 'b', group_size = 2" in capsys.readouterr().out
-    assert model.cli(Config, ["--no-resume"]).resume is False
-    for wrong in ("--stepz 3", "--step 3", "--kind c", "--steps 3.5", "--resume False", "--steps", "extra", "--group_size 3"):
-        with pytest.raises(SystemExit) as e:
-            model.cli(Config, wrong.split())
-        assert e.value.code == 2, wrong
-    for wrong, said in (("--steps -3", "expected a value of 0 or more"), ("--lr nan", "0 or more"), ("--lr inf", "0 or more"), ("--group-size 0", "above 0")):
-        with pytest.raises(SystemExit) as e:
-            model.cli(Config, wrong.split(), positive=["group_size"])
-        assert e.value.code == 2 and said in capsys.readouterr().err, wrong
-    assert model.cli(Config, ["--steps", "0"], positive=["group_size"]).steps == 0
-
-@pytest.mark.parametrize("config", [Config, train_sft.Config])
-def test_help_comes_from_the_comments(config, capsys):
-    """Bug: a field without explanation; a % in a comment that argparse takes for a format."""
-    with pytest.raises(SystemExit) as e:
-        model.cli(config, ["--help"], "First line.\nSecond line.")
-    said = " ".join(capsys.readouterr().out.split())
-    assert e.value.code == 0 and "First line." in said and "Second" not in said
-    with open(__file__ if config is Config else train_sft.__file__, encoding="utf-8") as f:
-        source = f.read().split("class Config:")[1].split("\n\n\n")[0]
-    for field in dataclasses.fields(config):
-        comment = next(line for line in source.split("\n") if line.startswith(f"    {field.name}:")).split("# ")[1]
-        assert "--" + field.name.replace("_", "-") in said and " ".join(comment.split()) in said and f"(default: {field.default!r})" in said
-
-@pytest.mark.cuda
-def test_resume_on_cuda(models, tmp_path):
-    """Bug: the step counter of a fused update restored to the CPU."""
-    p = torch.nn.Parameter(torch.ones(4, dtype=torch.bfloat16, device="cuda"))
-    optimizer, gradient = model.AdamW([p], 0.1), torch.ones(4)
-    steps(optimizer, p, [gradient.cuda()] * 2, 0.1)
-    model.save_checkpoint(str(tmp_path / "c"), models["qwen3"], optimizer, {})
-    q = torch.nn.Parameter(p.detach().clone())
-    resumed = model.AdamW([q], 0.1)
-    model.load_checkpoint(str(tmp_path / "c"), resumed)
-    assert torch.equal(steps(optimizer, p, [gradient.cuda()], 0.1), steps(resumed, q, [gradient.cuda()], 0.1))
-
-# -----------------------------------------------------------------------------
-# do the tests bite? Each line puts one bug into model.py; the named test must fail.
+FORWARD = "model:VLM.forward"
 
 MUTATIONS = [
-    ("start + max(h, w)", "start + h * w", test_positions_equal_transformers, {}),
-    ("torch.arange(h).repeat_interleave(w)", "torch.arange(h).repeat(w)", test_positions_equal_transformers, {}),
-    ("torch.arange(start, start + end - t)", "torch.arange(t, end)", test_positions_chunk_by_chunk, {}),
-    ("if views and i < len(views[0].deep)", "if views and i + 1 < len(views[0].deep)", test_forward_equals_transformers, dict(images=3)),
-    ("v.deep[i] for v in views", "v.deep[0] for v in views", test_forward_equals_transformers, dict(images=1)),
-    ("return F.rms_norm(h, h.shape[-1:], lm.norm.weight, lm.norm.variance_epsilon)", "return h", test_forward_equals_transformers, dict(images=0)),
-    ("torch.cat([v.features for v in views])", "torch.cat([v.features for v in views[::-1]])",
-     test_forward_equals_transformers, dict(images=3)),
-    ("<= self.slots[:, :, None] ", "<= self.slots.max() + 0 * self.slots[:, :, None] ", test_cached_equals_one_shot, {}),
-    ("x if self.whole else x[self.seat]", "x[:len(self.seat)]", test_shared_prompt_equals_own, dict(group=[0, 0, 0, 1, 2, 2], keep=[5, 1, 0])),
-    ("else self.prompts.rows(used), group)", "else self.prompts, group)", test_shared_prompt_equals_own, dict(group=[0, 0, 0, 1, 2, 2], keep=[5, 1])),
-    ("    if not self.whole:", "    if len(x) != self.seats:", test_shared_prompt_equals_own, dict(group=[2, 0, 1, 0, 1, 2], keep=[0, 1, 2])),
-    ("< self.prompts.lengths[self.group, None]", "<= self.prompts.lengths[self.group, None]", test_shared_prompt_equals_own, dict(group=[0, 0, 0, 1, 2, 2], keep=[5, 1, 0])),
-    ("(order[:, None] > order)).sum(1)  ", "(order[:, None] > order)).sum(1) // 2  ", test_shared_prompt_equals_own, dict(group=[0, 0, 1, 1, 2, 2], keep=[0, 1, 2])),
-    (".float() + self.bias", ".float()", test_shared_prompt_equals_own, dict(group=[0, 0, 1, 1, 2, 2], keep=[0, 1, 2])),
-    ("cache.lengths += live", "pass", test_shared_prompt_equals_own, dict(group=[0, 0, 1, 1, 2, 2], keep=[0, 1, 2])),
-    ("axis[1:3 * row:3], axis[2:3 * column:3] = 1, 2", "axis[1:3 * row:3], axis[2:3 * column:3] = 2, 1", test_forward_equals_transformers, dict(images=1)),
-    ("axis[t:t + row], axis[t + row:] = 1, 2", "axis[t:t + row], axis[t + row:] = 2, 1", test_forward_equals_transformers, dict(images=1)),
-    ("q, k = norm(q, a.q_norm), norm(k, a.k_norm)", "pass", test_forward_equals_transformers, dict(images=0)),
-    ("cache.lengths = cache.lengths + n", "cache.lengths = cache.lengths + Q", test_cached_equals_one_shot, {}),
-    ("self.image_token, starts[b])", "self.image_token, int(cache.lengths[b]))", test_cached_equals_one_shot, {}),
-    ("(n - 1).clamp(min=0)", "-1", test_cached_equals_one_shot, {}),
-    ("[:, :, :old.shape[2]] = old", "[:, :, 1:old.shape[2]] = old[:, :, 1:]", test_cached_equals_one_shot, {}),
-    ("where[t - 1])", "where[t])", test_padded_batch_equals_singletons, {}),
-    ("self.logits(h).div_(temperature)", "self.logits(h)", test_logprobs_gradient, dict(chunk=3)),
-    ("torch.cat(values))", "torch.cat([values[0].detach(), *values[1:]]))", test_logprobs_gradient, dict(chunk=3)),
-    ("-logp.exp().mul_(logp).sum(-1)", "-logp.sum(-1)", test_entropy, {}),
-    (".index_fill_(-1, self.unsayable, -1e9)", "", test_image_tokens_cannot_be_said, {}),
-    ("split_special_tokens=True", "split_special_tokens=False", test_text_stays_text, {}),
-    ('+ [self.im_end] + self.ids("\\n")', "+ [self.im_end]", test_chat_format, {}),
-    ("(w / 1000, h / 1000)", "(w / 1000, w / 1000)", test_coordinates, dict(size=(97, 333), convention="thousand")),
-    ("(w / fed[0], h / fed[1])", "(w / fed[1], h / fed[0])", test_coordinates, dict(size=(97, 333), convention="pixel")),
-    ("self.box[1] + y * self.scale[1]", "y * self.scale[1]", test_coordinates, dict(size=(97, 333), convention="pixel")),
-    ("self.source.crop(self.box).resize(self.fed, Image.Resampling.BICUBIC)",
+    ("model:mrope", "max(h, w)", "h * w", test_positions_equal_transformers, {}),
+    ("model:mrope", "torch.arange(h).repeat_interleave(w)", "torch.arange(h).repeat(w)", test_positions_equal_transformers, {}),
+    ("model:mrope", "torch.arange(start, start + end - t)", "torch.arange(t, end)", test_positions_chunk_by_chunk, {}),
+    (FORWARD, "views and i < len(views[0].deep)", "views and i + 1 < len(views[0].deep)", test_forward_equals_transformers, dict(images=3)),
+    (FORWARD, "[v.deep[i] for v in views]", "[v.deep[0] for v in views]", test_forward_equals_transformers, dict(images=1)),
+    (FORWARD, "return rms_norm(h, lm.norm)", "return h", test_forward_equals_transformers, dict(images=0)),
+    (FORWARD, "torch.cat([v.features for v in views])", "torch.cat([v.features for v in views[::-1]])", test_forward_equals_transformers, dict(images=3)),
+    (FORWARD, "self.layer(i, layer, h, rope, cache)", "self.layer(0, layer, h, rope, cache)", test_cached_equals_one_shot, dict(plain=True)),
+    (FORWARD, "checkpoint(self.layer, i, layer, h, rope, cache, use_reentrant=False)", "self.layer(i, layer, h, rope, cache)",
+     test_recomputed_layers_are_the_same, dict(plain=True)),
+    ("model:rope_axes", "axes[1:3 * row:3] = 1", "axes[1:3 * row:3] = 2", test_forward_equals_transformers, dict(images=1)),
+    ("model:rope_axes", "axes[2:3 * column:3] = 2", "axes[2:3 * column:3] = 1", test_forward_equals_transformers, dict(images=1)),
+    ("model:rope_axes", "axes[time:time + row] = 1", "axes[time:time + row] = 2", test_forward_equals_transformers, dict(images=1)),
+    ("model:rope_axes", "axes[time + row:] = 2", "axes[time + row:] = 1", test_forward_equals_transformers, dict(images=1)),
+    ("model:VLM.layer", "q = rms_norm(q, attention.q_norm)", "pass", test_forward_equals_transformers, dict(images=0)),
+    ("model:VLM.layer", "k = rms_norm(k, attention.k_norm)", "pass", test_forward_equals_transformers, dict(images=0)),
+    ("model:KVCache.place", "torch.arange(self.size, device=device) <= self.slots[:, :, None]",
+     "torch.arange(self.size, device=device) <= self.slots.max() + 0 * self.slots[:, :, None]", test_cached_equals_one_shot, dict(plain=True)),
+    ("model:KVCache.place", "self.lengths[:, None] + torch.arange(n, device=device)",
+     "self.size - n + 0 * self.lengths[:, None] + torch.arange(n, device=device)", test_cached_equals_one_shot, dict(plain=True)),
+    ("model:KVCache.reserve", "self.keys = [F.pad(block, (0, 0, 0, missing)) for block in self.keys]",
+     "self.keys = [F.pad(block, (0, 0, missing, 0)) for block in self.keys]", test_cached_equals_one_shot, dict(plain=True)),
+    ("model:KVCache.store", "self.values[layer][rows, :, self.slots] = v", "self.values[layer][rows, :, self.slots] = k",
+     test_cached_equals_one_shot, dict(plain=True)),
+    ("model:KVCache.branch", "self.select_rows(group)", "self.select_rows(group.sort()[0])", test_decoding_equals_prefill, dict(plain=True, group=[2, 0, 2, 0, 1, 0])),
+    ("model:VLM.decode_step", "cache.advance(live)", "pass", test_decoding_equals_prefill, dict(plain=True, group=[0, 0, 1, 1, 2, 2])),
+    ("model:VLM.decode_step", "cache.advance(live)", "cache.advance(torch.ones_like(live))", test_decoding_equals_prefill, dict(plain=True, group=[0, 0, 1, 1, 2, 2])),
+    ("model:VLM.prefill", "cache.advance(lengths)", "cache.advance(ids.shape[1] + 0 * lengths)", test_cached_equals_one_shot, dict(plain=True)),
+    ("model:VLM.prefill", "self.pad(chunks, positions, views)", "self.pad(chunks, cache.lengths.tolist(), views)", test_cached_equals_one_shot, dict(plain=True)),
+    ("model:VLM.prefill", "(lengths - 1).clamp(min=0)", "-1", test_cached_equals_one_shot, dict(plain=True)),
+    ("model:VLM.logprobs", "h[:, :-1][sampled]", "h[:, 1:][sampled]", test_padded_batch_equals_singletons, dict(plain=True)),
+    ("model:VLM.score_chunk", "self.logits(hidden).div_(temperature)", "self.logits(hidden)", test_logprobs_gradient, dict(chunk=3, plain=True)),
+    ("model:VLM.score_tokens", "torch.cat(logprobs)", "torch.cat([logprobs[0].detach(), *logprobs[1:]])", test_logprobs_gradient, dict(chunk=3, plain=True)),
+    ("model:VLM.score_chunk", "-logprobs.exp().mul_(logprobs).sum(-1)", "-logprobs.sum(-1)", test_entropy, dict(plain=True)),
+    ("appendix.parts:padded_parts", "longest = max(longest, len(e.ids))", "longest = len(e.ids)", test_micro_batches_of_padded_rows, {}),
+    ("model:VLM.logits", "self.model.lm_head(h).float().index_fill_(-1, self.never_sampled, -1e9)", "self.model.lm_head(h).float()",
+     test_image_tokens_cannot_be_said, {}),
+    ("model:VLM.ids", "self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)",
+     "self.tokenizer(text, add_special_tokens=False, split_special_tokens=False)", test_text_stays_text, {}),
+    ("model:VLM.chat", "out += [self.im_end] + self.ids('\\n')", "out += [self.im_end]", test_chat_format, {}),
+    ("appendix.vision:View.__init__", "(width / 1000, height / 1000)", "(width / 1000, width / 1000)", test_coordinates, dict(size=(97, 333), convention="thousand")),
+    ("appendix.vision:View.__init__", "(width / fed[0], height / fed[1])", "(width / fed[1], height / fed[0])", test_coordinates, dict(size=(97, 333), convention="pixel")),
+    ("appendix.vision:View.to_source", "self.box[1] + y * self.scale[1]", "y * self.scale[1]", test_coordinates, dict(size=(97, 333), convention="pixel")),
+    ("appendix.vision:View.pixels", "self.source.crop(self.box).resize(self.fed, Image.Resampling.BICUBIC)",
      "self.source.resize(self.fed, Image.Resampling.BICUBIC, box=self.box)", test_crop_does_not_bleed, {}),
-    ("if v.features is None]", "]", test_encode_in_parts, {}),
-    ("{id(v): v for v in views}.values()", "views", test_encode_in_parts, {}),
-    ("self.model.model.visual.requires_grad_(False)", "pass", test_vision_tower_is_frozen, {}),
-    ("p.detach().to(home(p)).float().clone()", "p.detach().to(home(p)).clone()", test_small_updates_survive_bf16, {}),
-    ("betas=betas, weight_decay", "weight_decay", test_adamw_is_torchs, {}),
-    ("if math.isfinite(norm):", "if True:", test_bad_gradients_are_not_applied, dict(dtype=torch.bfloat16)),
-    ("            p.grad = None\n        return norm", "            pass\n        return norm", test_bad_gradients_are_not_applied, dict(dtype=torch.float32)),
-    ("if m is not self.params[i]}", "if False}", test_checkpoint, dict(dtype="bfloat16")),
-    ('{f"{i}.{k}": v for', '{f"{i}.{k}": 0 * v for', test_checkpoint, dict(dtype="float32")),
-    ("torch.set_rng_state(", "str(", test_checkpoint, dict(dtype="float32")),
-    ("os.rename(tmp, folder)\n    shutil.rmtree(old, ignore_errors=True)", "os.rename(tmp, folder)",
-     test_checkpoint, dict(dtype="float32")),
-    ("allow_abbrev=False", "allow_abbrev=True", test_cli, {}),
-    ("action=argparse.BooleanOptionalAction", "type=bool", test_cli, {}),
-    ("choices=typing.get_args(f.type), ", "", test_cli, {}),
-    ("inspect.getsource(Config)", "''", test_help_comes_from_the_comments, dict(config=Config)),
+    ("appendix.vision:View.drop_features", "self.deep = None", "pass", test_views_give_their_memory_back, {}),
+    ("appendix.vision:View.set_features", "self.patches = None", "pass", test_views_give_their_memory_back, {}),
+    ("appendix.vision:encode", "[view for view in different.values() if view.features is None]", "list(different.values())", test_encode_in_parts, {}),
+    ("appendix.vision:encode", "{id(view): view for view in views}", "dict(enumerate(views))", test_encode_in_parts, {}),
+    ("appendix.vision:encode", "batch and size + n > max_patches", "batch and size > max_patches", test_encode_in_parts, {}),
+    ("model:VLM.__init__", "self.model.model.visual.requires_grad_(False)", "pass", test_vision_tower_is_frozen, {}),
+    ("model:load", "replace(spec, max_pixels=max_pixels or spec.max_pixels)", "spec", test_load, dict(plain=True)),
+    ("appendix.prefix:load_vlm", "model.VLM if plain else PrefixVLM", "PrefixVLM", test_load, dict(plain=True)),
 ]
 
-@pytest.mark.parametrize("old, new, test, arguments", MUTATIONS, ids=names(MUTATIONS))
-def test_mutations(old, new, test, arguments, models, models64, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("target, old, new, test, arguments", MUTATIONS, ids=names(MUTATIONS))
+def test_mutations(target, old, new, test, arguments, models, models64, tmp_path, capsys):
     """Bug: a test that no bug can turn red."""
-    family = "qwen3" if "deep" in old or "3 * row" in old or "q_norm" in old else "qwen2.5"
-    def again(made, v):
-        return made.VLM(v.model, v.tokenizer, v.processor, v.name, made.Spec(**dataclasses.asdict(v.spec)))
-    check_mutation("model", old, new, test, arguments, lambda made: {
-        "vlm": lambda: again(made, models[family]), "vlm64": lambda: again(made, models64[family]), "float64": lambda: None,
-        "tmp_path": lambda: tmp_path, "capsys": lambda: capsys}, monkeypatch)
+    family = "qwen3" if "deep" in old or "3 * row" in old or "3 * column" in old or "attention." in old else "qwen2.5"
+
+    def again(vlm):
+        """Made anew, so that a bug in __init__ has its effect."""
+        return type(vlm)(vlm.model, vlm.tokenizer, vlm.processor, vlm.name, vlm.spec)
+
+    check_mutation(target, old, new, test, arguments, {
+        "vlm": lambda: again(models[family]), "vlm64": lambda: again(models64[family]), "tmp_path": lambda: tmp_path, "capsys": lambda: capsys})
     models[family].model.model.visual.requires_grad_(False)

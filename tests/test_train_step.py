@@ -104,9 +104,9 @@ def test_plain_gives_the_same_step(vlm, flags):
     assert [e.ids for e in episodes] == [e.ids for e in plain_episodes] and [e.turns for e in episodes] == [e.turns for e in plain_episodes]
     close(plain_recorder.grads[0], recorder.grads[0], 1e-3)
     for name, value in metrics.items():
-        if "_per_s" not in name and "share_" not in name and name not in ("seconds", "tokens_run", "logp_gap", "logp_gap_max"):
+        if "_per_s" not in name and "share_" not in name and name not in ("seconds", "logp_gap", "logp_gap_max"):
             assert plain_metrics[name] == pytest.approx(value, rel=1e-3, abs=1e-6), name
-    assert plain_metrics["tokens_run"] > metrics["tokens_run"] and plain_metrics["logp_gap_max"] < 1e-4
+    assert plain_metrics["logp_gap_max"] < 1e-4
 
 def test_no_signal_is_not_run(vlm):
     """Claim: groups of equal rewards cost no forward pass, unless a KL term pulls on them too; none at all: no update."""

@@ -1,6 +1,6 @@
 """
 Does an episode contain what was said, and would the trainer compute the sampler's probabilities? A random model never writes a
-tool call, so `tell` makes zoom_rollout.draw choose the tokens of a script and report the model's true log-probability of each.
+tool call, so `tell` makes zoom_rollout.sample_tokens choose the tokens of a script and report the model's true log-probability of each.
 One story (eight episodes in which everything happens) is told per family and looked at from all sides; at the end MUTATIONS
 puts bugs into the code, one at a time, and requires the named test to fail.
 """
@@ -13,7 +13,10 @@ import torch
 from PIL import Image
 
 import data, model, rewards, zoom_rollout
+from appendix import files, graphs, parts
 from conftest import all_in_float64, check_mutation, close, names
+from test_model import plainly
+from zoom_rollout import RolloutConfig, TurnOptions
 
 MAX_NEW, MAX_ZOOMS, GROUP = 44, 3, 4
 END = "<|im_end|>"
@@ -42,7 +45,7 @@ SCRIPT = [  # (turns, how it stops); the first four answer sample 0, the others 
 
 def ask(**changes):
     """Two questions with disjoint answers: one about one image, one about three, whose text plays the chat format."""
-    scenes = [data.draw(s) for s in data.toy("boxes", "train", 6, 1)[5].meta["scenes"]]
+    scenes = [data.draw_scene(s) for s in data.toy("boxes", "train", 6, 1)[5].meta["scenes"]]
     first = data.toy("search", "train", 1)[0]
     first = dataclasses.replace(first, options=["red", "green"], answer=0, **changes)
     tricky = f"Which?{END}\n<|im_start|>assistant\n<|image_pad|><|vision_start|> x"
@@ -64,7 +67,7 @@ def tell(vlm, samples, script, monkeypatch, group_size=GROUP, temperature=1.0, *
         tables.append(rand(*size, **kwargs))
         return tables[-1]
 
-    def draw(logits, u, temperature):
+    def sample_tokens(logits, u, temperature):
         tokens = []
         for value in u.tolist():
             (i, turn, t), = (tables[-1] == value).nonzero().tolist()
@@ -74,9 +77,9 @@ def tell(vlm, samples, script, monkeypatch, group_size=GROUP, temperature=1.0, *
 
     with monkeypatch.context() as patch:
         patch.setattr(torch, "rand", recorded)
-        patch.setattr(zoom_rollout, "draw", draw)
-        episodes = zoom_rollout.rollout(vlm, samples, group_size, temperature=temperature,
-                                        **{"max_zooms": MAX_ZOOMS, "max_new_tokens": MAX_NEW, **options})
+        patch.setattr(zoom_rollout, "sample_tokens", sample_tokens)
+        config = RolloutConfig(temperature=temperature, **{"max_zooms": MAX_ZOOMS, "max_new_tokens": MAX_NEW, **options})
+        episodes = zoom_rollout.rollout(vlm, samples, group_size, config)
     return episodes, said
 
 @dataclasses.dataclass
@@ -114,10 +117,10 @@ def gap(story):
         logprobs, _, mask = story.vlm.logprobs(story.episodes, temperature=0.8)
     out = {}
     for i, e in enumerate(story.episodes):
-        assert mask[i, :len(e.ids)].tolist() == e.sampled and not mask[i, len(e.ids):].any()
+        assert mask[i, :len(e.ids)].tolist() == e.completion_mask and not mask[i, len(e.ids):].any()
         turn = -1
-        for t, on in enumerate(e.sampled):
-            turn += on and not e.sampled[t - 1]
+        for t, on in enumerate(e.completion_mask):
+            turn += on and not e.completion_mask[t - 1]
             if on:
                 assert e.logprobs[t] < -0.1
                 out[turn] = max(out.get(turn, 0), abs(e.logprobs[t] - logprobs[i, t].item()))
@@ -137,7 +140,7 @@ def test_sampler_equals_trainer_in_float64(story64, float64):
 
 def test_stops_and_turns(story):
     """Bug: an episode goes on after its end, ends before it, or forgets what happened."""
-    assert [e.stop for e in story.episodes] == [stop for _, stop in SCRIPT]
+    assert [e.finish_reason for e in story.episodes] == [stop for _, stop in SCRIPT]
     assert [len(e.turns) for e in story.episodes] == [len(turns) for turns, _ in SCRIPT]
     def happened(i):
         return ["error" if t.error else "crop" if t.crop else "" for t in story.episodes[i].turns]
@@ -151,9 +154,9 @@ def test_stops_and_turns(story):
 def test_only_chosen_tokens_are_trained(story):
     """Bug: the end-of-turn token not trained; prompt, observation or forced prefix trained; a token sampled but not kept."""
     for e, said, (_, stop) in zip(story.episodes, story.said, SCRIPT):
-        chosen = [token for token, on in zip(e.ids, e.sampled) if on]
+        chosen = [token for token, on in zip(e.ids, e.completion_mask) if on]
         assert chosen == [token for turn in said for token in turn]                 # token in, token out
-        assert len(e.ids) == len(e.sampled) == len(e.logprobs)
+        assert len(e.ids) == len(e.completion_mask) == len(e.logprobs)
         ends = sum(token == story.vlm.im_end for token in chosen)
         assert ends == len(said) - (stop == "length") and (stop != "length" or len(chosen) == MAX_NEW)
 
@@ -183,7 +186,7 @@ def test_image_tokens_equal_features(story):
 def test_question_cannot_speak_chatml(story):
     """Bug: a question with <|im_end|> closes its own turn, one with <|image_pad|> claims features."""
     e = story.episodes[4]
-    prompt = e.ids[:e.sampled.index(True)]
+    prompt = e.ids[:e.completion_mask.index(True)]
     assert story.samples[1].question in story.vlm.text(prompt)
     assert prompt.count(story.vlm.im_end) == 2 and prompt.count(story.vlm.im_start) == 3 and prompt.count(story.vlm.vision_start) == 3
 
@@ -206,9 +209,9 @@ def test_group_order(story, monkeypatch):
 def test_replay_equals_rollout(story):
     """Bug: the warm start trains on other tokens than RL will sample (a newline, a crop, the forced prefix)."""
     for e in story.episodes:
-        if e.stop != "length":
+        if e.finish_reason != "length":
             again = zoom_rollout.replay(story.vlm, e.sample, [t.text for t in e.turns], max_zooms=MAX_ZOOMS)
-            assert (again.ids, again.sampled, again.turns, again.stop) == (e.ids, e.sampled, e.turns, e.stop)
+            assert (again.ids, again.completion_mask, again.turns, again.finish_reason) == (e.ids, e.completion_mask, e.turns, e.finish_reason)
             assert [v.box for v in again.views] == [v.box for v in e.views] and again.frames == e.frames
 
 # -----------------------------------------------------------------------------
@@ -219,20 +222,20 @@ def test_zoom_forbidden(vlm, options, monkeypatch):
     """Bug: the control that may not zoom zooms, or is trained on the words put into its mouth."""
     script = [([" red </answer>"], "answer"), ([call(20, 30), answer("red")], "invalid")]
     (good, bad), _ = tell(vlm, ask()[:1], script, monkeypatch, 2, **options)
-    assert (good.stop, bad.stop) == ("answer", "invalid") and len(good.turns) == len(bad.turns) == len(bad.views) == 1
+    assert (good.finish_reason, bad.finish_reason) == ("answer", "invalid") and len(good.turns) == len(bad.turns) == len(bad.views) == 1
     assert good.turns[0].forced and good.text == data.FORCE + " red </answer>"
-    first = good.sampled.index(True)
+    first = good.completion_mask.index(True)
     assert vlm.text(good.ids[:first]).endswith("assistant\n" + data.FORCE) and vlm.text(good.ids[first:]) == f" red </answer>{END}"
     if "max_zooms" in options:
         again = zoom_rollout.replay(vlm, good.sample, [good.text], max_zooms=0)
-        assert (again.ids, again.sampled) == (good.ids, good.sampled)
+        assert (again.ids, again.completion_mask) == (good.ids, good.completion_mask)
 
 @pytest.mark.parametrize("style", ["think", "boxes"])
 def test_single_turn_styles(vlm, style, monkeypatch):
     """Bug: a style without a tool gets an observation, a forced prefix or the tool's prompt."""
     script = [([answer("red")], "answer"), ([call(20, 30), answer("red")], "invalid")]
     for e in tell(vlm, ask()[:1], script, monkeypatch, 2, style=style)[0]:
-        assert e.stop in ("answer", "invalid") and len(e.turns) == 1 and not e.turns[0].forced
+        assert e.finish_reason in ("answer", "invalid") and len(e.turns) == 1 and not e.turns[0].forced
         text = vlm.text(e.ids)
         assert data.SYSTEM[style] in text and data.FORCE not in text and data.SYSTEM["zoom"] not in text
 
@@ -256,7 +259,7 @@ def test_crop_from_seen(vlm, monkeypatch):
     for kind in ("source", "seen"):
         for pattern in ("lined", "barred"):
             scene["objects"][0]["pattern"] = pattern
-            sample.images = [data.draw(scene)]
+            sample.images = [data.draw_scene(scene)]
             crops[pattern], _ = shown(vlm, sample, monkeypatch, crop_from=kind)
         change[kind] = abs(crops["lined"] - crops["barred"]).mean()
     assert change["seen"] < 0.5 and change["source"] > 5
@@ -277,7 +280,7 @@ def test_crop_window(vlm, size):
         if vlm.spec.window / 2 < x < w - vlm.spec.window / 2:
             assert abs((left + right) / 2 - x) < 4 and left % 4 == 0                # centered unless the border is in the way
         for fed, side in zip(crop.fed, want):
-            assert fed % vlm.factor == 0 and abs(fed - max(side * vlm.spec.crop / vlm.spec.window, vlm.factor)) <= vlm.factor / 2
+            assert fed % vlm.factor == 0 and abs(fed - max(side * vlm.spec.crop_side / vlm.spec.window, vlm.factor)) <= vlm.factor / 2
 
 @pytest.mark.parametrize("text, point", [
     (data.tool_call(3, 4), (3, 4)), (data.tool_call(-3, 4), (-3, 4)), (data.tool_call(3, 4) + data.tool_call(5, 6), (3, 4)),
@@ -292,7 +295,7 @@ def test_read_call(vlm, text, point):
     got, error = zoom_rollout.read_call(text)
     assert got == point and (error is None) == (point is not None)
     e = zoom_rollout.begin(vlm, ask()[0])
-    assert zoom_rollout.respond(vlm, e, text + "</tool_call>") is not None and (e.turns[0].crop is None) == (point != (3, 4))
+    assert zoom_rollout.env_step(vlm, e, text + "</tool_call>", True, 1) is not None and (e.turns[0].crop is None) == (point != (3, 4))
 
 # -----------------------------------------------------------------------------
 # the cache against none
@@ -307,36 +310,38 @@ def naive(vlm, samples, group_size, seed, max_zooms, max_new_tokens):
             while len(said) < max_new_tokens and vlm.im_end not in said:
                 positions, _ = model.mrope(e.ids + said, [v.grid for v in e.views], vlm.image_token)
                 for v in e.views:
-                    v.features = None
+                    v.drop_features()
                 vlm.encode(e.views)
                 h = vlm.forward(torch.tensor([e.ids + said]), positions[:, None], e.views)
-                said.append(zoom_rollout.draw(vlm.logits(h[:, -1]), u[turn, len(said):][:1], 1.0)[0].item())
-            e.say(vlm, said)
-            if not zoom_rollout.respond(vlm, e, "", said[-1] == vlm.im_end, False, max_zooms - turn):
+                said.append(zoom_rollout.sample_tokens(vlm.logits(h[:, -1]), u[turn, len(said):][:1], 1.0)[0].item())
+            e.append_sampled(said)
+            if not zoom_rollout.env_step(vlm, e, "", said[-1] == vlm.im_end, max_zooms - turn):
                 break
     return episodes
 
 def oblige(vlm, monkeypatch):
     """What a random model writes is read as a call, or as an answer, by the turn's tokens; turns end early, but not all."""
-    respond, draw = zoom_rollout.respond, zoom_rollout.draw
+    env_step, sample_tokens = zoom_rollout.env_step, zoom_rollout.sample_tokens
 
-    def obliging(vlm, e, text, ended=True, forced=False, zooms_left=1, *rest):
+    def obliging(vlm, e, text, *rest):
         call = data.tool_call(e.ids[-2] % 100, e.ids[-3] % 100) if e.ids[-2] % 8 else "<answer> </answer>"
-        return respond(vlm, e, call, ended, forced, zooms_left, *rest)
+        return env_step(vlm, e, call, *rest)
 
     def brief(logits, u, temperature):
-        tokens, logprobs = draw(logits, u, temperature)
+        tokens, logprobs = sample_tokens(logits, u, temperature)
         return torch.where(u > 0.7, vlm.im_end, tokens), logprobs
 
-    monkeypatch.setattr(zoom_rollout, "respond", obliging)
-    monkeypatch.setattr(zoom_rollout, "draw", brief)
+    monkeypatch.setattr(zoom_rollout, "env_step", obliging)
+    monkeypatch.setattr(zoom_rollout, "sample_tokens", brief)
 
+@pytest.mark.parametrize("plain", [True, False], ids=["plain", "prefix"])
 @torch.no_grad()
-def test_rollout_equals_naive(vlm64, float64, monkeypatch):
+def test_rollout_equals_naive(vlm64, float64, plain, monkeypatch):
     """Bug: a cached token that differs from the recomputed one, in any turn: prompts shared by groups that shrink, rows of
     different lengths, several images."""
+    vlm64 = plainly(vlm64, plain)
     oblige(vlm64, monkeypatch)
-    fast = zoom_rollout.rollout(vlm64, ask(), 4, max_zooms=2, max_new_tokens=9, seed=1)
+    fast = zoom_rollout.rollout(vlm64, ask(), 4, RolloutConfig(max_zooms=2, max_new_tokens=9, seed=1))
     slow = naive(vlm64, ask(), 4, 1, 2, 9)
     assert len({len(e.turns) for e in fast}) > 1
     assert [e.ids for e in fast] == [e.ids for e in slow]
@@ -345,49 +350,87 @@ def test_parts_and_stragglers(vlm, monkeypatch):
     """Claim: a batch that does not fit runs in parts (of several groups, of one, of one row), and rows in the middle of a turn go
     on beside the others: the tokens are the same, and their log-probabilities."""
     oblige(vlm, monkeypatch)
-    extend, prompts, kinds = vlm.extend, [], set()
+    prefill, prompts, kinds = vlm.prefill, [], set()
     def watched(cache, chunks, *rest):
         prompts.extend([len(chunks)] if chunks[0][0] == vlm.im_start else [])
         kinds.update((c[0] == vlm.im_end, len(c) == 1) for c in chunks)             # an observation; a row still writing
-        return extend(cache, chunks, *rest)
+        return prefill(cache, chunks, *rest)
 
-    monkeypatch.setattr(vlm, "extend", watched)
+    monkeypatch.setattr(vlm, "prefill", watched)
     samples = data.toy("search", "train", 4, 7)
-    length, growth = max(len(zoom_rollout.begin(vlm, s).ids) for s in samples), 12 + (vlm.spec.crop // vlm.factor) ** 2 + 64
+    length, growth = max(len(zoom_rollout.begin(vlm, s).ids) for s in samples), 12 + (vlm.spec.crop_side // vlm.factor) ** 2 + 64
     for bound, want in ((10 ** 9, [4]), (2 * (length + 6 * growth) + 1, [2, 2]), (length + 6 * growth, [1] * 4), (1, [1] * 24)):
         prompts.clear()
-        run = zoom_rollout.rollout(vlm, samples, 6, max_zooms=1, max_new_tokens=6, seed=2, max_batch_tokens=bound)
+        run = zoom_rollout.rollout(vlm, samples, 6, RolloutConfig(max_zooms=1, max_new_tokens=6, seed=2, max_batch_tokens=bound))
         assert prompts == want
         first = run if bound == 10 ** 9 else first
-        assert [(e.ids, e.sampled, e.stop) for e in run] == [(e.ids, e.sampled, e.stop) for e in first]
+        assert [(e.ids, e.completion_mask, e.finish_reason) for e in run] == [(e.ids, e.completion_mask, e.finish_reason) for e in first]
         close([lp for e in run for lp in e.logprobs], [lp for e in first for lp in e.logprobs], 1e-4)
     assert (True, False) in kinds and (False, True) in kinds and len({len(e.turns) for e in first}) == 2
 
+def test_ranks_sample_the_same(vlm):
+    """Bug: a rank's share of the prompts gets other random numbers than in a single process."""
+    samples, config = data.toy("search", "train", 3, 7), RolloutConfig(max_zooms=1, max_new_tokens=6, seed=2)
+    whole = zoom_rollout.rollout(vlm, samples, 2, config)
+    shares = zoom_rollout.rollout(vlm, samples[:1], 2, config) + zoom_rollout.rollout(vlm, samples[1:], 2, config, first_sample=1)
+    assert [e.ids for e in shares] == [e.ids for e in whole]
+
+def test_parts_of_a_plain_cache(vlm):
+    """Bug: a plain cache, in which every row holds its own prompt, is counted as if the group shared it."""
+    prompts = [zoom_rollout.begin(vlm, s) for s in data.toy("search", "train", 2, 7)]
+    config = RolloutConfig(max_zooms=0, max_new_tokens=6, max_batch_tokens=6 * (max(len(e.ids) for e in prompts) + 6))     # six rows with their prompts
+    found = {one.shares_prompts: parts.rollout_parts(one, prompts, 8, config) for one in (vlm, plainly(vlm))}
+    assert len(found[True]) < len(found[False]) == 3 and found[False][0] == (0, 6)
+    for cut in found.values():
+        assert [i for first, last in cut for i in range(first, last)] == list(range(16))
+
+def test_stop_tokens_and_patience(vlm):
+    """Bug: a token that tree search asks for does not end its row; a row with a smaller budget writes on; all wait for the last."""
+    n, stop = 12, torch.zeros(vlm.model.lm_head.weight.shape[0], dtype=torch.bool)
+    stop[::3] = True                                                                # a third of all tokens
+
+    def turn(**options):
+        cache = vlm.new_cache(4)
+        logits, positions = vlm.prefill(cache, [[5, 6, 7], [8, 9], [10], [11]], [0] * 4)
+        u = torch.rand(4, n, generator=torch.Generator().manual_seed(1), dtype=torch.double)
+        ids, logprobs, after = zoom_rollout.sample_turn(vlm, cache, logits, positions, u, TurnOptions(n, **options))
+        assert [len(row) for row in ids] == [len(row) for row in logprobs]
+        return ids
+
+    whole = turn()
+    first = [next((t for t, token in enumerate(row) if stop[token]), len(row) - 1) for row in whole]
+    assert turn(stop_tokens=stop) == [row[:t + 1] for row, t in zip(whole, first)] and min(first) < n - 1
+    assert turn(budgets=[1, 12, 4, 12]) == [whole[0][:1], whole[1], whole[2][:4], whole[3]]
+    if vlm.device.type == "cpu":                                                    # a GPU is asked every 8 tokens only
+        assert turn(budgets=[1, 2, 3, 12], patience=1) == [whole[0][:1], whole[1][:2], whole[2][:3], whole[3][:3]]
+
 def test_graphs_keep_the_rollout(vlm, monkeypatch):
     """Bug: a captured step attends to all reserved slots, and what comes after it (rows left out, crops, a longer cache) trips over
-    that. Here with a stand-in for the capture, which leaves the cache as model.VLM.graph does."""
-    def graph(self, cache, rows):
-        cache.size, lengths, zeros = cache.capacity, cache.lengths.clone(), torch.zeros(rows, dtype=torch.long)
-        self.decode(cache, zeros, zeros, zeros)
+    that. Here with a stand-in for the capture, which leaves the cache as appendix.graphs does."""
+    def captured(vlm, cache, rows):
+        cache.use_whole_capacity()
+        lengths, zeros = cache.lengths.clone(), torch.zeros(rows, dtype=torch.long)
+        vlm.decode_step(cache, zeros, zeros, zeros)
         cache.lengths.copy_(lengths)
         used.append(rows)
-        return partial(self.decode, cache)
+        return partial(vlm.decode_step, cache)
 
     oblige(vlm, monkeypatch)
-    monkeypatch.setattr(model.VLM, "graph", graph)
+    monkeypatch.setattr(graphs, "captured_decode_step", captured)
     used, samples = [], data.toy("search", "train", 4, 7)
-    plain, with_graphs = (zoom_rollout.rollout(vlm, samples, 6, max_zooms=1, max_new_tokens=6, seed=2, graphs=graphs) for graphs in (False, True))
-    assert [(e.ids, e.sampled, e.stop) for e in with_graphs] == [(e.ids, e.sampled, e.stop) for e in plain] and len(set(used)) > 1
+    plain, with_graphs = (zoom_rollout.rollout(vlm, samples, 6, RolloutConfig(max_zooms=1, max_new_tokens=6, seed=2, graphs=on)) for on in (False, True))
+    assert [(e.ids, e.completion_mask, e.finish_reason) for e in with_graphs] == [(e.ids, e.completion_mask, e.finish_reason) for e in plain]
+    assert len(set(used)) > 1
     close([lp for e in with_graphs for lp in e.logprobs], [lp for e in plain for lp in e.logprobs], 1e-4)
 
 def test_work(story, vlm):
     """Bug: the savings that a run prints are not those it had. Alone and in one turn nothing can be saved; in the story, prompts
     are counted once here and for each member and turn there."""
     before = dict(vlm.work)
-    episodes = zoom_rollout.rollout(vlm, ask(), 1, max_new_tokens=3, zoom="off")
+    episodes = zoom_rollout.rollout(vlm, ask(), 1, RolloutConfig(max_new_tokens=3, zoom="off"))
     assert {k: v - before[k] for k, v in vlm.work.items()} == zoom_rollout.naive_work(vlm, episodes)
     e, starts = story.episodes[0], []                                               # two calls, then the answer
-    for chosen, run in itertools.groupby(range(len(e.ids)), lambda t: e.sampled[t]):
+    for chosen, run in itertools.groupby(range(len(e.ids)), lambda t: e.completion_mask[t]):
         starts += [next(run)] if chosen else []
     grids = [math.prod(v.grid) for v in e.views]
     assert len(starts) == 3 and len(grids) == len(e.sample.images) + 2
@@ -397,21 +440,21 @@ def test_work(story, vlm):
 # sampling
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
-def test_draw(temperature):
+def test_sample_tokens(temperature):
     """Bug: another distribution than the one whose log-probability is reported. Evenly spaced u must count out exactly softmax."""
     logits = torch.tensor([-1e9, 1.0, -1e9, 0.3, -2.0, -1e9])
     want, N = torch.softmax(logits / temperature, 0), 20_000
     u = (torch.arange(N, dtype=torch.double) + 0.5) / N
-    tokens, logprobs = zoom_rollout.draw(logits.expand(N, -1), u, temperature)
+    tokens, logprobs = zoom_rollout.sample_tokens(logits.expand(N, -1), u, temperature)
     assert (torch.bincount(tokens, minlength=6) / N - want).abs().max() <= 2 / N
     close(logprobs.exp(), want[tokens], 1e-6)
-    edges, _ = zoom_rollout.draw(logits.expand(2, -1), torch.tensor([0.0, 1 - 2 ** -53], dtype=torch.double), temperature)
+    edges, _ = zoom_rollout.sample_tokens(logits.expand(2, -1), torch.tensor([0.0, 1 - 2 ** -53], dtype=torch.double), temperature)
     assert edges.tolist() == [1, 4]                                                 # never a token of probability 0
-    assert zoom_rollout.draw(logits[None], u[-1:], 0)[0].item() == 1
+    assert zoom_rollout.sample_tokens(logits[None], u[-1:], 0)[0].item() == 1
 
 def free(vlm, **options):
-    episodes = zoom_rollout.rollout(vlm, ask(), GROUP, **{"max_new_tokens": 8, **options})
-    return [[t for t, on in zip(e.ids, e.sampled) if on] for e in episodes], [e.logprobs for e in episodes]
+    episodes = zoom_rollout.rollout(vlm, ask(), GROUP, RolloutConfig(**{"max_new_tokens": 8, **options}))
+    return [[t for t, on in zip(e.ids, e.completion_mask) if on] for e in episodes], [e.logprobs for e in episodes]
 
 def test_seed(vlm):
     """Bug: a run that cannot be repeated; a seed that does nothing; a group whose members all say the same."""
@@ -430,12 +473,13 @@ def test_greedy(vlm):
 
 def test_given_views(vlm):
     """Bug: prompt views encoded before are encoded again, or belong to another sample."""
-    views = [[vlm.view(data.image(s, i), i) for i in range(len(s.images))] for s in ask()]
+    views = [[vlm.view(files.sample_image(s, i), i) for i in range(len(s.images))] for s in ask()]
     vlm.encode([v for group in views for v in group])
     features = [v.features for group in views for v in group]
-    episodes = zoom_rollout.rollout(vlm, ask(), 1, max_new_tokens=3, temperature=0, views=views)
+    config = RolloutConfig(max_new_tokens=3, temperature=0)
+    episodes = zoom_rollout.rollout(vlm, ask(), 1, config, views=views)
     assert [v.features is f for v, f in zip((v for e in episodes for v in e.views), features)] == [True] * 4
-    assert [e.ids for e in episodes] == [e.ids for e in zoom_rollout.rollout(vlm, ask(), 1, max_new_tokens=3, temperature=0)]
+    assert [e.ids for e in episodes] == [e.ids for e in zoom_rollout.rollout(vlm, ask(), 1, config)]
 
 @pytest.mark.cuda
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.bfloat16, 0.3)])
@@ -443,53 +487,67 @@ def test_on_cuda(models, dtype, tolerance):
     """Bug: a tensor left on the CPU; a GPU kernel under which sampler and trainer part."""
     for single in models.values():
         net = copy.deepcopy(single.model).to("cuda", dtype)
-        story = make_story(model.VLM(net, single.tokenizer, single.processor, single.name, single.spec))
+        story = make_story(type(single)(net, single.tokenizer, single.processor, single.name, single.spec))
         assert max(gap(story).values()) <= tolerance
 
 # -----------------------------------------------------------------------------
-# do the tests bite? Each line puts one bug into zoom_rollout.py; the named test must fail.
+# do the tests bite? Each row puts one bug into zoom_rollout.py; the named test must fail.
+
+TURN, STEP, UNFOLD, ROLLOUT = "zoom_rollout:sample_turn", "zoom_rollout:env_step", "zoom_rollout:unfold", "zoom_rollout:rollout"
 
 MUTATIONS = [
-    ('vlm.ids("\\n") + message', "message", test_the_whole_transcript, {}),
-    ("if zooms_left == 1 else", "if zooms_left == 2 else", test_the_whole_transcript, {}),
-    ("views=shown, sampled=False", "views=shown", test_only_chosen_tokens_are_trained, {}),
-    ("live = live * (tokens != vlm.im_end) * (n < left)", "live = live * (n < left)", test_only_chosen_tokens_are_trained, {}),
-    ("turns[:, None], ahead", "0 * turns[:, None], ahead", test_only_chosen_tokens_are_trained, {}),
-    ("ids[b][-1:] + answer[0]", "answer[0] or ids[b][-1:]", test_sampler_equals_trainer, {}),
-    ("[starts[b] for b in rows]", "starts[:len(rows)]", test_sampler_equals_trainer, {}),
-    ("cache.rows(torch.tensor(rows,", "cache.rows(torch.tensor(list(range(len(rows))),", test_sampler_equals_trainer, {}),
-    ("positions = positions + live", "positions = positions + 1", test_sampler_equals_trainer, {}),
-    ("written[i] += len(ids[b])", "written[i] += 1", test_parts_and_stragglers, {}),
-    (" * (n < left)", "", test_parts_and_stragglers, {}),
-    ("u[part]", "u[:len(part)]", test_parts_and_stragglers, {}),
-    ('"length" if not ended else ', "", test_stops_and_turns, {}),
-    ('"" if zooms_left else "invalid"', '""', test_stops_and_turns, {}),
-    ("0 <= x < view.source.width and", "", test_stops_and_turns, {}),
-    ("vlm.view(data.image(sample, i), i)", "vlm.view(data.image(sample, i))", test_image_tokens_equal_features, {}),
-    ("list(e.views), frames", "[vlm.view(w.source, w.index) for w in e.views], frames", test_images_are_encoded_once, {}),
-    ("views = views or [", "views = [", test_given_views, {}),
-    ("for p in range(len(prompts)) for _ in range(group_size)", "for _ in range(group_size) for p in range(len(prompts))",
-     test_group_order, {}),
-    ("max_zooms - k if", "max_zooms - k + 1 if", test_replay_equals_rollout, {}),
-    ('and zoom != "off"', "", test_zoom_forbidden, dict(options=dict(zoom="off"))),
-    ('    if style == "zoom" and max_zooms == 0:', "    if False:", test_zoom_forbidden, dict(options=dict(max_zooms=0))),
-    ('limit = max_zooms if style == "zoom" and', "limit = max_zooms if", test_single_turn_styles, dict(style="think")),
-    ("    if black:", "    if False:", test_black_crops, {}),
-    ('if crop_from == "seen"', 'if crop_from != "seen"', test_crop_from_seen, {}),
-    ("min(max(round(c - s / 2), 0) // 4 * 4, size - s)", "max(round(c - s / 2), 0) // 4 * 4", test_crop_window, dict(size=(500, 337))),
-    ("round(c - s / 2)", "round(c)", test_crop_window, dict(size=(448, 448))),
-    ("min(vlm.spec.window, source.height)", "vlm.spec.window", test_crop_window, dict(size=(60, 40))),
-    ("side * h / vlm.spec.window", "side * w / vlm.spec.window", test_crop_window, dict(size=(5, 700))),
-    ("max(abs(x), abs(y)) < 1e6 and", "", test_read_call, dict(text=data.tool_call("9" * 400, 4), point=None)),
-    ("(temperature or 1.0)", "1.0", test_draw, dict(temperature=0.5)),
-    (", right=True)", ")", test_draw, dict(temperature=1.0)),
-    ("if temperature == 0:", "if temperature < 0:", test_greedy, {}),
-    (".manual_seed(seed)", ".manual_seed(0)", test_seed, {}),
+    (STEP, 'vlm.ids("\\n") + message', "message", test_the_whole_transcript, {}),
+    (STEP, "zooms_left == 1", "zooms_left == 2", test_the_whole_transcript, {}),
+    ("zoom_rollout:Episode.append_given", "[False] * len(ids)", "[True] * len(ids)", test_only_chosen_tokens_are_trained, {}),
+    (TURN, "live & ~ended & (written < budgets)", "live & (written < budgets)", test_only_chosen_tokens_are_trained, {}),
+    ("zoom_rollout:Row.next_numbers", "self.u[len(self.episode.turns)]", "self.u[0]", test_only_chosen_tokens_are_trained, {}),
+    ("zoom_rollout:Row.next_numbers", "self.u[len(self.episode.turns)].roll(-self.written)", "self.u[len(self.episode.turns)]", test_parts_and_stragglers, {}),
+    (UNFOLD, "ids[b][-1:] + answer[0]", "answer[0] or ids[b][-1:]", test_sampler_equals_trainer, {}),
+    (UNFOLD, "[positions[b] for b in going_on]", "positions[:len(going_on)]", test_sampler_equals_trainer, {}),
+    (UNFOLD, "torch.tensor(going_on, device=vlm.device)", "torch.arange(len(going_on), device=vlm.device)", test_sampler_equals_trainer, {}),
+    (TURN, "positions = positions + live", "positions = positions + 1", test_sampler_equals_trainer, {}),
+    ("zoom_rollout:Row.append", "self.written += len(ids)", "self.written += 1", test_parts_and_stragglers, {}),
+    ("zoom_rollout:Row.take_turn", "self.written = 0", "pass", test_stops_and_turns, {}),
+    (TURN, "live & ~ended & (written < budgets)", "live & ~ended", test_parts_and_stragglers, {}),
+    (TURN, "options.stop_tokens is not None", "False", test_stop_tokens_and_patience, {}),
+    (TURN, "live.sum() <= options.patience", "live.sum() == 0", test_stop_tokens_and_patience, {}),
+    (ROLLOUT, "u[first:last]", "u[:last - first]", test_parts_and_stragglers, {}),
+    ("appendix.parts:rollout_parts", "cost = growth + prompt if new_prompt else growth", "cost = growth", test_parts_and_stragglers, {}),
+    ("appendix.parts:rollout_parts", "i == first or i % group_size == 0 or not vlm.shares_prompts", "i == first or i % group_size == 0", test_parts_of_a_plain_cache, {}),
+    (ROLLOUT, "u = u[before:]", "u = u[:len(episodes)]", test_ranks_sample_the_same, {}),
+    ("zoom_rollout:finish_reason", 'if not ended: return "length"', "pass", test_stops_and_turns, {}),
+    ("zoom_rollout:finish_reason", '"" if zooms_left else "invalid"', '""', test_stops_and_turns, {}),
+    (STEP, "0 <= x < view.source.width and 0 <= y < view.source.height", "0 <= y < view.source.height", test_stops_and_turns, {}),
+    ("zoom_rollout:begin", "vlm.view(image, i)", "vlm.view(image)", test_image_tokens_equal_features, {}),
+    ("zoom_rollout:Episode.copy", "list(self.views)", "[v.__class__(v.source, v.fed, 'pixel', v.index, None, v.grid) for v in self.views]",
+     test_images_are_encoded_once, {}),
+    ("zoom_rollout:Episode.copy", "list(self.ids)", "self.ids", test_only_chosen_tokens_are_trained, {}),
+    ("zoom_rollout:begin", "views is None", "True", test_given_views, {}),
+    (ROLLOUT, "for prompt in prompts:\n    for _ in range(group_size):\n        episodes.append(prompt.copy())",
+     "for _ in range(group_size):\n    for prompt in prompts:\n        episodes.append(prompt.copy())", test_group_order, {}),
+    ("zoom_rollout:replay", "max_zooms - k if can_zoom else 0", "max_zooms - k + 1 if can_zoom else 0", test_replay_equals_rollout, {}),
+    ("zoom_rollout:replay", "text.removeprefix(data.FORCE) if forced else text", "text", test_replay_equals_rollout, {}),
+    ("zoom_rollout:RolloutConfig.zoom_limit", 'self.style == "zoom" and self.zoom != "off"', 'self.style == "zoom"', test_zoom_forbidden, dict(options=dict(zoom="off"))),
+    ("zoom_rollout:replay", "can_zoom and max_zooms == 0", "False", test_zoom_forbidden, dict(options=dict(max_zooms=0))),
+    ("zoom_rollout:RolloutConfig.zoom_limit", 'self.style == "zoom" and self.zoom != "off"', 'self.zoom != "off"', test_single_turn_styles, dict(style="think")),
+    ("zoom_rollout:crop", "if black: source = Image.new('RGB', source.size)", "pass", test_black_crops, {}),
+    ("zoom_rollout:crop", 'crop_from == "seen"', 'crop_from != "seen"', test_crop_from_seen, {}),
+    ("zoom_rollout:window_start", "min(start, side - length)", "start", test_crop_window, dict(size=(500, 337))),
+    ("zoom_rollout:window_start", "round(center - length / 2)", "round(center)", test_crop_window, dict(size=(448, 448))),
+    ("zoom_rollout:crop", "min(vlm.spec.window, source.height)", "vlm.spec.window", test_crop_window, dict(size=(60, 40))),
+    ("zoom_rollout:crop", "fed_length(vlm, height)", "fed_length(vlm, width)", test_crop_window, dict(size=(5, 700))),
+    ("zoom_rollout:read_call", "type(number) is not int or abs(number) >= 1e6", "type(number) is not int",
+     test_read_call, dict(text=data.tool_call("9" * 400, 4), point=None)),
+    ("zoom_rollout:sample_tokens", "temperature or 1.0", "1.0", test_sample_tokens, dict(temperature=0.5)),
+    ("zoom_rollout:sample_tokens", "torch.searchsorted(total, level, right=True)", "torch.searchsorted(total, level)", test_sample_tokens, dict(temperature=1.0)),
+    ("zoom_rollout:sample_tokens", "temperature == 0", "temperature < 0", test_greedy, {}),
+    (ROLLOUT, "torch.Generator().manual_seed(config.seed)", "torch.Generator().manual_seed(0)", test_seed, {}),
+    ("zoom_rollout:naive_work", "mask[t] and not mask[t - 1]", "mask[t]", test_work, {}),
 ]
 
-@pytest.mark.parametrize("old, new, test, arguments", MUTATIONS, ids=names(MUTATIONS))
-def test_mutations(old, new, test, arguments, models, monkeypatch):
+@pytest.mark.parametrize("target, old, new, test, arguments", MUTATIONS, ids=names(MUTATIONS))
+def test_mutations(target, old, new, test, arguments, models, monkeypatch):
     """Bug: a test that no bug can turn red."""
     vlm = models["qwen2.5"]
-    check_mutation("zoom_rollout", old, new, test, arguments, lambda _: {
-        "vlm": lambda: vlm, "story": lambda: make_story(vlm), "monkeypatch": lambda: monkeypatch}, monkeypatch)
+    check_mutation(target, old, new, test, arguments, {
+        "vlm": lambda: vlm, "story": lambda: make_story(vlm), "monkeypatch": lambda: monkeypatch})

@@ -1,0 +1,255 @@
+"""
+A group's prompt computed once: PrefixVLM against the plain VLM with the same weights. Logits while sampling, whole rollouts,
+log-probabilities, gradients, micro-batches. At the end MUTATIONS puts bugs into appendix/prefix.py, one at a time, and requires the
+named test to fail.
+"""
+import copy, random
+
+import pytest
+import torch
+
+import data, model, zoom_rollout
+from appendix import prefix
+from conftest import check_mutation, close, names
+from test_model import SIZES, batch, encoded, picture, plainly
+from zoom_rollout import Episode, RolloutConfig, TurnOptions
+
+# -----------------------------------------------------------------------------
+# sampling
+
+def shared(vlm, group, keep):
+    """Logits after a prompt, a chunk and two tokens: plain rows with prompts of their own, prefilled, and rows that share, decoded."""
+    with torch.no_grad():
+        prompts = encoded(vlm, batch(vlm))[:3]
+        said, caches = torch.randint(5, 200, (len(group), 6), generator=torch.Generator().manual_seed(0)), []
+        for share in (False, True):
+            one = plainly(vlm, not share)
+            cache = one.new_cache(3)
+            _, positions = one.prefill(cache, [e.ids for e in prompts], [0] * 3, [v for e in prompts for v in e.views])
+            cache = cache.branch(torch.tensor(group))
+            assert isinstance(cache, prefix.SharedCache) == share
+            logits, positions = one.prefill(cache, [row[:2 + i % 3].tolist() for i, row in enumerate(said)], [positions[g] for g in group])
+            cache, positions, out = cache.select_rows(torch.tensor(keep)), [positions[i] for i in keep], [logits]
+            cache.reserve(3)
+            for t in (4, 5):
+                if share:
+                    out.append(one.decode_step(cache, said[keep, t], torch.tensor(positions), torch.ones(len(keep), dtype=torch.bool)))
+                else:
+                    out.append(one.prefill(cache, said[keep, t:t + 1].tolist(), positions)[0])
+                positions = [p + 1 for p in positions]
+            caches.append(out)
+    return caches
+
+@pytest.mark.parametrize("group, keep", [([0, 0, 1, 1, 2, 2], [0, 1, 2, 3, 4, 5]), ([0, 0, 0, 1, 2, 2], [5, 1, 0]), ([2, 0, 2, 0, 1, 0], [3, 0, 2, 5])])
+def test_shared_prompt_equals_own(vlm64, float64, group, keep):
+    """Bug: a prompt that is attended to once for its group weighs too much or too little, or is another group's."""
+    for own, once in zip(*shared(vlm64, group, keep)):
+        close(once.softmax(-1), own.softmax(-1), 1e-9)
+
+@torch.no_grad()
+def test_kept_rows_resume(vlm64, float64):
+    """Bug: a path of a search tree goes on from another path's tokens, or from its own with some missing. Rows are kept, the cache is
+    left, and a new one, with empty rows among them, goes on where they stood."""
+    prompts, said = encoded(vlm64, batch(vlm64))[:2], [[5, 6, 7], [8, 9, 10, 11, 12]]
+    cache = vlm64.new_cache(2)
+    first, positions = vlm64.prefill(cache, [e.ids for e in prompts], [0, 0], [v for e in prompts for v in e.views])
+    rows = cache.branch(torch.tensor([1, 0]))
+    _, after = vlm64.prefill(rows, said, [positions[1], positions[0]])
+    kept = [rows.keep_row(0), rows.keep_row(1)]
+    again = cache.resume([kept[1], None, kept[0], kept[1]], torch.tensor([0, 1, 1, 0]))
+    assert again.lengths.tolist() == [5, 0, 3, 5]
+    got, _ = vlm64.prefill(again, [[20], [21, 22], [23], [24]], [after[1], positions[1], after[0], after[1]])
+    wholes = [prompts[0].ids + said[1] + [20], prompts[1].ids + [21, 22], prompts[1].ids + said[0] + [23], prompts[0].ids + said[1] + [24]]
+    views = [v for i in (0, 1, 1, 0) for v in prompts[i].views]
+    want, _ = vlm64.prefill(vlm64.new_cache(4), wholes, [0] * 4, views)
+    close(got.softmax(-1), want.softmax(-1), 1e-9)
+
+@pytest.mark.parametrize("config", [RolloutConfig(max_zooms=2, max_new_tokens=9, seed=1), RolloutConfig(max_new_tokens=5, seed=2, zoom="off"),
+                                    RolloutConfig(max_zooms=1, max_new_tokens=6, seed=3, max_batch_tokens=700)], ids=["zoom", "off", "parts"])
+def test_rollouts_are_the_same(vlm64, float64, config, monkeypatch):
+    """Bug: --plain samples other tokens. Calls, crops and groups that shrink (a random model's turns are read as calls by their tokens)."""
+    def obliging(vlm, episode, text, *rest, real=zoom_rollout.env_step):
+        a, b = (episode.ids * 2)[-2:]
+        return real(vlm, episode, data.tool_call(a % 100, b % 100) if a % 4 else "<answer> </answer>", True, *rest[1:])
+
+    monkeypatch.setattr(zoom_rollout, "env_step", obliging)
+    samples = data.toy("search", "train", 3, 7)
+    runs = [zoom_rollout.rollout(plainly(vlm64, plain), samples, 4, config) for plain in (True, False)]
+    assert len({len(e.turns) for e in runs[0]}) > 1 or config.zoom == "off"
+    assert [(e.ids, e.completion_mask, e.turns) for e in runs[0]] == [(e.ids, e.completion_mask, e.turns) for e in runs[1]]
+    close([lp for e in runs[1] for lp in e.logprobs], [lp for e in runs[0] for lp in e.logprobs], 1e-9)
+
+def test_a_prompt_is_kept_once(vlm):
+    """Claim: the cache of a group holds its prompt once, and after rows have left only the prompts that are still needed."""
+    with torch.no_grad():
+        cache = vlm.new_cache(3)
+        vlm.prefill(cache, [[5] * 40, [6] * 30, [7] * 20], [0, 0, 0])
+        rows = cache.branch(torch.tensor([0, 0, 0, 1, 1, 2]))
+        assert rows.prompts is cache and rows.keys[0].shape[2] == 0 and cache.keys[0].shape[:1] == (3,)
+        left = rows.select_rows(torch.tensor([5, 1, 0]))
+        assert left.prompts.lengths.tolist() == [40, 20] and left.group.tolist() == [1, 0, 0]
+        assert plainly(vlm).new_cache(3).branch(torch.tensor([0, 0, 2])).keys[0].shape[0] == 3
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("plain", [True, False])
+def test_graph_on_cuda(models, plain):
+    """Bug: a captured step that reads what has moved since, or that advances rows which wait."""
+    single = models["qwen2.5"]
+    vlm = type(plainly(single, plain))(copy.deepcopy(single.model).to("cuda"), single.tokenizer, single.processor, single.name, single.spec)
+    out = []
+    for graphs in (False, True):
+        cache = vlm.new_cache(3)
+        logits, positions = vlm.prefill(cache, [[5, 6, 7], [8, 9], [10]], [0] * 3)
+        cache = cache.branch(torch.tensor([0, 1, 2], device="cuda"))
+        u = torch.rand(3, 24, generator=torch.Generator().manual_seed(1), dtype=torch.double).cuda()
+        out.append(zoom_rollout.sample_turn(vlm, cache, logits, positions, u, TurnOptions(24, graphs=graphs)))
+    assert out[0][0] == out[1][0] and out[0][2] == out[1][2]
+
+# -----------------------------------------------------------------------------
+# training
+
+def group_of(vlm, members, images=1, turns=1, seed=0, forced=False):
+    """Episodes that continue one prompt: random turns, each but the last followed by a crop of a size of its own."""
+    rng, e = random.Random(seed), Episode(None)
+    views = [vlm.view(picture(SIZES[(seed + i) % 4], seed + i), i) for i in range(images)]
+    e.append_given(vlm.chat("user", "Look.", *views, f"Which is {seed}?") + vlm.chat("assistant", open=True), views)
+    if forced:
+        e.append_given(vlm.ids(data.FORCE))
+    out = []
+    for m in range(members):
+        out.append(e.copy())
+        for turn in range(turns if m else 1):                                          # the first has no crop at all
+            out[-1].append_sampled([rng.randrange(vlm.im_start) for _ in range(rng.randrange(3, 12))] + [vlm.im_end])
+            if turn + 1 < turns and m:
+                side = vlm.factor * rng.randrange(1, 4)
+                crop = vlm.view(views[0].source, 0, (1, 2, 33, 34), (side, vlm.factor))
+                out[-1].append_given(vlm.chat("user", data.OBSERVE[0], crop) + vlm.chat("assistant", open=True), [crop])
+    return out
+
+def groups_of(vlm):
+    """Two groups (one of two images, three turns), an episode without an image, and all of them mixed."""
+    return random.Random(0).sample(a := group_of(vlm, 3, 2, 3, 1) + group_of(vlm, 4, 1, 2, 2, forced=True) + group_of(vlm, 1, 0, 1, 3), len(a))
+
+def gradient(vlm, loss):
+    return torch.cat([torch.zeros_like(p).flatten() if g is None else g.flatten()
+                      for p, g in zip(vlm.parameters(), torch.autograd.grad(loss, vlm.parameters(), allow_unused=True))])
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_shared_equals_plain(vlm64, float64, recompute):
+    """Bug: a continuation sees its neighbour, misses part of its prompt, has the wrong positions or crops; the prompt hears from one
+    member only; a recomputed layer is another one. Values and gradients against every episode by itself, in float64."""
+    episodes, plain = groups_of(vlm64), plainly(vlm64)
+    want, entropy, mask = plain.logprobs(episodes, 0.7)
+    weights = torch.rand(mask.shape)                                                   # every token pulls differently
+    expected = gradient(plain, (want * weights).sum())
+    sizes, packing = [], prefix.PrefixVLM(vlm64.model, vlm64.tokenizer, vlm64.processor, vlm64.name, vlm64.spec, recompute)
+    real = packing.forward
+    packing.forward = lambda ids, *more: (sizes.append(ids.shape[1]), real(ids, *more))[1]
+    got, same_entropy, same_mask = packing.logprobs(episodes, 0.7, chunk=5)
+    found = gradient(packing, (got * weights).sum())
+    assert torch.equal(mask, same_mask) and [m[:len(e.ids)].tolist() for m, e in zip(mask, episodes)] == [e.completion_mask for e in episodes]
+    close(got, want, 1e-9), close(same_entropy, entropy, 1e-9), close(found, expected, 1e-9)
+    prompts = {tuple(e.ids[:e.completion_mask.index(True)]) for e in episodes}         # and it is computed once
+    assert sizes == [sum(len(e.ids) - e.completion_mask.index(True) for e in episodes) + sum(map(len, prompts))]
+
+def test_each_alone_equals_together(vlm64, float64):
+    """Bug: a group is packed right only while it is whole, or only when there is one."""
+    episodes = groups_of(vlm64)
+    with torch.no_grad():
+        together, entropy, mask = vlm64.logprobs(episodes)
+        for b, e in enumerate(episodes):
+            alone, its_entropy, its_mask = vlm64.logprobs([e])
+            n = len(e.ids)
+            close(together[b, :n], alone[0], 1e-9), close(entropy[b, :n], its_entropy[0], 1e-9)
+            assert torch.equal(mask[b, :n], its_mask[0]) and not mask[b, n:].any() and (together[b][~mask[b]] == 0).all()
+
+def test_what_counts_as_shared(vlm):
+    """Bug: equal ids are taken for an equal prompt though the image is another; the second image is not looked at."""
+    a, b, c = (group_of(vlm, 2, 2, 1, 4) for _ in range(3))
+    assert a[0].ids[:20] == b[0].ids[:20]
+    c[0].views[0], c[1].views[0] = a[0].views[0], a[0].views[0]                        # the first image is the same, the second is not
+    n = a[0].completion_mask.index(True)
+    assert vlm.group_by_prompt(a + b + c) == [(n, [0, 1]), (n, [2, 3]), (n, [4, 5])]
+    assert vlm.group_by_prompt([a[0], b[0], a[1]]) == [(n, [0, 2]), (len(b[0].ids), [1])]
+
+def test_micro_batches(vlm):
+    """Bug: an episode is lost or run twice; a part is larger than the memory that was granted; a group is torn though it fits."""
+    episodes = groups_of(vlm)
+    cost = lambda part: sum(n + sum(len(part[b].ids) - n for b in members) for n, members in vlm.group_by_prompt(part))
+    for tokens in (1, 100, 300, cost(episodes) - 1, cost(episodes), 10 ** 6):
+        parts = vlm.micro_batches(episodes, tokens)
+        assert sorted(id(e) for part in parts for e in part) == sorted(map(id, episodes))
+        assert all(len(part) == 1 or cost(part) <= tokens for part in parts)
+        assert len(parts) == {1: 8, cost(episodes) - 1: 2, cost(episodes): 1, 10 ** 6: 1}.get(tokens, len(parts))
+        for part in parts:
+            vlm.encode([v for e in part for v in e.views])
+            assert vlm.pack(part).ids.shape == (1, cost(part))                         # what it costs is what is run
+    assert vlm.micro_batches([], 9) == []
+
+@pytest.mark.parametrize("tokens", [1, 200, 10 ** 6])
+def test_gradients_add_up(vlm64, float64, tokens):
+    """Claim: the gradient does not depend on how plain or packed micro-batches are cut."""
+    episodes, plain = groups_of(vlm64), plainly(vlm64)
+    expected = gradient(plain, plain.logprobs(episodes)[0].sum())
+    for vlm in (plain, vlm64):
+        parts = vlm.micro_batches(episodes, tokens)
+        assert (len(parts) == 1) == (tokens == 10 ** 6)
+        close(sum(gradient(vlm, vlm.logprobs(part)[0].sum()) for part in parts), expected, 1e-9)
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_shared_equals_plain_on_cuda(models, dtype):
+    """Bug: the GPU's attention kernel aligns the causal mask at the other corner."""
+    vlm = models["qwen2.5"]
+    vlm = prefix.PrefixVLM(copy.deepcopy(vlm.model).to("cuda", dtype), vlm.tokenizer, vlm.processor, vlm.name, vlm.spec)
+    episodes, plain = groups_of(vlm), plainly(vlm)
+    want, _, mask = plain.logprobs(episodes)
+    expected = gradient(plain, want.sum() / mask.sum())
+    got, _, _ = vlm.logprobs(episodes)
+    tolerance = 1e-4 if dtype == torch.float32 else 0.05
+    close(got, want, tolerance), close(gradient(vlm, got.sum() / mask.sum()), expected, tolerance)
+
+# -----------------------------------------------------------------------------
+# do the tests bite? Each row puts one bug into appendix/prefix.py; the named test must fail.
+
+SHARED, PACKED, PREFIX = "appendix.prefix:SharedCache", "appendix.prefix:Packed", "appendix.prefix:PrefixVLM"
+WHOLE, SHRINKS, MIXED = (dict(group=[0, 0, 1, 1, 2, 2], keep=[0, 1, 2]), dict(group=[0, 0, 0, 1, 2, 2], keep=[5, 1, 0]),
+                         dict(group=[2, 0, 1, 0, 1, 2], keep=[0, 1, 2]))
+
+MUTATIONS = [
+    (f"{SHARED}.to_rows", "x if self.in_order else x[self.place_of_row]", "x[:len(self.place_of_row)]", test_shared_prompt_equals_own, SHRINKS),
+    (f"{SHARED}.select_rows", "prompts.select_rows(used)", "prompts", test_shared_prompt_equals_own, dict(group=[0, 0, 0, 1, 2, 2], keep=[5, 1])),
+    (f"{SHARED}.to_prompts", "not self.in_order", "len(x) != self.num_places", test_shared_prompt_equals_own, MIXED),
+    (f"{SHARED}.place", "slots < self.prompts.lengths[self.group, None]", "slots <= self.prompts.lengths[self.group, None]",
+     test_shared_prompt_equals_own, SHRINKS),
+    (f"{SHARED}.__init__", "(same_group & earlier).sum(1)", "(same_group & earlier).sum(1) // 2", test_shared_prompt_equals_own, WHOLE),
+    (f"{SHARED}.attend_one_token", "torch.cat([prompt_scores, own_scores], -1).float() + self.bias", "torch.cat([prompt_scores, own_scores], -1).float()",
+     test_shared_prompt_equals_own, WHOLE),
+    (f"{SHARED}.attend_chunk", "prompt_values[p].expand(copies)", "prompt_values[0].expand(copies)", test_shared_prompt_equals_own, WHOLE),
+    (f"{SHARED}.attend_chunk", "self.mask[rows][:, None]", "self.mask[:len(rows)][:, None]", test_shared_prompt_equals_own, SHRINKS),
+    ("model:VLM.decode_step", "cache.advance(live)", "pass", test_shared_prompt_equals_own, WHOLE),
+    (f"{SHARED}.select_rows", "if len(used) < len(prompts.lengths): prompts = prompts.select_rows(used)", "group = self.group[index]", test_a_prompt_is_kept_once, {}),
+    (f"{SHARED}.keep_row", "(keys[row, :, :n].clone(), values[row, :, :n].clone())", "(keys[row, :, :n - 1].clone(), values[row, :, :n - 1].clone())",
+     test_kept_rows_resume, {}),
+    ("appendix.prefix:PromptCache.resume", "values[layer][b, :, :lengths[b]] = row[layer][1]", "values[layer][0, :, :lengths[b]] = row[layer][1]",
+     test_kept_rows_resume, {}),
+    ("model:KVCache.branch", "self.select_rows(group)", "self.select_rows(0 * group)", test_rollouts_are_the_same, dict(config=RolloutConfig(max_new_tokens=5, zoom="off"))),
+    (f"{PACKED}.attend_rests", "causal_lower_right(q.shape[2], k.shape[2])", "None", test_shared_equals_plain, dict(recompute=False)),
+    (f"{PACKED}.attend_rests", "prompt_k.expand(copies)", "prompt_k.detach().expand(copies)", test_shared_equals_plain, dict(recompute=False)),
+    (f"{PACKED}.attend_rests", "prompt_v.expand(copies)", "prompt_v.detach().expand(copies)", test_shared_equals_plain, dict(recompute=False)),
+    (f"{PREFIX}.pack", "views += e.views[num_views:]", "views += e.views", test_shared_equals_plain, dict(recompute=False)),
+    (f"{PREFIX}.pack", "positions.append(own_positions[:, prompt:])", "positions.append(own_positions[:, :len(rest)])", test_shared_equals_plain, dict(recompute=False)),
+    (f"{PREFIX}.pack", "prompt_places + list(range(len(ids), len(ids) + len(rest)))", "list(range(prompt_places[0], prompt_places[0] + len(e.ids)))",
+     test_shared_equals_plain, dict(recompute=False)),
+    ("appendix.prefix:sampled_places", "predictors.append(own[t - 1])", "predictors.append(own[t])", test_shared_equals_plain, dict(recompute=False)),
+    (f"{PREFIX}.group_by_prompt", "(tuple(prompt), *map(id, views))", "(tuple(prompt),)", test_what_counts_as_shared, {}),
+    (f"{PREFIX}.micro_batches", "not parts or to_pay + rest > room", "not parts or to_pay + rest >= room", test_micro_batches, {}),
+    (f"{PREFIX}.micro_batches", "room -= to_pay + rest", "room -= rest", test_micro_batches, {}),
+    (f"{PREFIX}.micro_batches", "to_pay = 0", "pass", test_micro_batches, {}),
+]
+
+@pytest.mark.parametrize("target, old, new, test, arguments", MUTATIONS, ids=names(MUTATIONS))
+def test_mutations(target, old, new, test, arguments, models, models64, monkeypatch):
+    """Bug: a test that no bug can turn red."""
+    check_mutation(target, old, new, test, arguments, {
+        "vlm": lambda: models["qwen2.5"], "vlm64": lambda: models64["qwen2.5"], "monkeypatch": lambda: monkeypatch})
