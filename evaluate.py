@@ -34,8 +34,8 @@ import data
 import rewards
 import zoom_rollout
 from appendix import averages, evaluation_run, files, prefix, ranks, run
-from appendix.episode_rows import coordinates, gold_words, record, restore  # for appendix/report.py
 from appendix.episode_rows import is_right, right, token_texts, verdict
+from appendix.episode_rows import record    # used by appendix/rl_run.py, as evaluate.record
 from appendix.files import DataError
 from model import is_tiny
 from zoom_rollout import RolloutConfig
@@ -74,7 +74,7 @@ class Config:
 
     # answers that exist already
     predictions: str = ""       # JSONL file of {"id", "text"}, scored in place of a model's answers
-    convention: Literal["source", "fed", "0-1000", "0-1"] = "source"    # unit of their coordinates
+    convention: Literal["source", "fed", "0-1000", "0-1"] = "source"    # units of --predictions
     compare: str = ""           # two --out folders, A B, compared question by question
 
     # the output
@@ -250,8 +250,9 @@ def run_episodes(vlm, samples, config, options=RunOptions()):
     batch = options.batch
     episodes = []
     correct = 0
+    hidden = None if options.progress else True         # None: no bar outside a terminal
     with tqdm(total=len(samples), desc=MODES[config.zoom], unit=" questions",
-              disable=None if options.progress else True) as bar:
+              disable=hidden) as bar:
         while len(episodes) < len(samples):
             i = len(episodes)
             block, place = divmod(numbers[i], options.batch)    # a block shares one seed

@@ -137,10 +137,10 @@ def train_step(vlm, ref, optimizer, questions, cfg, step):
     batch = roll_out(vlm, samples, cfg, step, log)
 
     # 3. reward: rules on the text, and on what the tool calls led to
-    score_episodes(batch.episodes, cfg, log)
+    score_episodes(batch.episodes, cfg)
     dynamic_sampling(vlm, batch, questions, cfg, step, log)
     reward = stack(batch.episodes, "reward", cfg)                               # (P, G)
-    reward = reward + rl_options.bonuses(batch.episodes, cfg, episode_limit(cfg))
+    reward = reward + rl_options.group_bonuses(batch.episodes, cfg, episode_limit(cfg))
     accuracy = stack(batch.episodes, "accuracy", cfg)                           # (P, G)
 
     # 4. advantages: better or worse than the group's mean; hard prompts may count more
@@ -172,7 +172,7 @@ def train_step(vlm, ref, optimizer, questions, cfg, step):
 class Batch:
     """The episodes of one step on this rank: the groups that may not zoom, then the others."""
     episodes: list                                  # P * G, the episodes of a prompt side by side
-    num_blind: int                                  # episodes, from the front, that may not zoom
+    first_seeing: int                               # place of the first episode that may zoom
     prompt_numbers: list                            # (P,) place of each prompt among all ranks'
     dropped: list = field(default_factory=list)     # episodes that dynamic sampling replaced
 
@@ -249,13 +249,12 @@ def num_blind_prompts(cfg, num_prompts):
     return cfg.blind_prompts if can_zoom and num_prompts > cfg.blind_prompts else 0
 
 
-def score_episodes(episodes, cfg, log):
+def score_episodes(episodes, cfg):
     """Fill `reward_components` of every episode by the recipe's rules."""
     bonuses = rewards.Bonuses(distinct=cfg.distinct_bonus, tool=cfg.tool_bonus)
     for e in episodes:
         e.reward_components = rewards.score(
             e.sample, e.text, e.turns, cfg.recipe, e.frames, cfg.max_zooms, bonuses)
-    log.lap("reward")
 
 
 def dynamic_sampling(vlm, batch, questions, cfg, step, log):
@@ -264,10 +263,11 @@ def dynamic_sampling(vlm, batch, questions, cfg, step, log):
     DAPO (2503.14476, section 3.2), with at most cfg.resample rounds. Blind groups stay. Of several
     ranks each takes the fresh prompts that its groups would get in a single process.
     """
+    log.lap("reward")                                   # the time of scoring ends here
     G = cfg.group_size
     for again in range(1, cfg.resample + 1):
         dull = []                                       # the first episode of each such group
-        for first in range(batch.num_blind, len(batch.episodes), G):
+        for first in range(batch.first_seeing, len(batch.episodes), G):
             group = batch.episodes[first:first + G]
             if len({e.reward_components["reward"] for e in group}) == 1:
                 dull.append(first)
@@ -280,13 +280,13 @@ def dynamic_sampling(vlm, batch, questions, cfg, step, log):
             continue
         config = rl_run.rollout_config(cfg, rollout_seed(cfg, step) + again * 10 ** 9)
         new = zoom_rollout.rollout(vlm, fresh, G, config, first_sample=before)
-        log.lap("rollout")
-        score_episodes(new, cfg, log)
+        score_episodes(new, cfg)
         for k, first in enumerate(dull[:len(fresh)]):
             batch.dropped += batch.episodes[first:first + G]
             batch.episodes[first:first + G] = new[k * G:(k + 1) * G]
     for e in batch.dropped:
         e.views = []                                    # features are large and not needed
+    log.lap("rollout")
 
 
 def rollout_seed(cfg, step):

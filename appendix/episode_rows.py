@@ -43,7 +43,7 @@ def gold_words(sample):
         boxes = []
         for target in sample.targets:
             image = f" in image {target['image'] + 1}" if len(sample.images) > 1 else ""
-            boxes.append(coordinates(target["box"]) + image)
+            boxes.append(numbers_text(target["box"]) + image)
         return " or ".join(boxes)
     if sample.answer is None:
         return "hidden"
@@ -52,7 +52,7 @@ def gold_words(sample):
     return " or ".join(sample.answer)
 
 
-def coordinates(values):
+def numbers_text(values):
     """A point or a box as text: (12, 30.5)."""
     return f"({', '.join(f'{round(v, 1):g}' for v in values)})"
 
@@ -114,7 +114,7 @@ def restore(row, sample):
             values[name] = tuple(value) if isinstance(value, list) else value
         turns.append(Turn(**values))
     return Episode(
-        sample, ids=[0] * n, completion_mask=[True] * n, logprobs=[0.0] * n, views=[], turns=turns,
+        sample, ids=[0] * n, completion_mask=[True] * n, logprobs=[0.0] * n, turns=turns,
         finish_reason=row["finish_reason"], frames=[tuple(frame) for frame in row["frames"]],
         reward_components=row["reward_components"], advantage=row["advantage"],
         behaviour=row["behaviour"], token_texts=row["token_texts"], shown_as=row["shown_as"])

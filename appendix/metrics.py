@@ -75,8 +75,8 @@ def step_metrics(log, batch, reward, advantages, weights):
     """
     cfg = log.cfg
     log.lap("update")                                   # since the last lap: advantages to update
-    blind = batch.episodes[:batch.num_blind]
-    seeing = batch.episodes[batch.num_blind:]
+    blind = batch.episodes[:batch.first_seeing]
+    seeing = batch.episodes[batch.first_seeing:]
     rows_blind = len(blind) // cfg.group_size
     calls = [t for e in seeing for t in e.turns if "<tool_call>" in t.text]
     crops = sum(t.crop is not None for t in calls)
@@ -105,7 +105,7 @@ def step_metrics(log, batch, reward, advantages, weights):
     if cfg.resample:
         # groups that dynamic sampling replaced; the other means are over the groups kept
         row["resampled"] = ranks.all_reduce([len(batch.dropped) // cfg.group_size])[0]
-    if blind:
+    if ranks.all_reduce([len(blind)])[0] > 0:           # on any rank: all must report the same keys
         # accuracy of the blind prompts; should stay at chance
         row["accuracy_blind"] = component_mean(blind, "accuracy")
     # sampled tokens per episode

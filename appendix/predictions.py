@@ -78,8 +78,8 @@ def from_predictions(samples, texts, convention="source", max_pixels=0, factor=2
         finish_reason = "prediction" if s.id in texts else "no prediction"
         components = rewards.score(s, turn.text, [turn], "accuracy", frames or None)
         episodes.append(Episode(
-            s, ids=[], completion_mask=[], logprobs=[], views=[], turns=[turn],
-            finish_reason=finish_reason, frames=frames, reward_components=components))
+            s, turns=[turn], finish_reason=finish_reason, frames=frames,
+            reward_components=components))
     return episodes
 
 
@@ -90,7 +90,7 @@ def frame_of(sample, image, convention, max_pixels, factor):
     else:
         w, h = files.open_image(image, f"sample {sample.id}: ", size_only=True)
     if convention == "fed":
-        unit_h, unit_w = smart_resize(h, w, factor, 4 * factor ** 2, max_pixels)
-    else:
-        unit_h = unit_w = 1000 if convention == "0-1000" else 1
-    return w / unit_w, h / unit_h, w, h
+        fed_h, fed_w = smart_resize(h, w, factor, 4 * factor ** 2, max_pixels)
+        return w / fed_w, h / fed_h, w, h
+    units = 1000 if convention == "0-1000" else 1       # per side
+    return w / units, h / units, w, h

@@ -14,7 +14,7 @@ import torch
 import grpo
 
 
-def bonuses(episodes, cfg, episode_limit):
+def group_bonuses(episodes, cfg, episode_limit):
     """The bonuses of --curiosity and --overlong -> tensor (P, G), to be added to the rewards.
 
     episode_limit: tokens that an episode may sample at most.

@@ -12,7 +12,7 @@ from PIL import Image
 from conftest import ROOT, check_mutation, names
 
 import data, evaluate, rewards, zoom_rollout
-from appendix import analysis, averages, evaluation_run, files, predictions, prefix
+from appendix import analysis, card, episode_rows, evaluation_run, files, page, predictions, prefix
 from data import Sample
 from evaluate import RunOptions
 from zoom_rollout import Episode, RolloutConfig, Turn
@@ -274,7 +274,7 @@ def test_an_episode_comes_back_from_its_row():
     """What a stopped run has written is drawn and counted as if it had never stopped."""
     e = zoomed()
     e.shown_as, e.token_texts = {"zoom": "black", "crop_from": "seen", "fed": [100, 25]}, [["a", -0.1], ["b", None]]
-    back = evaluate.restore(json.loads(json.dumps(evaluate.record(e))), e.sample)
+    back = episode_rows.restore(json.loads(json.dumps(evaluate.record(e))), e.sample)
     assert evaluate.summary_of([back]) == evaluate.summary_of([e]) and card.make_card(page.Album(), back, 640) == card.make_card(page.Album(), e, 640)
     assert evaluate.record(back) == evaluate.record(e) and back.turns == e.turns
 
@@ -537,6 +537,22 @@ def test_zoom_gain_and_harm(tmp_path, monkeypatch):
     assert "zoom gain 42.9%, zoom harm 14.3%" in open(tmp_path / "out" / "report.html").read()
 
 
+def test_plain_counts_no_behaviour_and_draws_no_page(tmp_path, monkeypatch, capsys):
+    """Claim: --plain loads the plain cache and leaves the rest of the appendix alone; the accuracy is the same."""
+    loaded = []
+    monkeypatch.setattr(prefix, "load_vlm", lambda *_, plain, **__: loaded.append(plain) or Eyes())
+    fake_rollout(monkeypatch)
+    out = tmp_path / "out"
+    behaviours = lambda: [json.loads(line)["behaviour"] for line in open(out / "episodes.jsonl")]
+    whole = evaluate.main(["--data", choices(tmp_path, 3), "--out", str(out)])
+    assert behaviours()[0]["regions"] == 1 and whole["regions"] == 1 and (out / "report.html").exists()
+    os.remove(out / "report.html")
+    plain = evaluate.main(["--data", str(tmp_path / "c.jsonl"), "--out", str(out), "--plain", "--fresh"])
+    assert behaviours() == [{}] * 3 and not (out / "report.html").exists() and loaded == [False, True]
+    assert "report.html" not in capsys.readouterr().out.split("settings")[2]
+    assert plain["accuracy"] == whole["accuracy"] and whole.keys() - plain.keys() == {*analysis.COUNTS}
+
+
 @pytest.mark.slow
 def test_as_a_script(bench):
     folder, _ = bench
@@ -582,7 +598,7 @@ MUTATIONS = [
     ("appendix.evaluation_run:with_order", "order.index(s.answer)", "s.answer", test_arrange_moves_the_gold_along, {}),
     ("appendix.evaluation_run:arrange", 'random.Random(f"{seed}/{s.id}")', "random.Random(seed)", test_an_always_first_answer_scores_chance_once_options_are_permuted, {}),
     ("appendix.episode_rows:token_texts", "not e.completion_mask[i]", "False", test_token_texts_tell_chosen_tokens_from_given_ones, {}),
-    ("evaluate:run_episodes", "not options.plain", "True", test_plain_needs_the_ground_floor_only, {}),
+    ("evaluate:run_episodes", "not options.plain", "True", test_plain_counts_no_behaviour_and_draws_no_page, {}),
 ]
 
 

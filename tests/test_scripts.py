@@ -58,7 +58,7 @@ def script(tmp_path, monkeypatch, capsys):
         try:
             if name == "-m":
                 monkeypatch.setattr(sys, "argv", args)
-                runpy.run_module(args[0], run_name="__main__")
+                runpy.run_module(args[0], run_name="__main__", alter_sys=True)
             else:
                 runpy.run_path(os.path.join(ROOT, name), run_name="__main__")
         except SystemExit as stop:
@@ -188,7 +188,8 @@ def test_a_checkpoint_is_a_model(whole, script):
     assert len(read("runs/more/metrics.jsonl")) == 1 and os.path.exists("runs/more/report.html")
 
 # What the chapters stand on. Everything else in the appendix may be deleted, with --plain and traces from the oracle.
-GROUND_FLOOR = ["__init__", "run", "ranks", "optimizer", "memory", "files", "prefix", "graphs", "metrics", "recipes", "rl_options", "rl_run"]
+GROUND_FLOOR = ["__init__", "run", "ranks", "optimizer", "memory", "files", "prefix", "graphs", "metrics", "recipes", "rl_options", "rl_run",
+                "rows", "parts", "vision", "weights", "evaluation_run", "episode_rows", "averages"]
 
 @pytest.mark.parametrize("command", ["train_rl.py --num-prompts 4 --blind-prompts 1 --group-size 4 --sft-n 16 --eval-n 4 --steps 2", "train_sft.py --n 16",
                                      "evaluate.py --n 4"], ids=["rl", "sft", "evaluate"])
@@ -464,6 +465,7 @@ def test_no_such_device(script):
     refused(script("train_rl.py --device cuda"), "cuda")
     refused(script("train_rl.py --device gpu"), "gpu")
 
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules")             # this process has imported appendix.tiny already
 @pytest.mark.parametrize("command", ["train_rl.py", "train_sft.py", "evaluate.py", "evaluate.py --out runs/x/y", "-m appendix.tiny --out runs/tiny",
                                      "data.py draw search 1 --out runs/x", "data.py convert screenspot web.json runs/x.jsonl"])
 def test_a_place_that_cannot_be_written(files, script, command):

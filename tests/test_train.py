@@ -38,14 +38,14 @@ def test_memory_plan(models, recompute):
     owned = {p.untyped_storage().data_ptr() for p in vlm.model.parameters()}
     try:
         vlm.encode([v for e in episodes for v in e.views])
-        ids, positions, views, groups, _, _ = vlm.pack(episodes, vlm.shared(episodes))
+        packed = vlm.pack(episodes)
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-            h = vlm.forward(ids, positions, views, prefix.Packed(groups, vlm.device))
+            h = vlm.forward(packed.ids, packed.positions, packed.views, packed)
     finally:
         vlm.recompute = False
-    plan = memory.memory_plan(vlm, memory.MemoryOptions(ids.numel(), 0, recompute))
+    plan = memory.memory_plan(vlm, memory.MemoryOptions(packed.ids.numel(), 0, recompute))
     if recompute:                                                          # the inputs of the layers; 2 layers more while one is recomputed
-        plan["activations"] -= 2 / 3 * memory.memory_plan(vlm, memory.MemoryOptions(ids.numel(), 0))["activations"]
+        plan["activations"] -= 2 / 3 * memory.memory_plan(vlm, memory.MemoryOptions(packed.ids.numel(), 0))["activations"]
     total = sum(x.untyped_storage().nbytes() for x in kept.values())
     assert 0.67 < total / plan["activations"] < 1.5, (total, plan["activations"])
     trained = sum(p.numel() for p in vlm.parameters())
@@ -60,7 +60,9 @@ def test_plan_of_a_3b(capsys, monkeypatch):
     speed.main()
     peaks = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert peaks["80 GB card"] <= 70 and peaks["40 GB card"] <= 36
-    assert all(f"{p:.1f}" in open(os.path.join(ROOT, "README.md")).read() for p in peaks.values())
+    with open(os.path.join(ROOT, "appendix", "README.md"), encoding="utf-8") as f:          # its long tables stand there
+        text = f.read()
+    assert all(f"{p:.1f}" in text for p in peaks.values())
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_offload_is_the_same_optimizer(dtype):
@@ -411,8 +413,7 @@ MUTATIONS = [
     ("train_rl:roll_out_share", "ranks.shard(len(samples))", "slice(0, len(samples))", test_ranks_and_micro_batches_change_nothing, dict(flags={})),
     ("appendix.run:replace_folder", "os.rename(folder, old)", "shutil.rmtree(folder)", test_a_checkpoint_survives_a_crash_at_any_write, {}),
     ("appendix.run:restore_folder", "os.rename(old, folder)", "pass", test_a_checkpoint_survives_a_crash_at_any_write, {}),
-    ("appendix.run:replace_folder", "if os.path.exists(folder):\n    shutil.rmtree(old, ignore_errors=True)\n    os.rename(folder, old)",
-     "shutil.rmtree(old, ignore_errors=True)\nif os.path.exists(folder):\n    os.rename(folder, old)", test_a_checkpoint_survives_a_crash_at_any_write, {}),
+    ("appendix.run:replace_folder", "os.path.exists(folder)", "True", test_a_checkpoint_survives_a_crash_at_any_write, {}),
     ("appendix.run:write_text", "tmp = path + '.tmp'", "tmp = path", test_rows_survive_a_crash, {}),
 ]
 
