@@ -1,49 +1,45 @@
-"""What is right: parse an answer, score it. Strings and numbers in, floats out; no model, no files.
+"""The rewards: parse an answer, score it. Strings and numbers in, floats out; no model, no files.
 
     transcript   <think> the sign at (412, 80) ... </think> <answer> (415, 83) </answer>
         parse_answer   the answer as a value: (415.0, 83.0), or None
         judge          is it right?            accuracy A (a box also has its iou)
-        a recipe       is it also well made?   format F and other parts, and what the whole is
-                                               worth: the reward
+        a recipe       is it well formed?      format F and other parts; all parts together give
+                                               the reward
 
     recipe        reward                         from
-    vigorl        0.5 A + 0.5 F C                ViGoRL (2505.23678), single turn; C: the thought
-                                                 names points
-    vigorl-zoom   0.6 A + 0.4 F (1 + distinct)   ViGoRL, multi-turn; distinct: a bonus for looking
-                                                 at different places
+    vigorl        0.5 A + 0.5 F C                ViGoRL (2505.23678), single turn; see `grounded`
+    vigorl-zoom   0.6 A + 0.4 F (1 + distinct)   ViGoRL, multi-turn; see `distinct_bonus`
     univg-r1      IoU + F                        UniVG-R1 (2505.14231)
     accuracy      A                              evaluation
 
 Coordinates: an answer is in the model's own convention, a target in source pixels of its image.
-`frames` leads from one to the other. It has one (sx, sy, width, height) per prompt image:
+`frames` converts one to the other. It has one (sx, sy, width, height) per prompt image:
 (x * sx, y * sy) is the source pixel; width and height are those of the source image. With
 frames=None, answers are in source pixels already, and the size of the images is unknown.
 
-Left out: ViGoRL's ungrounded baselines (0.5 A + 0.5 F); UniVG-R1's tagless mode for simple single
-images; and the x2 - 1 ... + 1 in UniVG-R1's IoU, which only drops overlaps thinner than one unit:
-IoU here is the plain continuous one.
+Left out: ViGoRL's ungrounded baselines (0.5 A + 0.5 F); UniVG-R1's mode without tags, for simple
+single images. Its IoU takes 1 off x2 and y2 and adds it back to the sides of the overlap, which
+only sets overlaps thinner than one unit to 0. IoU here is the plain continuous one.
 
-A policy in training writes anything at all, so every search below takes time linear in the text.
+A policy in training may write any text, so every search below takes time linear in its length.
 """
 import copy
 import math
 import re
 from dataclasses import dataclass
 
-# The scale in a frame is a rounded fraction: what lies on an edge or a threshold must still count
-# as on it.
-EPS = 1e-6
+EPS = 1e-6          # tolerance at edges and thresholds, because the scales in `frames` are rounded
 
 
 # --------------------------------------------------------------------------------------------------
-# parse: from what was said to a value
+# parse: from a transcript to a value
 
 NUMBER = r"\s*([+-]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+))\s*"
 TWO = f"{NUMBER},{NUMBER}"
 # (x, y)   [x, y]   (x1, y1, x2, y2)   [x1, y1, x2, y2]   (x1, y1),(x2, y2)
 # and the same inside JSON, code fences and <|box_start|>
 SHAPE = re.compile(rf"[(\[]{TWO}(?:[)\]]\s*,\s*[(\[]{TWO}|,{TWO})?[)\]]")
-# Looked for first, because a "label" beside it may hold numbers too.
+# The same after its JSON key. find_shape tries it first: a "label" beside it may hold numbers too.
 KEYED = re.compile(r'"(?:point|bbox)_2d"\s*:\s*' + SHAPE.pattern)
 
 
@@ -51,7 +47,7 @@ def parse_answer(text, answer_type):
     """The value that a transcript gives as its answer; None if there is none.
 
     -> (x, y) for "point", (x1, y1, x2, y2) for "box", a stripped str for "choice" and "text".
-    A box where a point is asked counts by its center.
+    If a point is asked for and a box is given, its center is the answer.
     """
     said, tagged = answer_part(text)
     if answer_type in ("choice", "text"):
@@ -59,12 +55,11 @@ def parse_answer(text, answer_type):
     shape = find_shape(said, answer_type, take_first=tagged)
     if shape is None:
         return None
-    # float, because int() refuses to read 5000 digits
     values = tuple(float(number) for number in shape.groups() if number)
     if answer_type == "point" and len(values) == 4:
         x1, y1, x2, y2 = values
         values = ((x1 + x2) / 2, (y1 + y2) / 2)
-    if not all(map(math.isfinite, values)):
+    if not all(map(math.isfinite, values)):             # float() reads 400 digits as inf
         return None
     return values
 
@@ -72,12 +67,11 @@ def parse_answer(text, answer_type):
 def answer_part(text):
     """-> (the part of the text that holds the answer, whether it stood in a tag).
 
-    The answer is what stands in the last <answer>...</answer>. Without such a tag it is what was
-    said after the last thought or tool call, and never inside one: a point that was only
-    considered is no answer.
+    This is the content of the last <answer>...</answer>. Without such a tag it is the text after
+    the last thought or tool call, never text inside one: a point in a thought is no answer.
     """
     last_end = text.rfind("</answer>")
-    start = text.rfind("<answer>", 0, max(0, last_end))
+    start = text.rfind("<answer>", 0, max(0, last_end))         # -1 if there is no such tag
     if start >= 0:
         start += len("<answer>")
         return text[start:text.index("</answer>", start)], True
@@ -89,12 +83,12 @@ def answer_part(text):
 def find_shape(said, answer_type, take_first):
     """The match of a point or box in the text, or None; for "box" it must have four numbers.
 
-    The first one in a tag; the last one in loose talk, which ends with its conclusion.
+    take_first: the first match. Otherwise the last, because free text ends with its conclusion.
     """
     for pattern in (KEYED, SHAPE):
         found = None
         for shape in pattern.finditer(said):
-            has_four_numbers = shape.lastindex > 2
+            has_four_numbers = shape.lastindex > 2      # groups 3-4 or 5-6 hold the second corner
             if answer_type == "point" or has_four_numbers:
                 found = shape
                 if take_first:
@@ -117,7 +111,7 @@ def to_source(values, image, frames):
 def inside(point, frames):
     """Does the point lie in any of these images, edges included?
 
-    frames=None, images of unknown size: is no coordinate negative?
+    With frames=None the size of the images is unknown: only negative coordinates lie outside.
     """
     x, y = point
     for sx, sy, width, height in frames or [(1, 1, 1e9, 1e9)]:
@@ -152,7 +146,7 @@ def iou(a, b):
 
 
 def in_polygon(x, y, corners):
-    """Does a ray to the right cross an odd number of edges? Corners in their order around."""
+    """Is (x, y) inside: does a ray from it to the right cross an odd number of edges?"""
     crossings = 0
     for (x1, y1), (x2, y2) in zip(corners, corners[1:] + corners[:1]):
         if (y1 > y) != (y2 > y):
@@ -188,22 +182,21 @@ def best_iou(box, sample, frames):
 
 def named_image(text):
     """'<answer> image 2: (1, 2),(3, 4)' -> 1, counted from 0; None if it names no image."""
-    answer = text[max(0, text.rfind("<answer>")):]
+    answer = text.rpartition("<answer>")[2]             # the whole text if there is no tag
     named = re.search(r"\bimage\s{0,9}([0-9]{1,9})", answer, re.IGNORECASE)
     return int(named[1]) - 1 if named else None
 
 
 def plain(text):
-    """Both sides of every comparison of words: case folded, single spaces, no final period."""
+    """The form in which texts are compared: case folded, single spaces, no final period."""
     return " ".join(text.casefold().split()).removesuffix(".").rstrip()
 
 
 def choice_match(said, sample, frames):
-    """1 if the answer names the right option.
+    """1 if the answer names the right option: by its text, by its letter, or by both.
 
-    It may do so by the option's text, by that text after 'A.', 'A)' or '(A)' (then the text
-    decides, not the letter), or by a lone letter. A text that equals an option is that option, even
-    if it looks like the letter of another one.
+    A letter may be written 'A', 'A.', 'A)' or '(A)'. If text follows it, the text decides. A text
+    that equals an option is that option, even if it looks like the letter of another one.
     """
     named = plain(said)
     options = [plain(option) for option in sample.options]
@@ -216,7 +209,7 @@ def choice_match(said, sample, frames):
 
 
 def text_match(said, sample, frames):
-    """The best match with any accepted string: equal, or in parts if the answer is a web action."""
+    """The best match with any accepted string; a web action may match in part."""
     is_web_action = sample.meta.get("matcher") == "web_action"
     match_one = web_action if is_web_action else same_words
     return max(match_one(said, gold) for gold in sample.answer)
@@ -229,11 +222,10 @@ def same_words(said, gold):
 def web_action(said, gold):
     """ViGoRL's web action reward: 0.5 for the action word and 0.5 for its arguments.
 
-    An action is written 'type [12] [red shoes]'. The half for the arguments is split evenly, so
-    typed text counts (the original compares the element id only), and 'stop [answer]' is scored
-    like the others (the original compares the word alone). Without arguments the word is
-    everything. The word is read at the start: the original looks for 'stop' anywhere, and takes
-    'type [12] [bus stop]' for a stop.
+    An action is written 'type [12] [red shoes]'. The arguments share their 0.5 evenly. If the right
+    action has no arguments, its word gives 1. Three things differ from the original: it compares
+    only the element id, not the typed text; it compares only the word of 'stop [answer]'; and it
+    looks for 'stop' anywhere, so it takes 'type [12] [bus stop]' for a stop.
     """
     word, arguments = read_action(said)
     gold_word, gold_arguments = read_action(gold)
@@ -248,7 +240,7 @@ def read_action(text):
     """'type [12] [red shoes]' -> ("type", ["12", "red shoes"])"""
     text = plain(text)
     word = re.match(r"\W*(\w*)", text)[1]
-    arguments = re.findall(r"\[([^\[\]]*)\]", text)[:2]     # a third, "press enter", is optional
+    arguments = re.findall(r"\[([^\[\]]*)\]", text)[:2]     # a third, "press enter", is ignored
     return word, [argument.strip() for argument in arguments]
 
 
@@ -258,31 +250,31 @@ GRADERS = {"point": point_in_target, "box": best_iou, "choice": choice_match, "t
 def judge(value, sample, frames):
     """Is a parsed answer right? -> {name: float}
 
-    accuracy       1 if right, 0 if not; a box is right from IoU 0.5 on (only the recipe univg-r1
-                   takes the IoU itself); a web action may be right in part
+    accuracy       1 if right, 0 if not; a box is right if its IoU is 0.5 or more (only the recipe
+                   univg-r1 takes the IoU itself); a web action may be right in part
     wrong_format   1 if no answer could be parsed (value is None), else 0
     iou            IoU of a box; only for boxes
-    hidden         1 if the benchmark keeps the right answer to itself, else absent; accuracy is 0
+    hidden         1 if the benchmark does not publish the right answer, else absent; accuracy is 0
                    then, and means should leave the sample out
     """
     if sample.answer_type in ("point", "box"):
         hidden = not sample.targets
     else:
         hidden = sample.answer in (None, [])
-    worth = 0.0
+    grade = 0.0
     if not hidden and value is not None:
-        worth = GRADERS[sample.answer_type](value, sample, frames)
-    found = {"accuracy": worth, "wrong_format": float(value is None)}
+        grade = GRADERS[sample.answer_type](value, sample, frames)
+    found = {"accuracy": grade, "wrong_format": float(value is None)}
     if sample.answer_type == "box":
-        found["accuracy"] = float(worth >= 0.5 - EPS)
-        found["iou"] = worth
+        found["accuracy"] = float(grade >= 0.5 - EPS)
+        found["iou"] = grade
     if hidden:
         found["hidden"] = 1.0
     return found
 
 
 # --------------------------------------------------------------------------------------------------
-# form: is it well made?
+# form: is it well formed?
 
 TAG = re.compile(r"(</?(?:think|answer|tool_call|observation)>)", re.IGNORECASE)
 POINT = re.compile(rf"\({TWO}\)")
@@ -294,7 +286,7 @@ def action_of(turn_text):
 
     Anything else, such as other text around them, gives (None, "").
     """
-    # Cut at every tag: a second, nested, unclosed or stray tag makes another list.
+    # Cut at every tag. A second, nested, unclosed or stray tag makes a list that fits no case.
     match TAG.split(turn_text.strip()):
         case ["", "<think>", _, "</think>", gap, "<answer>", body, "</answer>", ""]:
             action = "answer"
@@ -308,7 +300,7 @@ def action_of(turn_text):
 
 
 def answers_well(turn_text, answer_type):
-    """Is it one thought and one answer: '(x, y)', '(x1, y1),(x2, y2)' or any words, by type?"""
+    """Is it one thought and one answer, written '(x, y)', '(x1, y1),(x2, y2)' or in any words?"""
     action, body = action_of(turn_text)
     body = body.strip()
     if action != "answer":
@@ -321,10 +313,7 @@ def answers_well(turn_text, answer_type):
 
 
 def zooms_well(turn):
-    """Is the turn one thought and one tool call, and did the tool give a crop?
-
-    If it did, the point could be read and lay in the image.
-    """
+    """Is it one thought and one tool call, with a readable point in the image (so with a crop)?"""
     action, _ = action_of(turn.text)
     return action == "tool_call" and turn.crop is not None and turn.error is None
 
@@ -351,7 +340,7 @@ def grounded(turn_text, frames):
 
 @dataclass(frozen=True)
 class Bonuses:
-    """What vigorl-zoom pays beside right answers and good form."""
+    """What vigorl-zoom pays in addition to A and F."""
     min_distance: float = 10.0  # least distance of distinct points, in the model's coordinates
     distinct: float = 0.2       # reward for each further distinct point; 0: none
     tool: float = 0.0           # reward for a right answer after a zoom that worked (DeepEyes: 1.2)
@@ -360,8 +349,7 @@ class Bonuses:
 def vigorl(found, sample, text, frames, **_):
     """0.5 A + 0.5 F C
 
-    The original pays C for any "(1, 2)". The paper (section 4.3) wants the points to be valid, and
-    so do we.
+    The original gives C = 1 for any "(1, 2)". Here the points must be valid (paper, section 4.3).
     """
     form = float(answers_well(text, sample.answer_type))
     ground = float(grounded(text, frames))
@@ -372,21 +360,19 @@ def vigorl(found, sample, text, frames, **_):
 def vigorl_zoom(found, sample, turns, frames, max_zooms, bonuses, **_):
     """0.6 A + 0.4 F (1 + distinct)
 
-    F: every turn is one thought and one zoom that worked, the last is one thought and one answer.
-    distinct: see `distinct_bonus`. Without it the paper's policy stops looking again (accuracy on
-    V* falls from 81.2 to 78.0).
+    F: see `episode_well_formed`. distinct: see `distinct_bonus`; without it the policy of the paper
+    no longer looks at a second place (accuracy on V* falls from 81.2 to 78.0).
 
-    The original has no cap on distinct, and pays a wrong answer after 4 zooms (0.64) more than a
-    right one with a slip in the format (0.60). Here the bonus ends at 0.4, which keeps right above
-    wrong:
+    The original has no cap on distinct, so a wrong answer after 4 zooms (0.64) gets more than a
+    right one with bad form (0.60). Here distinct is at most 0.4, so right always gets more:
 
                           F = 0    F = 1    F = 1, distinct = 0.4
-        wrong (A = 0)     0.00     0.40     0.56    the best of wrong ...
-        right (A = 1)     0.60     1.00     1.16    ... is below 0.60, the worst of right
+        wrong (A = 0)     0.00     0.40     0.56
+        right (A = 1)     0.60     1.00     1.16
 
-    bonuses.tool is paid where the answer is right AND a zoom worked. DeepEyes (2505.14362): 1.2,
-    beside 0.8 A + 0.2 F. When it was paid to wrong answers too, or to none, their policy stopped
-    zooming.
+    bonuses.tool is paid only where the answer is right AND a zoom worked. DeepEyes (2505.14362):
+    1.2, with 0.8 A + 0.2 F. Their policy stopped zooming when wrong answers were paid too, and
+    when there was no such bonus.
     """
     distinct = distinct_bonus(turns, max_zooms, bonuses)
     form = float(episode_well_formed(turns, sample.answer_type))
@@ -401,9 +387,8 @@ def vigorl_zoom(found, sample, turns, frames, max_zooms, bonuses, **_):
 def distinct_bonus(turns, max_zooms, bonuses):
     """bonuses.distinct for each zoom, after the first, at a new place; 0.4 at most.
 
-    A place is new if its distance (Euclidean, in the model's convention) to all that counted before
-    is min_distance or more. Only zooms that worked count, and no more of them than the episode
-    allows.
+    A place is new if it is at least min_distance (Euclidean, in the model's convention) from every
+    new place before it. Only zooms that worked count, and at most max_zooms of them.
     """
     kept = []
     for turn in turns:
@@ -418,10 +403,9 @@ def distinct_bonus(turns, max_zooms, bonuses):
 def univg_r1(found, sample, text, **_):
     """IoU + F, in [0, 2]
 
-    F: the text ends in a thought and '(x1,y1),(x2,y2)' in whole numbers. What stands before the
-    thought is free, as in the original. Unlike there, white space in the answer and after it is
-    allowed. 'image 2:' stands before the box where the sample asks for it (meta "name_image"), and
-    nowhere else.
+    F: the text ends in a thought and an answer '(x1,y1),(x2,y2)' in whole numbers. As in the
+    original, any text may stand before the thought. White space in and after the answer is allowed
+    (not in the original). 'image 2:' must stand before the box if and only if meta "name_image".
     """
     before, _, answer = text.rpartition("<answer>")
     thought = "<think>" in before and before.rstrip().endswith("</think>")
@@ -434,12 +418,11 @@ def univg_r1(found, sample, text, **_):
 
 
 def accuracy(found, **_):
-    """A alone, for evaluation; the only form asked for is that an answer can be read."""
+    """A alone, for evaluation; format is 1 if the answer could be parsed."""
     return {"reward": found["accuracy"], "format": 1.0 - found["wrong_format"]}
 
 
-RECIPES = {"vigorl": vigorl, "vigorl-zoom": vigorl_zoom, "univg-r1": univg_r1,
-           "accuracy": accuracy}
+RECIPES = {"vigorl": vigorl, "vigorl-zoom": vigorl_zoom, "univg-r1": univg_r1, "accuracy": accuracy}
 
 
 def score(sample, text, turns, recipe, frames=None, max_zooms=4, bonuses=Bonuses()):
@@ -454,15 +437,15 @@ def score(sample, text, turns, recipe, frames=None, max_zooms=4, bonuses=Bonuses
     if recipe not in RECIPES:
         known = ", ".join(RECIPES)
         raise ValueError(f"unknown reward recipe {recipe!r}, expected one of: {known}")
-    targets = sample.targets
-    if sample.meta.get("name_image"):
+    judged = copy.copy(sample)
+    wrong_image = False
+    if sample.targets and sample.meta.get("name_image"):
         image = named_image(text)
         targets = [target for target in sample.targets if target["image"] == image]
-    judged = copy.copy(sample)
-    judged.targets = targets or sample.targets
+        wrong_image = not targets
+        judged.targets = targets or sample.targets      # never empty: that would mean hidden
     found = judge(parse_answer(text, sample.answer_type), judged, frames)
-    if sample.targets and not targets:
-        # A right box in the wrong image. The original does not check, and pays for it.
+    if wrong_image:                                     # the original does not check the image
         found["accuracy"] = 0.0
         found["iou"] = 0.0
     return found | RECIPES[recipe](

@@ -60,7 +60,7 @@ class Config:
     # the traces
     traces: str = "mcts"        # source: "mcts" (tree search), "oracle", "teacher" or a JSONL file
     n: int = 1200               # traces from the toy world
-    target: Literal["full", "answer", "ungrounded"] = "full"    # learned part, see `retarget`
+    target: Literal["full", "answer", "ungrounded"] = "full"    # learned part: trace_tools.retarget
     max_zooms: int = 3          # crops per episode
 
     # the fine-tuning
@@ -212,9 +212,9 @@ def oracle_of_search(vlm, sample, rng, max_zooms):
         thought = f"<think>{seen} The {o['name']} may be at ({x}, {y}). </think>"
         turns.append(f"{thought}\n{data.tool_call(x, y)}")
         seen = f" This is the {o['name']}, {o['pattern']}."
-        if o is objects[0] or o is order[-1] or rng.random() < 0.6:
+        if o is objects[0] or len(turns) == len(order) or rng.random() < 0.6:
             break
-    opening = data.FORCE
+    opening = data.FORCE                                # the answer is about the last crop
     if len(turns) < max_zooms:
         opening = f"<think>{seen[:-1]}, at ({x}, {y}). </think>\n<answer>"
     turns.append(f"{opening} {o['pattern']} </answer>")
@@ -228,16 +228,20 @@ def oracle_of_boxes(vlm, sample, rng):
     objects = sample.meta["scenes"][target["image"]]["objects"]
     guess = rng.random() < 0.33
     o = rng.choice(objects) if guess else object_in(target["box"], objects)
-    x1, y1, x2, y2 = data.object_box(o)
-    x1, y1 = view.from_source(x1, y1)
-    x2, y2 = view.from_source(x2, y2)
     where = f" image {target['image'] + 1}:" if sample.meta.get("name_image") else ""
-    answer = f"{where} ({x1}, {y1}),({x2}, {y2})"
+    answer = f"{where} {box_text(data.object_box(o), view)}"
     return [f"<think> {o['name']} </think>\n<answer>{answer} </answer>"]
 
 
 def object_in(box, objects):
     return next(o for o in objects if data.object_box(o) == box)
+
+
+def box_text(box, view):
+    """A box of source pixels, as the model writes it."""
+    x1, y1 = view.from_source(*box[:2])
+    x2, y2 = view.from_source(*box[2:])
+    return f"({x1}, {y1}),({x2}, {y2})"
 
 
 def near(o, view, rng):
@@ -277,26 +281,6 @@ def read_traces(path, samples, difficulty="medium", side=data.SIDE):
     return traces
 
 
-def retarget(trace, target):
-    """A trace -> what is learned of it. Two targets are baselines of the papers:
-
-    full        all of it
-    answer      the answer alone (SFT-direct)
-    ungrounded  the reasoning and the answer in one turn, without a point and so without a zoom
-    """
-    if target == "full":
-        return trace
-    text = "\n".join(trace.turns)
-    answer = text.rpartition("<answer>")[2].partition("</answer>")[0].strip()
-    turn = f"<answer> {answer} </answer>"
-    if target == "ungrounded":
-        thoughts = re.findall(r"<think>(.*?)</think>", text, re.S)
-        thought = " ".join(thought.strip() for thought in thoughts)
-        thought = re.sub(r",?(?: (?:may be|is))?(?: at)? ?\([^()]*\d\)", "", thought)
-        turn = f"<think> {thought} </think>\n{turn}"
-    return Trace(trace.sample, [turn], trace.kind)
-
-
 # --------------------------------------------------------------------------------------------------
 # fine-tune
 
@@ -329,8 +313,8 @@ def finetune(vlm, episodes, cfg, progress=True):
             for e in batch:
                 for view in e.views:                    # those of all traces would not fit
                     view.drop_features()
+            bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
             bar.update()
-            bar.set_postfix(loss=f"{loss:.3f}")
     bar.close()
     return losses
 
@@ -424,11 +408,14 @@ def main():
     run.write_json(os.path.join(folder, "config.json"), asdict(cfg))
 
     # 1. traces
-    found, counts = find_traces(vlm, cfg, style, rows, vlm.toy_side, folder)
-    traces = [retarget(trace, cfg.target) for trace in found]
+    traces, counts = find_traces(vlm, cfg, style, rows, vlm.toy_side, folder)
+    if cfg.target != "full":
+        from appendix import trace_tools
+        traces = [trace_tools.retarget(trace, cfg.target) for trace in traces]
     write_traces(os.path.join(folder, "traces.jsonl"), traces)
     if cfg.traces == "mcts":
-        draw_trees(vlm, folder, traces, counts)
+        from appendix import trace_tools
+        trace_tools.draw_trees(vlm, folder, traces, counts)
     if cfg.show:
         from appendix import trace_tools
         trace_tools.show_traces(traces[:cfg.show])
@@ -476,19 +463,6 @@ def write_traces(path, traces):
         row["turns"] = trace.turns
         rows.append(json.dumps(row) + "\n")
     run.write_text(path, "".join(rows))
-
-
-def draw_trees(vlm, folder, traces, counts):
-    """trees.html: the search trees of the questions that have traces."""
-    from appendix import trees_page
-    samples = {}                                        # {sample id: (Sample, View)}
-    for trace in traces:
-        view = vlm.view(files.sample_image(trace.sample, 0))
-        samples[trace.sample.id] = (trace.sample, view)
-    log = os.path.join(folder, "trees.jsonl")
-    trees_page.write_trees_page(os.path.join(folder, "trees.html"), log, samples)
-    print(f"{len(traces)} traces from {counts['solved']} of {counts['trees']} questions; "
-          f"{folder}/trees.html draws the trees, {log} holds them")
 
 
 def hold_out(traces):

@@ -24,6 +24,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 import data
 import model
 import rewards
+import train_sft
 import zoom_rollout
 from appendix import prefix, ranks, run
 from appendix.optimizer import AdamW
@@ -111,6 +112,9 @@ def make_model_config(tokenizer):
 # --------------------------------------------------------------------------------------------------
 # lessons: chats about one scene
 
+FIRST_SCENES = dict(objects=(1, 2), radius=(46, 60))    # as in data.DIFFICULTY
+
+
 @dataclass
 class Picture:
     """What a lesson is about: a scene with its objects, and the model's view of it."""
@@ -151,17 +155,17 @@ def lesson(vlm, rng, progress=1.0):
 
 
 def new_scene(rng, progress, names=None):
-    """A scene of the train split: at first of one or two large objects, then of more and smaller."""
+    """A scene of the train split: at first with few and large objects, later with more."""
     level = "first"
     if rng.random() <= 0.2 + progress:
         level = rng.choices(("first", "easy", "medium", "hard"), (2, 3, 4, 1))[0]
-    look = data.DIFFICULTY.get(level, dict(objects=(1, 2), radius=(46, 60)))
+    look = FIRST_SCENES if level == "first" else data.DIFFICULTY[level]
     return data.split_scene(rng, "train", **look, names=names)
 
 
 def start_chat(vlm):
     """-> Episode that holds a system message and nothing else yet."""
-    episode = Episode(None, [], [], [], [])
+    episode = Episode(None)
     episode.append_given(vlm.chat("system", data.SYSTEM["boxes"]))
     return episode
 
@@ -201,12 +205,14 @@ def list_alike(picture, o):
 
 
 def box_object(picture, o):
-    return f"Box the {o['name']}.", f"{o['name']} {corners(picture.view, data.object_box(o))}"
+    place = train_sft.box_text(data.object_box(o), picture.view)
+    return f"Box the {o['name']}.", f"{o['name']} {place}"
 
 
 def compare(picture, o):
     """Where does one object stand, seen from another? Both are located first."""
-    rng, objects = picture.rng, picture.objects()
+    rng = picture.rng
+    objects = picture.objects()
     if len(objects) < 2:
         return name_at(picture, o)
     _, asked = data.ask_relation(
@@ -225,7 +231,7 @@ def read_crop(vlm, episode, crop, seen):
     exchange(vlm, episode, [before, crop, after], seen)
 
 
-# kinds of lessons and how frequent they are
+# The kinds of lessons and how frequent they are. `lesson` calls read_crop with a crop.
 LESSONS = [(list_objects, 6), (point_to, 5), (name_at, 2), (list_alike, 1), (box_object, 2),
            (compare, 1), (read_crop, 4)]
 
@@ -236,7 +242,7 @@ def ask_about_several_images(vlm, episode, rng, progress):
     views = [vlm.view(data.draw_scene(scene), i) for i, scene in enumerate(scenes)]
     target = asked["targets"][0]
     name = scenes[0]["objects"][0]["name"]
-    answer = f"{name} {corners(views[target['image']], target['box'])}"
+    answer = f"{name} {train_sft.box_text(target['box'], views[target['image']])}"
     exchange(vlm, episode, [*views, asked["question"]], answer)
 
 
@@ -263,13 +269,6 @@ def center(view, o):
     return f"({x}, {y})"
 
 
-def corners(view, box):
-    """A box of source pixels, as the model writes boxes."""
-    x1, y1 = view.from_source(*box[:2])
-    x2, y2 = view.from_source(*box[2:])
-    return f"({x1}, {y1}),({x2}, {y2})"
-
-
 # --------------------------------------------------------------------------------------------------
 # drills: the zoom protocol, told where to zoom
 
@@ -286,7 +285,7 @@ def drill(vlm, rng):
     chosen = rng.sample(scene["objects"], rng.randint(1, 2))
     forced = rng.random() < 0.2
     options = rng.sample(list(data.PATTERNS), len(data.PATTERNS))
-    spots = [spot_near(view, o, rng) for o in chosen]
+    spots = [train_sft.near(o, view, rng) for o in chosen]
     places = []
     for o, spot in zip(chosen, spots):
         places.append(f"the {o['name']}" if rng.random() < 0.7 else str(spot))
@@ -302,17 +301,12 @@ def drill(vlm, rng):
         thought = f"<think>{seen} The {o['name']} may be at ({x}, {y}). </think>"
         turns.append(f"{thought}\n{data.tool_call(x, y)}")
         seen = f" This is the {o['name']}, {o['pattern']}."
-    opening = data.FORCE
+    opening = data.FORCE                        # the answer is about the last crop
     if not forced:
         opening = f"<think>{seen[:-1]}, at ({x}, {y}). </think>\n<answer>"
     turns.append(f"{opening} {o['pattern']} </answer>")
     max_zooms = len(chosen) if forced else 3
     return zoom_rollout.replay(vlm, sample, turns, max_zooms=max_zooms)
-
-
-def spot_near(view, o, rng):
-    """A point near the center of an object, as the model counts -> (x, y)."""
-    return view.from_source(*[c + rng.uniform(-0.15, 0.15) * o["radius"] for c in o["center"]])
 
 
 def drill_or_lesson(vlm, rng, progress):

@@ -1,8 +1,16 @@
-"""Two tools for traces: print them, and draw the toy questions again that a file of them is about."""
+"""Tools for traces, each behind a flag of train_sft.py.
+
+    show_traces     --show N: print them
+    draw_trees      --traces mcts: the page of the search trees
+    retarget        --target answer or ungrounded: learn a part of them only
+    draw_again      --traces FILE without --data: the toy questions that a file is about
+"""
+import os
 import re
 
 import data
-from appendix.files import DataError
+from appendix import files
+from zoom_rollout import Trace
 
 
 def show_traces(traces):
@@ -26,6 +34,39 @@ def with_number(match, numbers):
     return f"{match[0]}[{number}]"
 
 
+def draw_trees(vlm, folder, traces, counts):
+    """trees.html: the search trees of the questions that have traces."""
+    from appendix import trees_page
+    samples = {}                                        # {sample id: (Sample, View)}
+    for trace in traces:
+        view = vlm.view(files.sample_image(trace.sample, 0))
+        samples[trace.sample.id] = (trace.sample, view)
+    log = os.path.join(folder, "trees.jsonl")
+    trees_page.write_trees_page(os.path.join(folder, "trees.html"), log, samples)
+    print(f"{len(traces)} traces from {counts['solved']} of {counts['trees']} questions; "
+          f"{folder}/trees.html draws the trees, {log} holds them")
+
+
+def retarget(trace, target):
+    """A trace -> what is learned of it. Two targets are baselines of the papers:
+
+    full        all of it
+    answer      the answer alone (SFT-direct)
+    ungrounded  the reasoning and the answer in one turn, without a point and so without a zoom
+    """
+    if target == "full":
+        return trace
+    text = "\n".join(trace.turns)
+    answer = text.rpartition("<answer>")[2].partition("</answer>")[0].strip()
+    turn = f"<answer> {answer} </answer>"
+    if target == "ungrounded":
+        thoughts = re.findall(r"<think>(.*?)</think>", text, re.S)
+        thought = " ".join(thought.strip() for thought in thoughts)
+        thought = re.sub(r",?(?: (?:may be|is))?(?: at)? ?\([^()]*\d\)", "", thought)
+        turn = f"<think> {thought} </think>\n{turn}"
+    return Trace(trace.sample, [turn], trace.kind)
+
+
 def draw_again(rows, difficulty, side):
     """Rows of a trace file, [(where, row)] -> the toy questions that they are about, list[Sample].
 
@@ -40,8 +81,8 @@ def draw_again(rows, difficulty, side):
         stream, _, number = str(name).rpartition("/")
         is_toy = stream.split("/")[0] in data.TASKS and stream.count("/") >= 2
         if not is_toy or not number.isdigit():
-            raise DataError(f"{where}id {name!r} is no question of the toy world; traces about the "
-                            "rows of a file need that file: --data FILE.jsonl")
+            raise files.DataError(f"{where}id {name!r} is no question of the toy world; traces "
+                                  "about the rows of a file need that file: --data FILE.jsonl")
         wanted[stream] = max(int(number) + 1, wanted.get(stream, 0))
     samples = []
     for stream, n in wanted.items():

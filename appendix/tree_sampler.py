@@ -70,7 +70,7 @@ class Sampler:
     def __init__(self, vlm, samples, style, cfg, seed=0):
         self.vlm = vlm
         self.is_zoom = style == "zoom"
-        # A step is a turn of the zoom protocol. In a single turn it ends where a parenthesis closes.
+        # A step is a turn of the zoom protocol; in a single turn it ends with a ")".
         stop_tokens = None if self.is_zoom else tokens_with(")", vlm)
         self.options = TurnOptions(cfg.max_new_tokens, cfg.temperature, stop_tokens=stop_tokens)
         self.generators = [seeded_generator(f"{seed}/{s.id}") for s in samples]     # one per tree
@@ -100,7 +100,7 @@ class Sampler:
             self.vlm, cache, logits, positions, self.random_numbers(paths), self.options)
 
         new_paths = []
-        added = []                                      # per path: (ids, views), or None: it is over
+        added = []                          # per path: (ids, views) to read, or None: it is over
         for path, limit, ids in zip(paths, limits, turns):
             new = self.copy_with(path, ids)
             added.append(self.read(path, new, ids, limit))

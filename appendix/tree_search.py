@@ -250,7 +250,8 @@ def search_traces(vlm, cfg, style, questions=None, side=data.SIDE, log=""):
                                  cfg.min_distance, cfg.reorder, rng)
                 traces.append(Trace(sample, turns, chain.kind))
         counts["seconds"] = round(time.time() - began, 1)
-        bar.set_postfix_str(f"{counts['solved']} of {counts['trees']} questions solved")
+        solved = f"{counts['solved']} of {counts['trees']} questions solved"
+        bar.set_postfix_str(solved, refresh=False)
         bar.update((counts["trees"] if questions else len(traces)) - bar.n)
     bar.close()
     if not traces:

@@ -106,7 +106,7 @@ def test_written_traces_are_read_again(vlm, tmp_path):
 def test_retarget():
     """Claim: SFT-direct has the answer alone, the ungrounded chain no coordinate and no call."""
     turns = chains.to_turns([["The red circle may be at (10, 10).", A], ["This is the red circle, lined, at (11, 10)", None]], "lined", "zoom")
-    retarget = lambda turns, target: train_sft.retarget(Trace(ASKED[0], turns, "direct"), target)
+    retarget = lambda turns, target: trace_tools.retarget(Trace(ASKED[0], turns, "direct"), target)
     assert retarget(turns, "full").turns == turns
     assert retarget(turns, "answer") == Trace(ASKED[0], ["<answer> lined </answer>"], "direct")
     assert retarget(turns, "ungrounded").turns == ["<think> The red circle. This is the red circle, lined. </think>\n<answer> lined </answer>"]
@@ -217,8 +217,8 @@ MUTATIONS = [  # where, old code, new code, the test that must fail, its argumen
     ("train_sft:finetune", "range(0, len(order), cfg.batch)", "range(0, len(order) - cfg.batch + 1, cfg.batch)", test_the_warm_start_learns, {}),
     ("train_sft:finetune", "view.drop_features()", "pass", test_the_warm_start_learns, {}),
     ("train_sft:held_out_loss", "tokens += mask.sum().item()", "tokens += len(micro_batch)", test_the_warm_start_learns, {}),
-    ("train_sft:oracle_of_search", "o is objects[0] or o is order[-1] or rng.random() < 0.6", "o is order[-1] or rng.random() < 0.6", test_oracle_of_search, {}),
-    ("train_sft:oracle_of_search", "o is objects[0] or o is order[-1] or rng.random() < 0.6", "o is objects[0] or o is order[-1]", test_oracle_of_search, {}),
+    ("train_sft:oracle_of_search", "o is objects[0] or len(turns) == len(order) or rng.random() < 0.6", "len(turns) == len(order) or rng.random() < 0.6", test_oracle_of_search, {}),
+    ("train_sft:oracle_of_search", "o is objects[0] or len(turns) == len(order) or rng.random() < 0.6", "o is objects[0] or len(turns) == len(order)", test_oracle_of_search, {}),
     ("train_sft:oracle_of_search", "rng.sample(objects, len(objects))", "rng.choices(objects, k=len(objects))", test_oracle_of_search, {}),
     ("train_sft:oracle_of_search", """turns.append(f"{opening} {o['pattern']} </answer>")""", """turns.append(f"{opening} {objects[0]['pattern']} </answer>")""",
      test_oracle_of_search, {}),
