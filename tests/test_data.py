@@ -1,6 +1,7 @@
 """
 Is a toy question answered where it says, and can the answer not be seen without zooming? Are published files read in the right
-frame, and is a broken one refused with its file, its row and what was expected? At the end MUTATIONS puts bugs into data.py.
+frame, and is a broken one refused with its file, its row and what was expected? At the end MUTATIONS puts bugs into data.py and
+what it reads files with.
 """
 import collections, dataclasses, io, itertools, json, os, random, re, zlib
 
@@ -9,17 +10,18 @@ import pytest
 from PIL import Image
 
 import data
+from appendix import benchmarks, files
 from conftest import check_mutation, names
 
 N = 60
 
 def toy(task, split="train", n=N, seed=0, difficulty="medium"):
     """data.toy without its pictures: most of what can be wrong is in the scene, and drawing takes all the time."""
-    draw, data.draw = data.draw, lambda scene: None
+    draw, data.draw_scene = data.draw_scene, lambda scene: None
     try:
         return data.toy(task, split, n, seed, difficulty)
     finally:
-        data.draw = draw
+        data.draw_scene = draw
 
 def objects(sample, i=0):
     return {o["name"]: o for o in sample.meta["scenes"][i]["objects"]}
@@ -134,14 +136,14 @@ def test_pictures():
     """Bug: a picture of another scene, size or mode than its question is about."""
     for s in data.toy("boxes", "test", 3):
         for scene, image in zip(s.meta["scenes"], s.images, strict=True):
-            assert image.size == (data.SIDE, data.SIDE) and image.mode == "RGB" and image == data.draw(scene)
+            assert image.size == (data.SIDE, data.SIDE) and image.mode == "RGB" and image == data.draw_scene(scene)
 
 def test_object_boxes_fit():
     """Bug: a box that is too large or too small for its shape: a hit on the object misses, or the other way round."""
-    empty = np.asarray(data.draw({"side": 448, "objects": []})).astype(int)
+    empty = np.asarray(data.draw_scene({"side": 448, "objects": []})).astype(int)
     for name in data.NAMES:
         o = dict(name=name, pattern="lined", center=[200, 230], radius=50, phase=[0, 0])
-        ys, xs = np.nonzero(abs(np.asarray(data.draw({"side": 448, "objects": [o]})) - empty).max(-1) > 0)
+        ys, xs = np.nonzero(abs(np.asarray(data.draw_scene({"side": 448, "objects": [o]})) - empty).max(-1) > 0)
         assert np.abs(np.subtract(data.object_box(o), [xs.min(), ys.min(), xs.max(), ys.max()])).max() <= 2, name
 
 def test_difficulty():
@@ -184,7 +186,7 @@ def test_overview_hides_the_pattern(side):
         box, shrunk, crops = [round(v) for v in data.object_box(o)], [], []
         for pattern in data.PATTERNS:
             o["pattern"] = pattern
-            image = data.draw(scene)
+            image = data.draw_scene(scene)
             shrunk.append(np.asarray(image.resize((side // 4, side // 4), Image.Resampling.BICUBIC)).astype(int))
             crops.append(np.asarray(image.crop(box)).astype(int))
         for i, j in itertools.combinations(range(4), 2):
@@ -201,10 +203,10 @@ def test_overview_hides_the_pattern(side):
 def test_prompt(task):
     """Bug: the prompt leaks the answer (it must not change with it), loses the options, or has another format sentence."""
     for s in toy(task)[:10]:
-        system, text = data.prompt(s, data.STYLES[data.RECIPES[task]])
+        system, text = data.prompt(s, data.PROMPT_STYLES[data.TASK_RECIPES[task]])
         asks_for = {k: v for k, v in s.meta.items() if k == "name_image"}
         blind = dataclasses.replace(s, answer=None, targets=[], meta=asks_for, images=[], category=[], id="")
-        assert data.prompt(blind, data.STYLES[data.RECIPES[task]]) == (system, text)
+        assert data.prompt(blind, data.PROMPT_STYLES[data.TASK_RECIPES[task]]) == (system, text)
         assert system in data.SYSTEM.values() and text.startswith(s.question) and text.endswith("\n" + data.FORMAT[s.answer_type] + data.NAME_IMAGE * (task == "find"))
         lettered = "".join(f"\n{letter}. {option}" for letter, option in zip("ABCD", s.options))
         assert text.count("Answer Choices:" + lettered) == bool(s.options)
@@ -242,7 +244,7 @@ def test_round_trip(folder):
     data.write_jsonl(path, samples)
     for old, new in zip(samples, data.read_jsonl(path), strict=True):
         assert dataclasses.replace(new, images=[]) == dataclasses.replace(old, images=[])
-        assert [data.image(new, i) for i in range(len(new.images))] == [data.image(old, i) for i in range(len(old.images))]
+        assert [files.sample_image(new, i) for i in range(len(new.images))] == [files.sample_image(old, i) for i in range(len(old.images))]
     assert not [f for f in os.listdir(folder / "new") if f.endswith(".tmp")]
 
 CHOICES = "<image>\nQuestion: Is the cup left?\nAnswer Choices:\nA. Yes, left\nB. no\nAnswer with the text of the option."
@@ -284,8 +286,8 @@ MANY = ["a.png", "b.png", "c.png"]
 def test_boxes_of_several_images(folder, name, row, image, box):
     """Bug: 0-1 taken for 0-1000, or either for pixels; scaled by the size of another image than the one asked about."""
     row = {**row, "images": MANY}
-    _, function, layout, _ = data.CONVERTERS[name]
-    s = data.parse_row(function(row, "here: ", layout), "here: ", str(folder))
+    converter = benchmarks.CONVERTERS[name]
+    s = data.parse_row(converter.to_row(row, "here: ", converter.layout), "here: ", str(folder))
     assert s.answer_type == "box" and s.targets == [{"image": image, "box": pytest.approx(box)}] and "<image>" not in s.question
     if name == "univg-r1":
         assert data.read_jsonl(write(folder, row))[0].targets == s.targets
@@ -294,8 +296,8 @@ def test_screenspot(folder):
     """Bug: xywh read as xyxy (w > x and h > y here: guessing would get it wrong)."""
     rows = [{"img_filename": "a.png", "bbox": [10, 20, 100, 50], "instruction": "close", "data_type": "icon", "data_source": "windows"}]
     (folder / "web.json").write_text(json.dumps(rows))
-    (where, row), = data.rows_of(str(folder / "web.json"))
-    s = data.parse_row(data.from_screenspot(row, where), where, str(folder))
+    (where, row), = files.read_rows(str(folder / "web.json"))
+    s = data.parse_row(benchmarks.from_screenspot(row, where), where, str(folder))
     assert (s.question, s.answer_type, s.category[1]) == ("close", "point", "icon")
     assert s.targets == [{"image": 0, "box": [10, 20, 110, 70]}]
 
@@ -377,7 +379,7 @@ def test_broken_image(folder, kind):
     path = folder / f"i.{kind}"
     def opened(content):
         path.write_bytes(content)
-        return data.open_image(str(path), "row 7: ")
+        return files.open_image(str(path), "row 7: ")
     assert opened(whole).size == (224, 224)
     for n in [0, 1, 10, len(whole) // 2, len(whole) - 100] + [rng.randrange(len(whole) - 100) for _ in range(40)]:
         with pytest.raises(data.DataError, match=f"^row 7: image .*i.{kind} cannot be read .* expected a whole PNG or JPEG file$"):
@@ -391,7 +393,7 @@ def test_broken_image(folder, kind):
         except data.DataError:
             pass
     with pytest.raises(data.DataError, match="^sample two: image .* does not exist"):
-        data.image(data.Sample("two", [str(folder / "gone.png")], "", "text"), 0)
+        files.sample_image(data.Sample("two", [str(folder / "gone.png")], "", "text"), 0)
 
 def test_transparency(folder):
     """Bug: transparent pixels turn black (a black screenshot)."""
@@ -399,50 +401,55 @@ def test_transparency(folder):
     image.putpixel((1, 0), (0, 0, 0, 0))
     for mode in ("RGBA", "P"):
         image.convert(mode).save(folder / "t.png", **({"transparency": image.convert(mode).getpixel((1, 0))} if mode == "P" else {}))
-        assert list(np.asarray(data.open_image(str(folder / "t.png")))[0].tolist()) == [[255, 0, 0], [255, 255, 255]]
+        assert list(np.asarray(files.open_image(str(folder / "t.png")))[0].tolist()) == [[255, 0, 0], [255, 255, 255]]
 
 # -----------------------------------------------------------------------------
-# do the tests bite? Each line puts one bug into data.py; the named test must fail.
+# do the tests bite? Each row puts one bug into data.py or a reader; the named test must fail.
 
 MUTATIONS = [
-    ("options.index(o[\"pattern\"])", "0", test_search_answer, {}),
-    ('"barred": lambda x, y: x // 2 % 2', '"barred": lambda x, y: y // 2 % 2', test_search_answer, {}),
-    ("rng.sample(list(PATTERNS), len(PATTERNS))", "list(PATTERNS)[:0] + [o['pattern']] + [p for p in PATTERNS if p != o['pattern']]",
+    ("data:ask_search", "options.index(o['pattern'])", "0", test_search_answer, {}),
+    ("data:PATTERNS", "x // 2 % 2", "y // 2 % 2", test_search_answer, {}),
+    ("data:ask_search", "rng.sample(list(PATTERNS), len(PATTERNS))", "list(PATTERNS)[:0] + [o['pattern']] + [p for p in PATTERNS if p != o['pattern']]",
      test_options_are_shuffled, dict(task="search")),
-    ("(x, y), r = o[\"center\"], o[\"radius\"]", "(y, x), r = o[\"center\"], o[\"radius\"]", test_point_answer, {}),
-    ("words[gap > 0]", "words[gap < 0]", test_relation_answer, {}),
-    ("(i == target) == (name in names)", "i != target or name in names", test_boxes_answer, {}),
-    ('targets=[{"image": target, "box": object_box(o)}])\n\n\ndef ask_find', 'targets=[{"image": 1, "box": object_box(o)}])\n\n\ndef ask_find', test_boxes_answer, {}),
-    ("rng.sample(NAMES, n) if alike", "[rng.choice(NAMES) for _ in range(n)] if alike", test_scenes, {}),
-    ("for c in rng.sample(list(COLORS), n)]", "for c in rng.choices(list(COLORS), k=n)]", test_scenes, {}),
-    ("(1.1 * (r + o[\"radius\"])) ** 2", "r * o[\"radius\"]", test_scenes, {}),
-    ('"triangle": (1, 0.9,', '"triangle": (1, 1,', test_object_boxes_fit, {}),
-    ('object_box(o)}])\n\n\n# how', 'object_box(frames[0]["objects"][0])}])\n\n\n# how', test_video_answer, {}),
-    ("-d for c, d in zip", "0 for c, d in zip", test_video_answer, {}),
-    ('"meta": {"name_image": True}}', '"meta": {}}', test_find_answer, {}),
-    ("rng.choice(list(DIFFICULTY))", "list(DIFFICULTY)[0]", test_mixed_difficulty, {}),
-    ("**DIFFICULTY[level]", "**DIFFICULTY['medium']", test_difficulty, {}),
-    ('== (split == "test")', "or True", test_splits_share_no_scene, dict(task="point")),
-    ("            if (i == target) == (name in names):", "            if i == target:\n                scene['objects'][0]['name'] = name\n"
-     "            if i == target or name not in names:", test_splits_share_no_scene, dict(task="boxes")),
-    ("random.Random(f\"{task}/{split}/{seed}\")", "random.Random()", test_seed, {}),
-    ('"lined": lambda x, y: y // 2 % 2', '"lined": lambda x, y: y // 3 % 2', test_overview_hides_the_pattern, dict(side=448)),
-    ('"lined": lambda x, y: y // 2 % 2', '"lined": lambda x, y: y % 2', test_search_answer, {}),
-    ("if sample.options:", "if sample.answer is not None:", test_prompt, dict(task="search")),
-    ("o.lower() == answer.strip().lower()", "o == answer.strip().lower()",
+    ("data:object_box", "x, y = o['center']", "y, x = o['center']", test_point_answer, {}),
+    ("data:ask_relation", "words[gap > 0]", "words[gap < 0]", test_relation_answer, {}),
+    ("data:ask_boxes", "(i == image) == (name in names)", "i != image or name in names", test_boxes_answer, {}),
+    ("data:ask_boxes", "target(found[0], image)", "target(found[0], 1)", test_boxes_answer, {}),
+    ("data:random_names", "rng.sample(NAMES, n)", "[rng.choice(NAMES) for _ in range(n)]", test_scenes, {}),
+    ("data:random_names", "rng.sample(list(COLORS), n)", "rng.choices(list(COLORS), k=n)", test_scenes, {}),
+    ("data:apart", "(1.1 * (r + o['radius'])) ** 2", "r * o['radius']", test_scenes, {}),
+    ("data:SHAPES", "(1, 0.9, lambda u, v: np.maximum(v, 1.8 * abs(u) - v) / 0.9)", "(1, 1, lambda u, v: np.maximum(v, 1.8 * abs(u) - v) / 0.9)",
+     test_object_boxes_fit, {}),
+    ("data:ask_video", "target(o, image)", "target(frames[0]['objects'][0], image)", test_video_answer, {}),
+    ("data:next_frame", "step[axis] = -step[axis]", "step[axis] = 0", test_video_answer, {}),
+    ("data:ask_find", "{'name_image': True}", "{}", test_find_answer, {}),
+    ("data:toy", "rng.choice(list(DIFFICULTY))", "list(DIFFICULTY)[0]", test_mixed_difficulty, {}),
+    ("data:toy", "DIFFICULTY[level]", "DIFFICULTY['medium']", test_difficulty, {}),
+    ("data:split_scene", "split_of(scene) == split", "True", test_splits_share_no_scene, dict(task="point")),
+    ("data:ask_boxes", "(i == image) == (name in names)", "(i == image or name not in names) and (i != image or scene['objects'][0].update(name=name) is None)",
+     test_splits_share_no_scene, dict(task="boxes")),
+    ("data:toy", "random.Random(f'{task}/{split}/{seed}')", "random.Random()", test_seed, {}),
+    ("data:PATTERNS", "lambda x, y: y // 2 % 2", "lambda x, y: y // 3 % 2", test_overview_hides_the_pattern, dict(side=448)),
+    ("data:PATTERNS", "lambda x, y: y // 2 % 2", "lambda x, y: y % 2", test_search_answer, {}),
+    ("data:prompt", "if sample.options:\n    text += '\\nAnswer Choices:'\n    for letter, option in enumerate(sample.options, ord('A')):\n        text += f'\\n{chr(letter)}. {option}'",
+     "if sample.answer is not None:\n    text += '\\nAnswer Choices:'\n    for letter, option in enumerate(sample.options, ord('A')):\n        text += f'\\n{chr(letter)}. {option}'",
+     test_prompt, dict(task="search")),
+    ("appendix.benchmarks:option_index", "option.lower() == said.lower()", "option == said.lower()",
      test_vigorl_rows, dict(problem=CHOICES, answer="yes, Left", want=dict(answer=0))),
-    ("1000 if unit == \"0-1000\"", "100 if unit == \"0-1000\"", test_boxes_of_several_images,
+    ("appendix.benchmarks:box_target", "v / 1000", "v / 100", test_boxes_of_several_images,
      dict(name="univg-r1", row={"question": "Find it.", "answer": [100, 200, 500, 1000]}, image=2, box=[5, 16, 25, 80])),
-    ("open_image(s.images[index], where, size_only=True)", "open_image(s.images[0], where, size_only=True)", test_boxes_of_several_images,
+    ("appendix.rows:read_target", "width, height = open_image(images[index], where, size_only=True)\nout['box'] = [x1 * width, y1 * height, x2 * width, y2 * height]",
+     "width, height = open_image(images[0], where, size_only=True)\nout['box'] = [x1 * width, y1 * height, x2 * width, y2 * height]", test_boxes_of_several_images,
      dict(name="univg-r1", row={"question": "Find it.", "answer": [100, 200, 500, 1000]}, image=2, box=[5, 16, 25, 80])),
-    ("[a, b, a + c, b + d] if order == \"xywh\" else", "", test_screenspot, {}),
-    ("-1e9 < v < 1e9", "True", test_bad_field, dict(change={"targets": [{"box": [1, 2, 3, float("nan")]}]}, expected="4 numbers")),
-    ("except (OSError, SyntaxError,", "except (SyntaxError,", test_broken_image, dict(kind="jpeg")),
-    ("[draw(s) for s in scenes]", "[draw(scenes[0]) for s in scenes]", test_pictures, {}),
-    ('if im.mode in ("RGBA", "LA", "P"):', "if False:", test_transparency, {}),
+    ("appendix.benchmarks:box_target", "corners = [a, b, a + c, b + d]", "pass", test_screenspot, {}),
+    ("appendix.files:is_numbers", "-1e9 < v < 1e9", "True", test_bad_field, dict(change={"targets": [{"box": [1, 2, 3, float("nan")]}]}, expected="4 numbers")),
+    ("appendix.files:open_image", "(OSError, SyntaxError, ValueError, Image.DecompressionBombError)", "(SyntaxError, Image.DecompressionBombError)",
+     test_broken_image, dict(kind="jpeg")),
+    ("data:toy", "draw_scene(scene)", "draw_scene(scenes[0])", test_pictures, {}),
+    ("appendix.files:open_image", "im.mode in ('RGBA', 'LA', 'P')", "False", test_transparency, {}),
 ]
 
-@pytest.mark.parametrize("old, new, test, arguments", MUTATIONS, ids=names(MUTATIONS))
-def test_mutations(old, new, test, arguments, folder, monkeypatch):
+@pytest.mark.parametrize("target, old, new, test, arguments", MUTATIONS, ids=names(MUTATIONS))
+def test_mutations(target, old, new, test, arguments, folder, monkeypatch):
     """Bug: a test that no bug can turn red."""
-    check_mutation("data", old, new, test, arguments, lambda _: {"folder": lambda: folder}, monkeypatch)
+    check_mutation(target, old, new, test, arguments, {"folder": lambda: folder})
