@@ -1,7 +1,7 @@
 """
 Is every published layout read as it is meant: the right box in the right pixels of the right image, the right option? Would the
 gold answers, fed back as predictions, be scored as right, and is every row named whose gold would not be? The rows here are our
-own, in the layouts (keys, types, conventions, oddities) of the published files. At the end MUTATIONS puts bugs into data.py.
+own, in the layouts (keys, types, conventions, oddities) of the published files. At the end MUTATIONS puts bugs into the readers.
 """
 import collections, dataclasses, io, json, os, pickle, random, sys, types
 
@@ -9,6 +9,8 @@ import pytest
 from PIL import Image
 
 import data, evaluate, rewards
+from appendix import benchmarks, files, predictions
+from appendix import convert as converting
 from conftest import check_mutation, names
 
 A, B, C = "a.png", "b.jpg", "sub/c.png"                                             # 200 x 100, 400 x 300, 50 x 80
@@ -35,15 +37,15 @@ def put(folder, name, content):
 
 def convert(name, path, **options):
     """-> samples, as they are after a round trip through a file, checked."""
-    samples, counts, _ = data.convert(name, path, **options)
-    data.check(name, samples, counts)
+    samples, counts, _ = converting.convert(name, path, **options)
+    converting.check(name, samples, counts)
     out = os.path.join(os.path.dirname(path), "out", "converted.jsonl")
     data.write_jsonl(out, samples)
     back = data.read_jsonl(out)
     for old, new in zip(samples, back, strict=True):
         assert dataclasses.replace(new, images=[]) == dataclasses.replace(old, images=[])
-        assert [data.image(new, i).tobytes() for i in range(len(new.images))] == [data.image(old, i).tobytes() for i in range(len(old.images))]
-        assert data.impossible(new) or rewards.score(new, data.gold_text(new), [], "accuracy")["reward"] == 1
+        assert [files.sample_image(new, i).tobytes() for i in range(len(new.images))] == [files.sample_image(old, i).tobytes() for i in range(len(old.images))]
+        assert converting.why_unscorable(new) or rewards.score(new, converting.gold_prediction(new), [], "accuracy")["reward"] == 1
     return back
 
 def agree(sample, want):
@@ -126,7 +128,7 @@ def test_row(case, folder):
     assert len({s.id for s in [first, *more]}) == len(more) + 1 >= 2 and first.meta["benchmark"] == name
     if "jsonl" not in case and first.id == want.get("id", f"{name}/0"):
         jsonl = put(folder, f"{name}.jsonl", "\n".join([json.dumps(row)] * 2))
-        assert data.convert(name, jsonl)[0] == data.convert(name, str(folder / f"{name}.json"))[0]
+        assert converting.convert(name, jsonl)[0] == converting.convert(name, str(folder / f"{name}.json"))[0]
 
 def test_whole_range_of_ids(folder):
     """Bug: the id 0 counts as none; of two rows with one id, one prediction answers both."""
@@ -138,7 +140,7 @@ def test_whole_range_of_ids(folder):
 
 @pytest.fixture(autouse=True)
 def pyarrow(monkeypatch):
-    """Where pyarrow is not installed, as much of it as data.py uses; its files are then pickles."""
+    """Where pyarrow is not installed, as much of it as files.py uses; its files are then pickles."""
     try:
         import pyarrow.parquet
     except ImportError:
@@ -178,7 +180,7 @@ def test_vstar_folder(folder):
     assert [e["box"] for e in two.meta["evidence"]] == [[10, 20, 40, 60], [1, 2, 4, 6]]
     assert convert("vstar", str(folder / "v" / "direct_attributes"))[0].category == ["direct_attributes"]
     with pytest.raises(data.DataError, match="holds no rows; expected the published file of vstar"):
-        data.convert("vstar", str(folder / "sub"))
+        converting.convert("vstar", str(folder / "sub"))
 
 def test_blink_parquet(folder, capsys):
     """Bug: image_2 to image_4 lost; the hidden gold of the test split taken for an answer, or counted as a fault."""
@@ -194,7 +196,7 @@ def test_blink_parquet(folder, capsys):
     with open(shown.images[1], "rb") as f:
         assert f.read() == FILES[B]                                                 # as published: not encoded again
     agree(hidden, dict(id="test_IQ_Test_4", answer=None, category=["IQ_Test", "test"]))
-    assert data.impossible(hidden) == "hidden" and ", 1 are hidden" in capsys.readouterr().out
+    assert converting.why_unscorable(hidden) == "hidden" and ", 1 are hidden" in capsys.readouterr().out
     assert [s.id for s in convert("blink", str(folder / "blink"), only="val")] == ["val_Jigsaw_1"]
 
 @pytest.mark.parametrize("key", ["image_bytes", "images"])
@@ -238,7 +240,7 @@ def test_robospatial_parquet(folder):
     put_parquet(folder, "robo/data/context-00000-of-00001.parquet", [row("robospatial", picture(B))])
     asked, place = convert("robospatial", str(folder / "robo"))
     agree(asked, ROWS["robospatial yes"][1]), agree(place, ROWS["robospatial"][1])
-    assert data.image(asked, 0).size == data.image(place, 0).size == SIZES[A] and place.targets[0]["box"] == [50, 50, 150, 100]
+    assert files.sample_image(asked, 0).size == files.sample_image(place, 0).size == SIZES[A] and place.targets[0]["box"] == [50, 50, 150, 100]
 
 def test_revos(folder):
     """Bug: frames sorted as text (10 before 2), a stray file counted as one, or another frame than the third asked about."""
@@ -249,7 +251,7 @@ def test_revos(folder):
     assert [os.path.basename(p) for p in s.images] == ["0.jpg", "2.jpg", "10.jpg"] and s.targets == box(10, 20, 110, 220, 2)
     for change, missing in [({"frames": [0, 1, 4]}, r"image v1/\(frame 4\)"), ({"video_id": "v2"}, r"image v2/\(frame 0\)")]:
         with pytest.raises(data.DataError, match=f"record 1: {missing} is not in .*videos"):
-            data.convert("revos", put(folder, "ReVOS_eval.json", [{**row, **change}]), str(folder / "videos"))
+            converting.convert("revos", put(folder, "ReVOS_eval.json", [{**row, **change}]), str(folder / "videos"))
 
 REFS = [{"ref_id": 5, "ann_id": 9, "category_id": 1, "image_id": 16, "file_name": "COCO_train2014_000000000016_0.jpg", "split": "val", "sent_ids": [1, 2],
          "sentences": [{"raw": "The Man", "sent": "the man", "sent_id": i, "tokens": ["the", "man"]} for i in (1, 2)]}]
@@ -273,14 +275,14 @@ def test_refcoco_pickle(folder, content):
     agree(one, dict(id="5_1", question="the man", answer_type="box", targets=box(10, 20, 110.5, 70), category=["val"]))
     assert two.id == "5_2" and one.images[0].endswith("000016.jpg")
     with pytest.raises(data.DataError, match="holds no rows of category 'testA'"):
-        data.convert("refcoco", path, only="testA")
+        converting.convert("refcoco", path, only="testA")
     for lacks, key in [("image", "images"), ("box", "annotations")]:
         put(folder, "instances.json", {**INSTANCES, key: []})
         with pytest.raises(data.DataError, match=f"ref 1: .*instances.json lacks its {lacks}"):
-            data.convert("refcoco", path)
+            converting.convert("refcoco", path)
     for bad in (5, [], {}, {**INSTANCES, "images": 5}, {**INSTANCES, "images": [5]}, {**INSTANCES, "annotations": [{"id": []}]}):
         with pytest.raises(data.DataError, match="instances.json"):
-            put(folder, "instances.json", bad), data.convert("refcoco", path)
+            put(folder, "instances.json", bad), converting.convert("refcoco", path)
 
 ran = []
 
@@ -301,7 +303,7 @@ def test_hostile_pickle(folder, content, said):
     put(folder, "instances.json", INSTANCES)
     path = put(folder, "refs(unc).p", content)
     with pytest.raises(data.DataError) as e:
-        list(data.refcoco_rows(path, str(folder)))
+        list(benchmarks.refcoco_rows(path, str(folder)))
     assert said in str(e.value) and path in str(e.value) and not ran
 
 def test_folder_of_files(folder):
@@ -312,7 +314,7 @@ def test_folder_of_files(folder):
     put(folder, "pro/annotations/._0.json", b"\0\5\x16"), put(folder, f"pro/images/{A}", FILES[A])
     assert [s.id for s in convert("screenspot_pro", str(folder / "pro"), images=str(folder / "pro" / "images"))] == ["i0", "i1", "i2"]
     with pytest.raises(data.DataError, match="sub holds no .json, .jsonl or .parquet file"):
-        data.convert("screenspot_pro", str(folder / "sub"))
+        converting.convert("screenspot_pro", str(folder / "sub"))
 
 # -----------------------------------------------------------------------------
 # MIG-Bench: which image?
@@ -338,10 +340,10 @@ def test_mig_images(folder, name, scale):
         w, h = SIZES[images[image]]
         quoted = {"question_boxes": box(451 * 0.2, 265 * 0.1, 519 * 0.2, 388 * 0.1)} if "box_start" in s.question else {}
         agree(s, dict(category=[task], targets=box(w / 4, h / 2, w / 2, h, image), meta={"benchmark": name, **quoted}))
-    assert {task for task, *_ in MIG} == set(data.MIG) and sum(data.MIG.values()) == 4295
-    unnamed, = data.convert(name, put(folder, "mig.json", [{**rows[6], "question": "Locate what these 2 images share."}]))[0]
+    assert {task for task, *_ in MIG} == set(benchmarks.MIG) and sum(benchmarks.MIG.values()) == 4295
+    unnamed, = converting.convert(name, put(folder, "mig.json", [{**rows[6], "question": "Locate what these 2 images share."}]))[0]
     assert unnamed.targets[0]["image"] == 3 and unnamed.meta.get("image_unnamed")       # marked, and counted by --check
-    single, = data.convert(name, put(folder, "mig.json", [{**rows[6], "question": "Locate the cup.", "images": [A]}]))[0]
+    single, = converting.convert(name, put(folder, "mig.json", [{**rows[6], "question": "Locate the cup.", "images": [A]}]))[0]
     assert "image_unnamed" not in single.meta                                       # of one image there is nothing to guess
 
 def test_boxes_in_a_question(folder):
@@ -364,7 +366,7 @@ def test_mig_inverted(folder, capsys):
     out = capsys.readouterr().out
     assert len(samples) == 2 and "1 of 2 gold answers would be scored as right" in out and "not mig_bench/1: its box" in out
     assert "2 of 528 diff" in out and "by more than 4.8% of its side" in out
-    assert rewards.score(samples[1], data.gold_text(samples[1]), [], "accuracy")["reward"] == 0
+    assert rewards.score(samples[1], converting.gold_prediction(samples[1]), [], "accuracy")["reward"] == 0
 
 # -----------------------------------------------------------------------------
 # what is wrong is said, in one line, and nothing is written
@@ -380,15 +382,15 @@ def test_contradicted_layout(folder, name, values):
     row[key] = [values] * 3 if key == "bbox_list" else values
     path = put(folder, "rows.json", [row])
     with pytest.raises(data.DataError) as e:
-        data.convert(name, path)
-    assert str(e.value).startswith(f"{path}, record 1: {key} ") and f"cannot be {data.CONVERTERS[name][2]}; expected another file" in str(e.value)
+        converting.convert(name, path)
+    assert str(e.value).startswith(f"{path}, record 1: {key} ") and f"cannot be {benchmarks.CONVERTERS[name].layout}; expected another file" in str(e.value)
 
 def test_boxes_off_the_image(folder):
     """Bug: corners read as x, y, width, height (or the boxes of other images) pass the check."""
     good = ROWS["screenspot_v2"][0]
-    samples, counts, _ = data.convert("screenspot_v2", put(folder, "v2.json", [good, {**good, "bbox": [100, 50, 190, 90]}]))
+    samples, counts, _ = converting.convert("screenspot_v2", put(folder, "v2.json", [good, {**good, "bbox": [100, 50, 190, 90]}]))
     with pytest.raises(data.DataError, match="^1 faults, such as screenspot_v2/1: its box .* leaves its image, which is 200 x 100"):
-        data.check("screenspot_v2", samples, counts)
+        converting.check("screenspot_v2", samples, counts)
 
 @pytest.mark.parametrize("case, change, fault", [
     ("lisa", {"boxes": [[30, 20, 10, 40]]}, "is inverted or empty"), ("screenspot", {"bbox": [-30, 2, 20, 9]}, "center of its box"),
@@ -398,9 +400,9 @@ def test_boxes_off_the_image(folder):
 def test_faults(folder, case, change, fault):
     """Bug: a row that nothing can answer passes the check unless it is one of the known ones."""
     name = case.split()[0]
-    samples, counts, _ = data.convert(name, put(folder, "rows.json", [{**ROWS[case][0], **change}]))
+    samples, counts, _ = converting.convert(name, put(folder, "rows.json", [{**ROWS[case][0], **change}]))
     with pytest.raises(data.DataError, match=fault):
-        data.check(name, samples, counts)
+        converting.check(name, samples, counts)
 
 def test_impossible_is_what_scoring_says(folder):
     """Bug: --check calls a row right that rewards.score does not, or the other way round."""
@@ -411,15 +413,15 @@ def test_impossible_is_what_scoring_says(folder):
         targets = [{"image": 0, "box": [x[0], y[0], x[1], y[1]]}]
         if kind == "polygon":
             corners = [[rng.choice([0, 3, 9, 20]), rng.choice([0, 3, 9, 20])] for _ in range(rng.randint(3, 5))]
-            targets = data.parse_row(data.from_robospatial({"category": "context", "question": "?", "img": A, "answer": str([(a / 20, b / 20) for a, b in corners])},
+            targets = data.parse_row(benchmarks.from_robospatial({"category": "context", "question": "?", "img": A, "answer": str([(a / 20, b / 20) for a, b in corners])},
                                                            "", "") | {"meta": {}}, "", str(folder)).targets
         words = [rng.choice(["a", "B.", "(C) c", "yes", "", " ", "<answer>", "x </answer> y", "click [12]", ".", "type [1] [a [b]]"]) for _ in "abc"]
         s = data.Sample("i", [A], "?", "point" if kind == "polygon" else kind, words if kind == "choice" else [],
                         {"choice": rng.choice([0, 1, 2, None]), "text": rng.choice([words, []])}.get(kind), targets if kind in ("point", "box", "polygon") else [],
                         meta={"matcher": "web_action"} if rng.random() < 0.5 and "answer>" not in words[0] else {})
         hidden = kind in ("choice", "text") and s.answer in (None, [])
-        right = not hidden and rewards.score(s, data.gold_text(s), [], "accuracy")["reward"] == 1
-        assert right == (not data.impossible(s)), (s, data.impossible(s))
+        right = not hidden and rewards.score(s, converting.gold_prediction(s), [], "accuracy")["reward"] == 1
+        assert right == (not converting.why_unscorable(s)), (s, converting.why_unscorable(s))
         seen[kind, right] += 1
     assert len(seen) == 10 and min(seen.values()) >= 3, seen
 
@@ -435,7 +437,7 @@ def test_bad_rows(case, folder):
             bad = {k: v for k, v in {**row, key: value}.items() if v != "(gone)"}
             path = put(folder, "bad.json", [row, bad])
             try:
-                samples, counts, _ = data.convert(name, path)
+                samples, counts, _ = converting.convert(name, path)
                 assert len(samples) >= 2
             except data.DataError as e:
                 assert str(e).startswith(f"{path}, record 2: ") and "\n" not in str(e), e
@@ -443,17 +445,17 @@ def test_bad_rows(case, folder):
     assert len(refused) >= 2, refused
     for odd in (5, None, [], "x"):
         with pytest.raises(data.DataError):
-            data.convert(name, put(folder, "bad.json", [row, odd]))
+            converting.convert(name, put(folder, "bad.json", [row, odd]))
 
 def test_no_pyarrow(folder, monkeypatch):
     """Bug: a parquet file without pyarrow ends in ModuleNotFoundError; a broken one in pyarrow's own errors."""
     path = put(folder, "x.parquet", b"PAR1 nonsense")
     if hasattr(sys.modules["pyarrow"], "Table"):
         with pytest.raises(data.DataError, match="cannot read .*x.parquet"):
-            data.rows_of(path)
+            files.read_rows(path)
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(data.DataError, match="x.parquet is a parquet file; to read it: pip install pyarrow"):
-        data.rows_of(path)
+        files.read_rows(path)
 
 def run(monkeypatch, capsys, *args):
     monkeypatch.setattr("sys.argv", ["data.py", "convert", *map(str, args)])
@@ -472,7 +474,7 @@ def test_command(folder, monkeypatch, capsys):
     assert "3 rows -> " in said and "coordinates read as xywh px; 1 rows left out for want of an image, such as gone.png" in said
     assert "3 of 3 gold answers would be" in said and "3 images read" in said
     samples = data.read_jsonl(str(out))
-    summary = evaluate.summary_of(evaluate.from_predictions(samples, evaluate.read_predictions(str(folder / "new" / "out.gold.jsonl"), samples)))
+    summary = evaluate.summary_of(predictions.from_predictions(samples, predictions.read_predictions(str(folder / "new" / "out.gold.jsonl"), samples)))
     assert (summary["n"], summary["correct"]) == (3, 3)
     with pytest.raises(data.DataError, match="holds no rows with its images in .*sub"):
         run(monkeypatch, capsys, "screenspot", path, out, "--skip-missing", "--images", folder / "sub" / "no")
@@ -507,75 +509,86 @@ def test_counts_and_first_options(folder, capsys):
 
 def test_known_numbers():
     """Bug: a slip in the published counts."""
-    total = lambda name: sum(data.CONVERTERS[name][3].values())
+    total = lambda name: sum(benchmarks.CONVERTERS[name].published.values())
     assert {n: total(n) for n in ("vstar", "blink", "robospatial", "screenspot", "screenspot_pro", "mig_bench", "mig_bench_revised")} == {
         "vstar": 191, "blink": 1901, "robospatial": 350, "screenspot": 1272, "screenspot_pro": 1581, "mig_bench": 4295, "mig_bench_revised": 4276}
 
 # -----------------------------------------------------------------------------
-# do the tests bite? Each line puts one bug into data.py (or rewards.py); the named test must fail.
+# do the tests bite? Each row puts one bug into a reader, the check or rewards.py; the named test must fail.
+
+def converter(read, to_row, layout, more=""):
+    return f"Converter({read}, {to_row}, '{layout}'{more})"
 
 MUTATIONS = [
-    ('[a, b, a + c, b + d] if order == "xywh"', '[a, b, c, d] if order == "xywh"', test_row, dict(case="screenspot")),
-    ('"screenspot_v2": (published_rows, from_screenspot, "xywh px"', '"screenspot_v2": (published_rows, from_screenspot, "xyxy px"',
-     test_row, dict(case="screenspot_v2")),
-    ('"screenspot_parquet": (published_rows, from_screenspot, "xyxy 0-1"', '"screenspot_parquet": (published_rows, from_screenspot, "xywh 0-1"',
-     test_screenspot_parquet, {}),
-    ("if not low < max(a, b, c, d) <= high:", "if False:", test_contradicted_layout, dict(name="lisa", values=[0.1, 0.2, 0.5, 0.9])),
-    ("if not low < max(a, b, c, d) <= high:", "if max(a, b, c, d) > high:", test_contradicted_layout, dict(name="screenspot", values=[0.1, 0.2, 0.5, 0.7])),
-    ('[min(max(v, 0), side) for', '[v for', test_row, dict(case="screenspot_pro")),
-    ('beside, **row} if', 'beside} if', test_row, dict(case="vstar jsonl")),
-    ('os.path.join(path, "relative_position")]', 'os.path.join(path, "OCR")]', test_vstar_folder, {}),
-    ("for i in (1, 2, 3, 4) if row.get", "for i in (1, 2) if row.get", test_blink_parquet, {}),
-    ('if row.get("answer") in (None, "", "hidden") else', 'if False else', test_blink_parquet, {}),
-    ('.replace(" in the first frame", "").strip()', ".strip()", test_row, dict(case="sat json")),
-    ('if kind == "ego_movement":', "if False:", test_sat_parquet, dict(key="images")),
-    ('im.get("bytes") or im.get("path") if', 'im.get("path") or im.get("bytes") if', test_sat_parquet, dict(key="images")),
-    ("corners[around.argsort()]", "corners", test_robospatial_place, {}),
-    ("r\"\\s+(?:Answer yes or no|Your answer should be formatted)\"", "r\"(?!)\"", test_row, dict(case="robospatial yes")),
-    ("(int(re.search(r\"\\d+\", f)[0]), f)", "f", test_revos, {}),
-    (' and not f.startswith(".")] if os.path.isdir(folder)', "] if os.path.isdir(folder)", test_revos, {}),
-    ('target({"bbox_list": box}, "bbox_list", layout, where, 2)', 'target({"bbox_list": box}, "bbox_list", layout, where, 0)',
+    ("appendix.benchmarks:box_target", "corners = [a, b, a + c, b + d]", "corners = [a, b, c, d]", test_row, dict(case="screenspot")),
+    ("appendix.benchmarks:CONVERTERS", converter("published_rows", "from_screenspot", "xywh px", ", {'': (1272,)}"),
+     converter("published_rows", "from_screenspot", "xyxy px", ", {'': (1272,)}"), test_row, dict(case="screenspot_v2")),
+    ("appendix.benchmarks:CONVERTERS", converter("published_rows", "from_screenspot", "xyxy 0-1", ", SCREENSPOT"),
+     converter("published_rows", "from_screenspot", "xywh 0-1", ", SCREENSPOT"), test_screenspot_parquet, {}),
+    ("appendix.benchmarks:box_target", "not low < max(a, b, c, d) <= high", "False", test_contradicted_layout, dict(name="lisa", values=[0.1, 0.2, 0.5, 0.9])),
+    ("appendix.benchmarks:box_target", "not low < max(a, b, c, d) <= high", "max(a, b, c, d) > high", test_contradicted_layout,
+     dict(name="screenspot", values=[0.1, 0.2, 0.5, 0.7])),
+    ("appendix.benchmarks:clamp", "min(max(v, 0), high)", "v", test_row, dict(case="screenspot_pro")),
+    ("appendix.benchmarks:vstar_rows", "{**known, **row}", "known", test_row, dict(case="vstar jsonl")),
+    ("appendix.benchmarks:vstar_rows", "'relative_position'", "'OCR'", test_vstar_folder, {}),
+    ("appendix.benchmarks:from_blink", "(1, 2, 3, 4)", "(1, 2)", test_blink_parquet, {}),
+    ("appendix.benchmarks:from_blink", "row.get('answer') not in (None, '', 'hidden')", "True", test_blink_parquet, {}),
+    ("appendix.benchmarks:clean_sat_option", "str(option).replace(' in the first frame', '').strip()", "str(option).strip()", test_row, dict(case="sat json")),
+    ("appendix.benchmarks:from_sat", "kind == 'ego_movement'", "False", test_sat_parquet, dict(key="images")),
+    ("appendix.convert:unwrap", "image.get('bytes') or image.get('path')", "image.get('path') or image.get('bytes')", test_sat_parquet, dict(key="images")),
+    ("appendix.benchmarks:in_order", "corners[np.arctan2(dy, dx).argsort()]", "corners", test_robospatial_place, {}),
+    ("appendix.benchmarks:from_robospatial", r"r'\s+(?:Answer yes or no|Your answer should be formatted)'", "r'(?!)'", test_row, dict(case="robospatial yes")),
+    ("appendix.benchmarks:frame_files", "(int(number[0]), name)", "(name, name)", test_revos, {}),
+    ("appendix.benchmarks:frame_files", "number and not name.startswith('.')", "number", test_revos, {}),
+    ("appendix.benchmarks:from_video", "box_target(box, 'bbox_list', layout, where, image=2)", "box_target(box, 'bbox_list', layout, where, image=0)",
      test_row, dict(case="reasonvos")),
-    ('-?\\d+(?:\\.\\d+)?", boxes[2])', '\\d+", boxes[2])', test_row, dict(case="reasonvos")),
-    ('        raise DataError(f"it asks for {module}.{name}; expected nothing but lists, dicts, strings and numbers")',
-     "        return super().find_class(module, name)", test_hostile_pickle, dict(content=pickle.dumps([collections.OrderedDict()], 2), said="asks for")),
-    ('"image": image.get("file_name")', '"image": ref.get("file_name")', test_refcoco_pickle, dict(content=python2(REFS) + b".")),
-    ('encoding="latin1"', 'encoding="bytes"', test_refcoco_pickle, dict(content=python2(REFS) + b".")),
-    ('row.get("image") or name}', 'row.get("image") or row["file_name"]}', test_row, dict(case="refcoco_parquet")),
-    ('"view_diff": 1, "refer_grounding": 1}', '"view_diff": 0, "refer_grounding": 1}', test_mig_images, dict(name="mig_bench", scale=1)),
-    ('str(row.get("additional_info")) if task == "group_grounding" else question', "question", test_mig_images, dict(name="mig_bench", scale=1)),
-    ("for i in reversed(index) if", "for i in index if", test_mig_images, dict(name="mig_bench_revised", scale=1000)),
-    ("rd|th)? image\\b|", "rd|th)? image|", test_mig_images, dict(name="mig_bench", scale=1)),
-    ("named_image(question[:box.start()], len(paths)) or 0", "0", test_boxes_in_a_question, {}),
-    ('"norm_box": [int(v) / 1000 for v in box.groups()]', '"box": [int(v) for v in box.groups()]', test_boxes_in_a_question, {}),
-    ("zip(t[\"box\"], (*scale, *scale))", "zip(t[\"box\"], (1, 1, 1, 1))", test_boxes_in_a_question, {}),
-    ("question(sample, frames)\n    if", "sample.question\n    if", test_boxes_in_a_question, {}),
-    ("if image is None and len(paths) > 1", "if image is None", test_mig_images, dict(name="mig_bench", scale=1)),
-    ('{"image_unnamed": True} if image is None and len(paths) > 1 else {}', "{}", test_mig_images, dict(name="mig_bench", scale=1)),
-    ("{} if x1 < x2 and y1 < y2 else", "{} if True else", test_mig_inverted, {}),
-    ('if beyond[-1] > 0.05:', "if False:", test_boxes_off_the_image, {}),
-    ("for s, why in wrong if ", "for s, why in wrong if False and ", test_faults, dict(case="lisa", change={"boxes": [[30, 20, 10, 40]]}, fault="inverted")),
-    ("if not (x1 < x2 and y1 < y2 if", "if not (x1 <= x2 and y1 < y2 if", test_impossible_is_what_scoring_says, {}),
-    ('and min(x1 + x2, y1 + y2) < 0 else ""', 'and False else ""', test_impossible_is_what_scoring_says, {}),
-    ('and "answer>" not in said', "", test_impossible_is_what_scoring_says, {}),
-    ("str(row[\"id\"]) in taken:", "False:", test_whole_range_of_ids, {}),
-    ('if row.get("id") is None or', 'if not row.get("id") or', test_whole_range_of_ids, {}),
-    ("if absent and not skip_missing:", "if False:", test_command, {}),
-    ("        if args.check:\n            check(args.name, samples, counts)\n        write_jsonl(args.out, samples)",
-     "        write_jsonl(args.out, samples)\n        if args.check:\n            check(args.name, samples, counts)", test_nothing_half_written, {}),
-    ("if counts[c] not in n]", "if False]", test_counts_and_first_options, {}),
-    ('raise DataError(f"{path} is a parquet file; to read it: pip install pyarrow") from None', "return []", test_no_pyarrow, {}),
-    ('f.endswith((".json", ".jsonl", ".parquet")) and not f.startswith(".")]', 'f.endswith((".json", ".jsonl", ".parquet"))]', test_folder_of_files, {}),
-    ("for file in files or [path]:", "for file in files[:1] or [path]:", test_folder_of_files, {}),
-    ('b"\\x89P": "png"}.get(im[:2])', 'b"\\x89P": "png", b"RI": "png"}.get(im[:2])', test_webp_in_parquet, {}),
-    ('[v / (1000 if unit == "0-1000" else 1) for v in box]', "box", test_row, dict(case="univg-r1")),
+    ("appendix.benchmarks:from_video", r"r'-?\d+(?:\.\d+)?'", r"r'\d+'", test_row, dict(case="reasonvos")),
+    ("appendix.benchmarks:PlainUnpickler.find_class",
+     "raise DataError(f'it asks for {module}.{name}; expected nothing but lists, dicts, strings and numbers')",
+     "return pickle.Unpickler.find_class(self, module, name)", test_hostile_pickle,
+     dict(content=pickle.dumps([collections.OrderedDict()], 2), said="asks for")),
+    ("appendix.benchmarks:refcoco_rows", "image.get('file_name')", "ref.get('file_name')", test_refcoco_pickle, dict(content=python2(REFS) + b".")),
+    ("appendix.benchmarks:load_plain_pickle", "'latin1'", "'bytes'", test_refcoco_pickle, dict(content=python2(REFS) + b".")),
+    ("appendix.benchmarks:refcoco_parquet_rows", "row.get('image') or coco_name", "row.get('image') or file", test_row, dict(case="refcoco_parquet")),
+    ("appendix.benchmarks:IMPLIED_IMAGE", "{'region': 0, 'correspondence': 1, 'diff': 1, 'view_diff': 1, 'refer_grounding': 1}",
+     "{'region': 0, 'correspondence': 1, 'diff': 1, 'view_diff': 0, 'refer_grounding': 1}", test_mig_images, dict(name="mig_bench", scale=1)),
+    ("appendix.benchmarks:from_univg", "task == 'group_grounding'", "False", test_mig_images, dict(name="mig_bench", scale=1)),
+    ("appendix.benchmarks:asked_image", "reversed(IMAGE_NAME.findall(text.lower()))", "IMAGE_NAME.findall(text.lower())", test_mig_images,
+     dict(name="mig_bench_revised", scale=1000)),
+    ("appendix.benchmarks:IMAGE_NAME", r"r'(\d+)(?:st|nd|rd|th)? image\b|image[ -](\d+)|('", r"r'(\d+)(?:st|nd|rd|th)? image|image[ -](\d+)|('",
+     test_mig_images, dict(name="mig_bench", scale=1)),
+    ("appendix.benchmarks:quoted_boxes", "asked_image(question[:quote.start()], n) or 0", "0", test_boxes_in_a_question, {}),
+    ("appendix.benchmarks:quoted_boxes", "{'image': image, 'norm_box': [int(v) / 1000 for v in quote.groups()]}",
+     "{'image': image, 'box': [int(v) for v in quote.groups()]}", test_boxes_in_a_question, {}),
+    ("data:question", "frames[place['image']][:2] if frames else (1, 1)", "(1, 1)", test_boxes_in_a_question, {}),
+    ("data:prompt", "question(sample, frames)", "sample.question", test_boxes_in_a_question, {}),
+    ("appendix.benchmarks:from_univg", "len(paths) > 1", "True", test_mig_images, dict(name="mig_bench", scale=1)),
+    ("appendix.benchmarks:from_univg", "meta['image_unnamed'] = True", "pass", test_mig_images, dict(name="mig_bench", scale=1)),
+    ("appendix.benchmarks:from_univg", "not (x1 < x2 and y1 < y2)", "False", test_mig_inverted, {}),
+    ("appendix.convert:faults_of", "overhang(target['box'], (width, height)) > 0.05", "False", test_boxes_off_the_image, {}),
+    ("appendix.convert:check", "'published_wrong' not in s.meta", "False", test_faults,
+     dict(case="lisa", change={"boxes": [[30, 20, 10, 40]]}, fault="inverted")),
+    ("appendix.convert:why_bad_box", "x1 < x2 and y1 < y2", "x1 <= x2 and y1 < y2", test_impossible_is_what_scoring_says, {}),
+    ("appendix.convert:why_bad_place", "x1 + x2 < 0 or y1 + y2 < 0", "False", test_impossible_is_what_scoring_says, {}),
+    ("appendix.convert:why_unscorable", "not gold.strip() or 'answer>' in gold", "not gold.strip()", test_impossible_is_what_scoring_says, {}),
+    ("appendix.convert:convert", "str(row['id']) in taken", "False", test_whole_range_of_ids, {}),
+    ("appendix.convert:convert", "row.get('id') is None", "not row.get('id')", test_whole_range_of_ids, {}),
+    ("appendix.convert:convert", "not skip_missing", "False", test_command, {}),
+    ("appendix.data_commands:run_convert", "if args.check:\n    convert.check(args.name, samples, counts)\ndata.write_jsonl(args.out, samples)",
+     "data.write_jsonl(args.out, samples)\nif args.check:\n    convert.check(args.name, samples, counts)", test_nothing_half_written, {}),
+    ("appendix.convert:print_incomplete", "counts[category] not in possible", "False", test_counts_and_first_options, {}),
+    ("appendix.files:parquet_rows", "raise DataError(f'{path} is a parquet file; to read it: pip install pyarrow') from None", "return []", test_no_pyarrow, {}),
+    ("appendix.benchmarks:published_rows", "name.endswith(('.json', '.jsonl', '.parquet')) and not name.startswith('.')",
+     "name.endswith(('.json', '.jsonl', '.parquet'))", test_folder_of_files, {}),
+    ("appendix.benchmarks:published_rows", "for file in files:\n    yield from read_rows(file)", "for file in files[:1]:\n    yield from read_rows(file)",
+     test_folder_of_files, {}),
+    ("appendix.rows:write_image", r"{b'\xff\xd8': 'jpg', b'\x89P': 'png'}", r"{b'\xff\xd8': 'jpg', b'\x89P': 'png', b'RI': 'png'}", test_webp_in_parquet, {}),
+    ("appendix.benchmarks:box_target", "corners = [v / 1000 for v in corners]", "pass", test_row, dict(case="univg-r1")),
+    ("rewards:point_in_target", "'polygon' in target and not in_polygon(x, y, target['polygon'])", "False", test_robospatial_place, {}),
+    ("rewards:in_polygon", "(y1 > y) != (y2 > y)", "(y1 > y) != (y2 > x)", test_robospatial_place, {}),
 ]
-REWARDS = [('("polygon" not in target or in_polygon(x, y, target["polygon"]))', "True", test_robospatial_place, {}),
-           ("(y1 > y) != (y2 > y)", "(y1 > y) != (y2 > x)", test_robospatial_place, {})]
 
-@pytest.mark.parametrize("old, new, test, arguments", MUTATIONS + REWARDS, ids=names(MUTATIONS + REWARDS))
-def test_mutations(old, new, test, arguments, folder, monkeypatch, capsys):
+@pytest.mark.parametrize("target, old, new, test, arguments", MUTATIONS, ids=names(MUTATIONS))
+def test_mutations(target, old, new, test, arguments, folder, monkeypatch, capsys):
     """Bug: a test that no bug can turn red."""
-    module = "rewards" if (old, new, test, arguments) in REWARDS else "data"
-    fixtures = {"folder": folder, "monkeypatch": monkeypatch, "capsys": capsys}
-    check_mutation(module, old, new, test, arguments, lambda _: {k: lambda v=v: v for k, v in fixtures.items()}, monkeypatch)
+    check_mutation(target, old, new, test, arguments, {"folder": lambda: folder, "monkeypatch": lambda: monkeypatch, "capsys": lambda: capsys})
