@@ -1,4 +1,4 @@
-"""How good is it: accuracy with its interval, what the zooms are worth, two runs side by side.
+"""Measure a model: its accuracy with an interval, the worth of its zooms, two runs compared.
 
     python evaluate.py                                          # tiny model, held-out toy scenes
     python evaluate.py --checkpoint runs/rl/checkpoint --zoom all       # the zoom controls
@@ -6,11 +6,11 @@
     python evaluate.py --data screenspot.jsonl --predictions texts.jsonl    # answers of any model
     python evaluate.py --compare runs/a runs/b                  # two runs over the same questions
 
-A run writes into --out: summary.json (the numbers), episodes.jsonl (one row per episode, written
-batch by batch: the same command continues a run that was stopped) and report.html.
+The results go into --out: summary.json (the numbers), episodes.jsonl (one row per episode) and
+report.html. Rows are written batch by batch, so the same command continues after a stop.
 
 The three zoom modes are the experiment. If a model answers as well when it may not zoom, or when
-every crop is painted black, then its zooms are decoration.
+every crop is painted black, then its zooms do not help it.
 
 The rules of rewards.py decide what is right. An answer that cannot be read is wrong, and counted
 as wrong_format; a web action that is half right is wrong. The options of --data are shown in a
@@ -18,7 +18,7 @@ random order, because some benchmarks always put the right one first.
 
 Left out: live web tasks and masks as targets, which need a browser and a segmentation model.
 
-Words:  run: all episodes of one zoom mode    row: a dict about one episode, for a file or a table
+Words:  run: all episodes of one zoom mode, or of --predictions    row: a dict about one episode
 """
 import math
 import os
@@ -36,13 +36,12 @@ import zoom_rollout
 from appendix import averages, evaluation_run, files, prefix, ranks, run
 from appendix.episode_rows import is_right, right, token_texts, verdict
 from appendix.episode_rows import record    # used by appendix/rl_run.py, as evaluate.record
-from appendix.files import DataError
 from model import is_tiny
 from zoom_rollout import RolloutConfig
 
-# The zoom modes and the labels of their runs.
+# Zoom mode: the label of its run.
 MODES = {"on": "zoom allowed", "off": "zoom forbidden", "black": "crops painted black"}
-# Prompt style: the recipe whose reward components are reported.
+# Prompt style: the reward recipe (rewards.RECIPES) that scores its episodes.
 STYLE_RECIPES = {"zoom": "vigorl-zoom", "think": "vigorl", "boxes": "univg-r1"}
 
 
@@ -57,14 +56,14 @@ class Config:
     task: Literal[data.TASKS] = "search"                # toy task
     difficulty: Literal[data.DIFFICULTIES] = "medium"   # difficulty of the toy scenes
     data: str = ""              # JSONL file of questions, in place of the toy world
-    images: str = ""            # image folder of --data (default: the folder of the file)
+    images: str = ""            # image folder of --data; empty: the folder of the file
     n: int = 0                  # number of questions; 0: 200 toy scenes, or all of --data
-    shuffle: bool = True        # random order of the options of --data, by --seed and question
-    circular: bool = False      # one question per rotation of the options of a choice
+    shuffle: bool = True        # options of --data in a random order (drawn from --seed)
+    circular: bool = False      # one question per rotation of the options
 
     # the episodes
     zoom: Literal["on", "off", "black", "all"] = "on"   # zoom mode: allowed, forbidden, black crops
-    style: Literal["", "zoom", "think", "boxes"] = ""   # prompt style; empty: by the questions
+    style: Literal["", "zoom", "think", "boxes"] = ""   # prompt style; empty: chosen to fit
     crop_from: Literal["source", "seen"] = "source"     # source of crops: stored image or fed copy
     temperature: float = 0.0    # sampling temperature; 0: greedy
     max_zooms: int = 3          # crops per episode, after which an answer is forced
@@ -74,12 +73,12 @@ class Config:
 
     # answers that exist already
     predictions: str = ""       # JSONL file of {"id", "text"}, scored in place of a model's answers
-    convention: Literal["source", "fed", "0-1000", "0-1"] = "source"    # units of --predictions
+    convention: Literal["source", "fed", "0-1000", "0-1"] = "source"    # coordinate units
     compare: str = ""           # two --out folders, A B, compared question by question
 
     # the output
     drawn: int = 500            # episodes per section of the report page, at most
-    fresh: bool = False         # permission to overwrite a run with other settings in --out
+    fresh: bool = False         # permission to overwrite results of other settings in --out
     out: str = "runs/evaluate"  # output folder
 
 
@@ -89,8 +88,8 @@ class Config:
 def wilson(correct, n, z=1.96):
     """The 95 % interval of a share, `correct` of n -> (low, high), both in [0, 1].
 
-    Wilson 1927, JASA 22, p. 209. Unlike p +- z sqrt(p (1 - p) / n) it stays inside [0, 1] and is
-    honest at 0 % and 100 %: ten right of ten means "at least 72 %".
+    Wilson 1927, JASA 22, p. 209. Unlike p +- z sqrt(p (1 - p) / n) it stays inside [0, 1], and at
+    0 % and 100 % it keeps a width: ten right of ten means "at least 72 %".
     """
     if n == 0:
         return 0.0, 1.0
@@ -102,17 +101,18 @@ def wilson(correct, n, z=1.96):
 
 
 def paired(a, b, z=1.96):
-    """Two runs over the same questions, {id: right or not} each -> what B gains and loses.
+    """Compare runs A and B over the same questions, {id: right or not} each -> {name: number}.
 
-    difference: accuracy of B minus that of A. low, high: its 95 % interval after Bonett and Price
-    2012 (one more of each kind in n + 2 questions), never of width 0. p: see `mcnemar`.
+    difference: accuracy of B minus that of A. low, high: its 95 % interval (Bonett and Price 2012).
+    The interval is computed as if there were two more questions, one that only A gets right and one
+    that only B does; so its width is never 0. p: see `mcnemar`.
     """
     ids = [i for i in a if i in b]
     n = len(ids)
     both = sum(a[i] and b[i] for i in ids)
     only_a = sum(a[i] for i in ids) - both
     only_b = sum(b[i] for i in ids) - both
-    lost = (only_a + 1) / (n + 2)
+    lost = (only_a + 1) / (n + 2)                       # share of questions, A's extra one included
     won = (only_b + 1) / (n + 2)
     half = z * math.sqrt((lost + won - (won - lost) ** 2) / (n + 2))
     return {
@@ -131,14 +131,15 @@ def paired(a, b, z=1.96):
 def mcnemar(only_a, only_b):
     """McNemar's exact test, two-sided -> p.
 
-    Only the questions that one run alone gets right tell the two apart. If neither run is better,
-    a coin decides which of them it is: p is the chance of a split at least as uneven.
+    It looks at the m questions that exactly one run gets right. If the runs are equally good, each
+    of the m falls to A or to B like the toss of a coin. p is the probability that m tosses split
+    at least as unevenly: 2 * (the sum of "m choose k" for k = 0 ... min(only_a, only_b)) / 2^m.
     """
     m = only_a + only_b
-    term = 1                                            # m choose k, from k = 0 on
-    tail = 1                                            # the sum of the terms
+    term = 1                                            # m choose 0
+    tail = 1                                            # the sum of the terms so far
     for k in range(min(only_a, only_b)):
-        term = term * (m - k) // (k + 1)                # integers: floats overflow from m = 1024 on
+        term = term * (m - k) // (k + 1)                # m choose k + 1, an integer: no overflow
         tail += term
     return min(1.0, 2 * tail / 2 ** m)
 
@@ -146,15 +147,16 @@ def mcnemar(only_a, only_b):
 # --------------------------------------------------------------------------------------------------
 # the summary of a run
 
-# What is averaged over episodes. All but the zooms are counted by appendix/analysis.py.
+# The counts that are averaged over episodes. appendix/analysis.py makes all but the zooms.
 AVERAGED = ("zooms", "regions", "subgoals", "verification", "backtracking")
 
 
 def summary_rows(episodes):
-    """What `summarise` needs of episodes -> list of dicts, ready for JSON.
+    """Episodes -> the rows of `summarise`: one flat dict per episode, ready for JSON.
 
-    id, category (a list), the behaviours and the reward components (accuracy, wrong_format, ...);
-    where they apply benchmark, of (the id that the rotations of a question share) and zooms.
+    Each row has an id, a category (a list), the behaviour counts and the reward components
+    (accuracy, wrong_format, ...). Some rows also have: benchmark (its name), zooms (how many), of
+    (for --circular, the id of the question, which all its rotations share).
     """
     rows = []
     for e in episodes:
@@ -169,7 +171,7 @@ def summary_rows(episodes):
 
 
 def summarise(rows):
-    """`count` over all rows and per category, and the average as the benchmark defines it."""
+    """The rows of a run -> its summary: `count` of all and per category, and further averages."""
     benchmark = averages.benchmark_of(rows)
     parts = {}                                          # category: rows
     for r in rows:
@@ -181,12 +183,12 @@ def summarise(rows):
 
 
 def count(rows):
-    """Rows -> {name: number}: accuracy with its interval, and means; without hidden answers."""
+    """Rows -> {name: number}. A row whose right answer is not published (hidden) is not scored."""
     scored = [r for r in rows if not r.get("hidden")]
     n = len(scored)
     correct = sum(is_right(r, r.get("benchmark")) for r in scored)
     accuracy = correct / max(n, 1)
-    # The rotations of a question are one piece of evidence, not several.
+    # The rotations of a question share r["of"] and count as one; any other row is a question.
     questions = len({r.get("of", i) for i, r in enumerate(scored)})
     low, high = wilson(accuracy * questions, questions)
     found = {"n": n, "correct": correct, "accuracy": accuracy, "low": low, "high": high}
@@ -213,7 +215,7 @@ def mean(values):
 
 
 def share_from(threshold, overlaps):
-    """The share of overlaps that reach a threshold."""
+    """The share of overlaps that reach a threshold, up to rounding."""
     return mean([overlap >= threshold - 1e-6 for overlap in overlaps])
 
 
@@ -227,21 +229,22 @@ def summary_of(episodes):
 @dataclass(frozen=True)
 class RunOptions:
     """What run_episodes does besides rolling out."""
-    recipe: str = "vigorl-zoom" # recipe whose reward components are kept
+    recipe: str = "vigorl-zoom" # reward recipe that scores the episodes
     batch: int = 64             # episodes at a time
-    keep: int = 24              # episodes whose tokens are kept as text for the report
-    save: Callable = None       # function that is given the episodes of each batch
-    numbers: list = None        # number of each sample, where others come before or between them
-    views: list = None          # the samples' encoded prompt images; they then stay encoded
+    keep: int = 24              # episodes, the first ones, that keep their tokens as text
+    save: Callable = None       # function that is called with the episodes of each batch
+    numbers: list = None        # index of each sample in the whole data, if samples is a part of it
+    views: list = None          # encoded prompt images of each sample; then episodes keep theirs
     progress: bool = True       # progress bar
     plain: bool = False         # no behaviour counts
 
 
 def run_episodes(vlm, samples, config, options=RunOptions()):
-    """One scored episode per sample -> list[Episode], in order; of several ranks, its own share.
+    """One scored episode per sample -> list[Episode], in order. Each rank does a share of them.
 
-    config: zoom_rollout.RolloutConfig. A sample's number and options.batch decide its random
-    numbers, so that ranks, a resumed run and smaller batches change nothing.
+    config: zoom_rollout.RolloutConfig. All samples are numbered, and options.batch of them form a
+    block, which has a seed. The random numbers of an episode depend only on its block and on its
+    place in the block. So ranks, a halved batch and a stop in between change no episode.
     """
     share = ranks.shard(len(samples))
     numbers = list(options.numbers or range(len(samples)))[share]
@@ -250,17 +253,18 @@ def run_episodes(vlm, samples, config, options=RunOptions()):
     batch = options.batch
     episodes = []
     correct = 0
-    hidden = None if options.progress else True         # None: no bar outside a terminal
+    no_bar = None if options.progress else True         # None: a bar in a terminal only
     with tqdm(total=len(samples), desc=MODES[config.zoom], unit=" questions",
-              disable=hidden) as bar:
+              disable=no_bar) as bar:
         while len(episodes) < len(samples):
-            i = len(episodes)
-            block, place = divmod(numbers[i], options.batch)    # a block shares one seed
+            i = len(episodes)                           # the next sample
+            block, place = divmod(numbers[i], options.batch)
+            # The next rollout: n samples with consecutive numbers, all from the same block.
             n = num_consecutive(numbers[i:], min(batch, options.batch - place))
-            seeded = replace(config, seed=config.seed + block * options.batch)
-            part = views[i:i + n] if views else None
-            new = roll_out(vlm, samples[i:i + n], seeded, place, part)
-            if new is None:
+            block_config = replace(config, seed=config.seed + block * options.batch)
+            prompt_views = views[i:i + n] if views else None
+            new = roll_out(vlm, samples[i:i + n], block_config, place, prompt_views)
+            if new is None:                             # out of memory: try half as many
                 batch = n // 2
                 continue
             for e in new:
@@ -279,7 +283,7 @@ def run_episodes(vlm, samples, config, options=RunOptions()):
 
 
 def num_consecutive(numbers, limit):
-    """How many numbers, from the first on, are consecutive; at most `limit`."""
+    """How many of the numbers, counted from the first, are consecutive; at most `limit`."""
     n = 1
     while n < min(limit, len(numbers)) and numbers[n] == numbers[0] + n:
         n += 1
@@ -287,19 +291,20 @@ def num_consecutive(numbers, limit):
 
 
 def roll_out(vlm, samples, config, first_sample, views):
-    """One episode per sample; None if GPU memory runs out, unless there is one sample only."""
+    """One episode per sample; None if GPU memory runs out, which is an error for one sample."""
     try:
         return zoom_rollout.rollout(
             vlm, samples, 1, config, first_sample=first_sample, views=views)
     except torch.cuda.OutOfMemoryError:
         if len(samples) == 1:
             raise
-    torch.cuda.empty_cache()            # here, where nothing refers to the failed batch any more
+    # Outside of `except`: inside it the error still refers to the tensors of the failed batch.
+    torch.cuda.empty_cache()
     return None
 
 
 def finish_episode(vlm, e, config, options, keep_tokens):
-    """Score an episode; keep for the report what goes with its views, which are large."""
+    """Score an episode, store what the report shows of it, and drop its large encoded images."""
     e.reward_components = rewards.score(
         e.sample, e.text, e.turns, options.recipe, e.frames, config.max_zooms)
     e.shown_as = {"zoom": config.zoom, "crop_from": config.crop_from, "fed": e.views[0].fed}
@@ -310,15 +315,12 @@ def finish_episode(vlm, e, config, options, keep_tokens):
 
 
 # --------------------------------------------------------------------------------------------------
-# what to run
+# the episodes that are asked for
 
 def run_modes(cfg, samples):
-    """All samples in each zoom mode that is asked for -> {label: list[Episode]}.
-
-    Rows are written batch by batch, and those that a stopped run has left are not made again.
-    """
+    """The samples in each mode of --zoom -> {label: list[Episode]}. Saved episodes are reused."""
     modes = [cfg.zoom]
-    if cfg.zoom == "all":
+    if cfg.zoom == "all":                               # the other styles have no zoom tool
         modes = list(MODES) if cfg.style == "zoom" else ["on"]
     file = evaluation_run.EpisodeFile(cfg)
     vlm = None
@@ -329,26 +331,27 @@ def run_modes(cfg, samples):
         new = []
         if numbers:
             left = [samples[i] for i in numbers]
+            num_done = len(samples) - len(left)
             if vlm is None:
                 vlm = load_model(cfg, left)
             config = replace(run.pick_fields(cfg, RolloutConfig), zoom=zoom)
             options = RunOptions(
                 recipe=STYLE_RECIPES[cfg.style], batch=cfg.batch, numbers=numbers, plain=cfg.plain,
-                keep=cfg.drawn - (len(samples) - len(left)), save=partial(file.add, label))
+                keep=cfg.drawn - num_done, save=partial(file.add, label))
             new = run_episodes(vlm, left, config, options)
         runs[label] = file.collect(label, new, samples)
     return runs
 
 
 def load_model(cfg, samples):
-    """The model to ask, once the images of the questions have been found whole."""
+    """Read all images, so that a broken one ends the program before the work; load the model."""
     files.check_images(samples)
     name = cfg.checkpoint or cfg.model
     return prefix.load_vlm(name, plain=cfg.plain, max_pixels=cfg.max_pixels)
 
 
 def run_predictions(cfg, samples):
-    """The answers of --predictions -> {"predictions": list[Episode]}."""
+    """Score the answers of --predictions -> {"predictions": list[Episode]}."""
     from appendix import predictions
     episodes = predictions.predicted_episodes(cfg, samples)
     if not cfg.plain:
@@ -360,30 +363,30 @@ def run_predictions(cfg, samples):
 
 
 # --------------------------------------------------------------------------------------------------
-# what it says
+# the results
 
 def summarise_runs(runs):
-    """{label: episodes} -> (what summary.json holds, {label: summary of that run})
+    """{label: episodes} -> (the content of summary.json, {label: summary of that run})
 
-    summary.json is the summary of the first run, with the zoom controls if there are several.
+    summary.json holds the summary of the first run, and the zoom controls if there are more runs.
     """
     summaries = {label: summary_of(episodes) for label, episodes in runs.items()}
     first = next(iter(runs))
     summary = dict(summaries[first])
     samples = [e.sample for e in runs[first]]
     if all(s.answer_type == "choice" for s in samples):
-        summary["chance"] = mean([1 / len(s.options) for s in samples])
+        summary["chance"] = mean([1 / len(s.options) for s in samples])     # accuracy of guessing
     if len(runs) > 1:
         summary |= zoom_controls(runs, summaries)
     return summary, summaries
 
 
 def zoom_controls(runs, summaries):
-    """What zooming is worth, against no zooms and against black crops, question by question.
+    """Compare the run with zooms to those without zooms and with black crops.
 
-    zoom_gain: share of questions that are right only with zooms. zoom_harm: only without them.
+    zoom_gain: share of questions that are right only with zooms. zoom_harm: only without.
     """
-    hits = {}
+    hits = {}                                           # zoom mode: {id: right or not}
     for zoom, label in MODES.items():
         hits[zoom] = {e.sample.id: right(e) for e in runs[label] if verdict(e)}
     off = paired(hits["off"], hits["on"])
@@ -398,18 +401,12 @@ def zoom_controls(runs, summaries):
 
 
 def compare_runs(a, b, out):
-    """Two --out folders -> `paired` over the questions of both; prints it, writes compare.json."""
+    """Compare two --out folders with `paired`: print the numbers, write them to compare.json."""
     hits_a, hits_b = evaluation_run.shared_verdicts(a, b)
     found = {"a": a, "b": b, **paired(hits_a, hits_b)}
-    n = found["n"]
-    for folder, hits in ((a, hits_a), (b, hits_b)):
-        correct = sum(hits.values())
-        low, high = wilson(correct, n)
-        print(f"{folder}: {correct} of {n} right, {correct / n:.1%} ({low:.1%} to {high:.1%})")
-    print(f"right only in {a}: {found['only_a']}; only in {b}: {found['only_b']}; "
-          f"in both: {found['both']}; in neither: {found['neither']}")
-    print(f"difference {found['difference']:+.1%} (95 % interval {found['low']:+.1%} to "
-          f"{found['high']:+.1%}), McNemar's exact p = {found['p']:.2g}")
+    interval_a = wilson(sum(hits_a.values()), found["n"])
+    interval_b = wilson(sum(hits_b.values()), found["n"])
+    evaluation_run.print_comparison(found, interval_a, interval_b)
     run.write_json(os.path.join(run.make_dir(out), "compare.json"), found)
     return found
 
@@ -418,21 +415,15 @@ def compare_runs(a, b, out):
 # the program
 
 def evaluate(cfg):
-    """Run what is asked for -> the summary, or what `compare_runs` found."""
-    if min(cfg.batch, cfg.max_new_tokens) < 1:
-        raise DataError("--batch and --max-new-tokens must be at least 1")
-    if cfg.circular and cfg.predictions:
-        raise DataError("--circular asks a model again; --predictions are answers to the options "
-                        "in their published order")
+    """Do what the flags ask for -> the content of summary.json, or of compare.json."""
+    evaluation_run.check_flags(cfg)
     if cfg.compare:
-        folders = cfg.compare.split(os.pathsep)
-        if len(folders) != 2:
-            raise DataError("--compare needs two folders, as in --compare runs/a runs/b")
-        return compare_runs(*folders, cfg.out)
+        a, b = cfg.compare.split(os.pathsep)
+        return compare_runs(a, b, cfg.out)
 
     samples, title = evaluation_run.load_samples(cfg)
     cfg = replace(cfg, style=evaluation_run.style_of(cfg, samples))
-    run.make_dir(cfg.out)                               # fails before the work, not after it
+    run.make_dir(cfg.out)                               # an error here comes before the long work
     runs = run_predictions(cfg, samples) if cfg.predictions else run_modes(cfg, samples)
     summary, summaries = summarise_runs(runs)
     if ranks.rank() == 0:
@@ -442,13 +433,14 @@ def evaluate(cfg):
 
 
 def presets(cfg):
-    """A released model thinks in more words than the tiny one."""
+    """Defaults that depend on the model: a released one needs more tokens than the tiny one."""
     return {} if is_tiny(cfg.checkpoint or cfg.model) else {"max_new_tokens": 512}
 
 
 def main(argv=None):
     argv = list(sys.argv[1:] if argv is None else argv)
-    if "--compare" in argv:                             # the one flag that takes two values
+    if "--compare" in argv:
+        # A flag takes one value; this one takes two, so join them. `evaluate` splits them again.
         i = argv.index("--compare")
         argv[i + 1:i + 3] = [os.pathsep.join(argv[i + 1:i + 3])]
     ranks.start()

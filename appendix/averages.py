@@ -1,12 +1,13 @@
 """How published benchmarks average: over questions, over cells, over rotations of a question.
 
-A row is a dict about one episode, see evaluate.summary_rows.
+A cell is a group of questions with the same category. The categories of a question are a list of
+levels, coarse to fine: ["mobile", "icon"]. A row is a dict about one episode, made by
+evaluate.summary_rows.
 """
 from appendix.episode_rows import is_right
 
-# Benchmarks that average over cells: how many levels of the category (coarse to fine) make a cell,
-# and how many cells there are (0: that depends on the file). In all others each question counts
-# alike.
+# Benchmarks that average over cells: (number of levels that define a cell, number of cells in the
+# published benchmark, or 0 if that depends on the file). All others average over the questions.
 CELLS = {
     "blink": (1, 14),
     "mig_bench": (1, 10),
@@ -21,24 +22,25 @@ def benchmark_of(rows):
     """The benchmark that all rows belong to; "" if there is none, or more than one."""
     names = set()
     for r in rows:
-        # A parquet file is another copy of the same benchmark.
+        # The parquet file holds the same benchmark in another format.
         names.add(str(r.get("benchmark") or "").removesuffix("_parquet"))
     return names.pop() if len(names) == 1 else ""
 
 
 def categories_of(row, benchmark):
-    """The labels that a row is counted under: its category, level by level, and its cell."""
+    """The labels that a row is counted under: each level of its category, and its cell."""
     levels, _ = CELLS.get(benchmark, (0, 1))
     labels = list(row["category"])
-    if levels > 1:
+    if levels > 1:                                      # else the cell is a level itself
         labels.append(", ".join(row["category"][:levels]))
-    return list(dict.fromkeys(labels))
+    return list(dict.fromkeys(labels))                  # each label once, in order
 
 
 def benchmark_average(rows):
-    """-> {"benchmark", "average", "average_of"}, by the benchmark's own definition; {} without one.
+    """The average as the benchmark defines it -> {"benchmark", "average", "average_of"}.
 
-    average: the mean over cells of the accuracy within the cell, or the mean over all questions.
+    average: the mean over cells of the accuracy within a cell, or the mean over all questions.
+    average_of: which of the two, in words. {} if the rows do not belong to one benchmark.
     """
     benchmark = benchmark_of(rows)
     if not benchmark:
@@ -61,9 +63,9 @@ def benchmark_average(rows):
 
 
 def all_rotations(rows):
-    """-> {"all_rotations": share of questions that are right in every rotation}; {} without any.
+    """With --circular -> {"all_rotations": share of questions that are right in every rotation}.
 
-    See --circular of evaluate.py.
+    {} if no question has rotations.
     """
     questions = {}                                      # id of the question: [right or not]
     for r in rows:

@@ -1,7 +1,8 @@
-"""An episode as a row of JSON: was it right, what is kept of it, and the way back.
+"""An episode as a row of JSON, and back.
 
-    record(e)               the row, readable by a person
-    restore(row, sample)    the episode again, without its tokens
+    verdict(e)              was the answer right?
+    record(e)               episode -> row, readable by a person
+    restore(row, sample)    row -> episode, without its tokens
 """
 import re
 from dataclasses import asdict
@@ -12,9 +13,10 @@ from zoom_rollout import Episode, Turn
 # right or wrong
 
 def is_right(components, benchmark=None):
-    """Right or wrong by an episode's reward components, whatever the recipe pays for it.
+    """Is an episode right? Decided by its reward components, the same way for every reward recipe.
 
-    A box is right from IoU 0.5 on (in VLM-R1's files: above it), anything else if wholly right.
+    A box is right if its IoU is 0.5 or more (in the files of VLM-R1: more than 0.5). Any other
+    answer is right if its accuracy is 1. The 1e-6 allows for rounding.
     """
     if "iou" not in components:
         return components["accuracy"] >= 1 - 1e-6
@@ -53,17 +55,18 @@ def gold_words(sample):
 
 
 def numbers_text(values):
-    """A point or a box as text: (12, 30.5)."""
+    """A point or a box as text, such as "(12, 30.5)"."""
     return f"({', '.join(f'{round(v, 1):g}' for v in values)})"
 
 
 def token_texts(vlm, e):
-    """The tokens after the prompt -> [[text, log-probability]].
+    """The tokens from the first that the policy chose -> [[text, log-probability]].
 
-    A stretch of tokens that the policy did not choose is one entry, with None.
+    Neighbouring tokens that the policy did not choose become one entry, whose log-probability is
+    None. Their image tokens become the text "[image]".
     """
     texts = []
-    given = []                                          # tokens of the present stretch
+    given = []                                          # tokens not chosen, since the last chosen
     first = e.completion_mask.index(True)
     for i in range(first, len(e.ids)):
         if not e.completion_mask[i]:
@@ -78,13 +81,13 @@ def token_texts(vlm, e):
 
 
 # --------------------------------------------------------------------------------------------------
-# there and back
+# episode -> row, row -> episode
 
 def record(e):
     """An episode as one readable row of episodes.jsonl.
 
-    The point of a turn is in the model's convention: times (sx, sy) of frames[0] it is in pixels
-    of the stored image.
+    The point of a turn is in the coordinates that the model wrote. Multiplied by (sx, sy), the
+    first two numbers of frames[0], it is in pixels of the stored image.
     """
     return {
         "id": e.sample.id,
@@ -105,12 +108,15 @@ def record(e):
 
 
 def restore(row, sample):
-    """The episode of a row, as far as the summary and the report need it: without its tokens."""
+    """The episode of a row, with all that the summary and the report need.
+
+    The ids and log-probabilities of its tokens are not in the row: they become zeros.
+    """
     n = row["tokens"]
     turns = []
     for turn in row["turns"]:
         values = {}
-        for name, value in turn.items():
+        for name, value in turn.items():                # JSON has turned tuples into lists
             values[name] = tuple(value) if isinstance(value, list) else value
         turns.append(Turn(**values))
     return Episode(

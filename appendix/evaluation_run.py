@@ -1,4 +1,4 @@
-"""What stands around an evaluation: its questions, rows that survive a kill, the table, the page.
+"""The parts of evaluate.py that are not about measuring: flags, questions, files, table, page.
 
 `cfg` is evaluate.Config.
 """
@@ -12,15 +12,26 @@ from appendix import files, ranks, run
 from appendix.episode_rows import record, restore
 from appendix.files import DataError
 
-# Settings that may change when a run is continued.
+# Settings that may change when an evaluation is continued.
 FREE = ("out", "drawn", "batch", "fresh", "compare")
+
+
+def check_flags(cfg):
+    """Raise DataError for a flag, or a pair of flags, that makes no sense."""
+    if min(cfg.batch, cfg.max_new_tokens) < 1:
+        raise DataError("--batch and --max-new-tokens must be at least 1")
+    if cfg.circular and cfg.predictions:
+        raise DataError("--circular asks a model again; --predictions are answers to the options "
+                        "in their published order")
+    if cfg.compare and len(cfg.compare.split(os.pathsep)) != 2:
+        raise DataError("--compare needs two folders, as in --compare runs/a runs/b")
 
 
 # --------------------------------------------------------------------------------------------------
 # the questions
 
 def load_samples(cfg):
-    """-> (samples, what they are in words)"""
+    """The questions that the flags ask for -> (samples, a title that says what they are)."""
     if cfg.data:
         title = cfg.data
         samples = data.read_jsonl(cfg.data, cfg.images or None)[:cfg.n or None]
@@ -28,7 +39,7 @@ def load_samples(cfg):
         title = f"toy {cfg.task}, {cfg.difficulty}"
         samples = data.toy(cfg.task, "test", cfg.n or 200, cfg.seed, cfg.difficulty)
     known = set()
-    for s in samples:                                   # a row is found again by its id
+    for s in samples:                                   # a saved row is found by the sample's id
         if s.id in known:
             raise DataError(f"the data holds the id {s.id!r} twice; "
                             "every sample needs an id of its own")
@@ -41,11 +52,11 @@ def load_samples(cfg):
 
 
 def arrange(samples, seed, circular=False):
-    """Choices with their options in another order; other samples stay as they are.
+    """Multiple-choice samples get their options in another order; the others stay as they are.
 
-    The order is drawn from seed and id. circular: each rotation of the options is a sample of its
-    own. meta["order"][k] is the published index of the option shown k-th, meta["of"] the id of the
-    question that rotations share.
+    The order is random and depends on the seed and the id of the sample. With circular a sample
+    becomes one sample per rotation of its options, and meta["of"] is the id of the original.
+    meta["order"][k] is the published index of the option that is shown in place k.
     """
     arranged = []
     for s in samples:
@@ -71,12 +82,12 @@ def with_order(s, order):
 
 
 def style_of(cfg, samples):
-    """The prompt style: as told, or as the questions need it."""
+    """The prompt style: that of --style, else the one that fits the questions."""
     if cfg.style:
         return cfg.style
     if not cfg.data:
         return data.PROMPT_STYLES[data.TASK_RECIPES[cfg.task]]
-    # A box may lie in any image, but the zoom tool cuts from the first.
+    # A box may lie in any image, but the zoom tool only cuts from the first image.
     only_boxes = all(s.answer_type == "box" for s in samples)
     return "boxes" if only_boxes else "zoom"
 
@@ -87,9 +98,9 @@ def style_of(cfg, samples):
 class EpisodeFile:
     """episodes.jsonl in --out: a row per episode, written batch by batch, by all ranks.
 
-    A run with the same settings goes on from the rows that a stopped one has left there. A run
-    with other settings, or with other files behind the same names, is refused. What is scored from
-    predictions is made again in seconds, and may be overwritten.
+    If the folder holds rows of the same settings, an evaluation continues from them. If their
+    settings differ, or a file with the same name has changed since, it ends with an error; except
+    that rows scored from --predictions are overwritten, since they take seconds to make.
     """
 
     def __init__(self, cfg):
@@ -101,14 +112,14 @@ class EpisodeFile:
         if ranks.rank() == 0:
             self.rows = self.read()
             run.write_json(self.config_path, self.settings)
-            self.write()                                # without a row that was cut off
-        ranks.barrier()
+            self.write()                                # leaves out a last row that was cut off
+        ranks.barrier()                                 # the others read what rank 0 has written
         if ranks.rank() > 0:
             self.rows = self.read()
         ranks.barrier()                                 # no rank adds a row before all have read
 
     def read(self):
-        """The rows of a run with the same settings; {} if there are none."""
+        """The rows in the folder, {label: {id: row}}. Raises DataError if the settings differ."""
         rows = {}
         if self.cfg.fresh or not self.holds_rows():
             return rows
@@ -127,7 +138,7 @@ class EpisodeFile:
                             "with --fresh")
         with open(self.path, encoding="utf-8") as f:
             for line in f:
-                if line.endswith("\n"):                 # the last may have been cut off
+                if line.endswith("\n"):                 # a kill may have cut off the last line
                     row = json.loads(line)
                     rows.setdefault(row["run"], {})[row["id"]] = row
         return rows
@@ -138,14 +149,14 @@ class EpisodeFile:
         return os.path.getsize(self.path) > 0
 
     def write(self):
-        """Replace the file by the rows that are known."""
+        """Replace the content of the file by self.rows."""
         lines = []
         for rows in self.rows.values():
             lines += [json.dumps(row) + "\n" for row in rows.values()]
         run.write_text(self.path, "".join(lines))
 
     def missing(self, label, samples):
-        """The numbers of the samples that a run has no row of yet."""
+        """The indices of the samples that have no row in this run yet."""
         done = self.rows.get(label, {})
         numbers = [i for i, s in enumerate(samples) if s.id not in done]
         if done:
@@ -154,7 +165,7 @@ class EpisodeFile:
         return numbers
 
     def add(self, label, episodes):
-        """Add rows to the file, in one piece, because all ranks add to it."""
+        """Append rows to the file in a single write, because other ranks append to it too."""
         lines = [json.dumps({"run": label, **record(e)}) + "\n" for e in episodes]
         with open(self.path, "ab", buffering=0) as f:
             f.write("".join(lines).encode())
@@ -166,7 +177,10 @@ class EpisodeFile:
             self.add(label, episodes)
 
     def collect(self, label, episodes, samples):
-        """This rank's new episodes -> those of all samples: of all ranks, and of the saved rows."""
+        """This rank's new episodes -> the episodes of all samples, other ranks' and saved ones too.
+
+        All are restored from their rows, so they have no tokens.
+        """
         rows = self.rows.setdefault(label, {})
         for row in ranks.gather([record(e) for e in episodes]):
             rows[row["id"]] = row
@@ -174,7 +188,10 @@ class EpisodeFile:
 
 
 def settings_of(cfg):
-    """The settings that decide what the rows are, and size and time of the files behind them."""
+    """The settings that decide the content of the rows, with size and time of the files they name.
+
+    A changed size or time means that a file has changed under the same name.
+    """
     settings = {k: v for k, v in asdict(cfg).items() if k not in FREE}
     for name in ("data", "predictions", "checkpoint", "model"):
         path = settings[name]
@@ -186,7 +203,7 @@ def settings_of(cfg):
 
 
 def shared_verdicts(a, b):
-    """Two --out folders -> their verdicts, {id: right or not} each, over the same questions."""
+    """Two --out folders -> {id: right or not} for each, over the questions that both have."""
     rows_a = read_verdicts(a)
     rows_b = read_verdicts(b)
     hits_a = {}
@@ -211,7 +228,7 @@ def shared_verdicts(a, b):
 
 
 def read_verdicts(folder):
-    """The scored rows of a folder, {id: row}; of --zoom all those with zoom allowed, the first."""
+    """The scored rows of the first run in a folder, {id: row}. That of --zoom all may zoom."""
     scored = {}
     first = None                                        # label of the first run
     for where, row in files.read_rows(os.path.join(folder, "episodes.jsonl")):
@@ -239,7 +256,7 @@ def show(cfg, title, runs, summary, summaries):
 
 
 def heading(title, summary, summaries):
-    """What was asked, and the figures that are of all runs together."""
+    """The title with the numbers that have no column in the table: chance, zoom gain, averages."""
     if "chance" in summary:
         title += f"; chance {summary['chance']:.1%}"
     if "zoom_gain" in summary:
@@ -253,7 +270,7 @@ def heading(title, summary, summaries):
 
 
 def table_rows(summaries):
-    """[(label, summary)]: each run, and below it each category that is not the whole run."""
+    """[(label, numbers)]: each run, then its categories, unless a category is the whole run."""
     rows = []
     for label, s in summaries.items():
         rows.append((label, s))
@@ -272,9 +289,38 @@ def print_table(title, rows):
               f"{s['low']:6.1%} to {s['high']:6.1%}  {s['wrong_format']:12}")
 
 
+def print_comparison(found, interval_a, interval_b):
+    """Print what evaluate.paired found, with the folders "a" and "b" and their accuracies."""
+    a = found["a"]
+    b = found["b"]
+    n = found["n"]
+    for folder, only, (low, high) in ((a, "only_a", interval_a), (b, "only_b", interval_b)):
+        correct = found["both"] + found[only]
+        print(f"{folder}: {correct} of {n} right, {correct / n:.1%} ({low:.1%} to {high:.1%})")
+    print(f"right only in {a}: {found['only_a']}; only in {b}: {found['only_b']}; "
+          f"in both: {found['both']}; in neither: {found['neither']}")
+    print(f"difference {found['difference']:+.1%} (95 % interval {found['low']:+.1%} to "
+          f"{found['high']:+.1%}), McNemar's exact p = {found['p']:.2g}")
+
+
 def write_page(cfg, title, runs, rows):
-    """report.html in --out: the table with the means of a run, and its episodes."""
-    from appendix import analysis, report
+    """report.html in --out: the table, the settings, and the episodes of each run."""
+    from appendix import report
+    settings = {"on": title}
+    for f in fields(cfg):
+        value = getattr(cfg, f.name)
+        if value != f.default and f.name not in ("data", "out", "fresh"):
+            settings[f.name] = value
+    asked = cfg.predictions or cfg.checkpoint or cfg.model
+    page = report.Report(
+        title=f"How well does {asked} look?", sections=list(runs.items()), table=page_table(rows),
+        settings=settings, drawn=cfg.drawn)
+    report.write_report(os.path.join(cfg.out, "report.html"), page)
+
+
+def page_table(rows):
+    """The table of report.Report: `table_rows` with a column for each mean that some row has."""
+    from appendix import analysis
     means = []
     for name in ("mean_iou", "zooms", *analysis.COUNTS, "pointing"):
         if any(name in s for _, s in rows):
@@ -283,15 +329,7 @@ def write_page(cfg, title, runs, rows):
     head += [name.replace("_", " ") for name in means]
     table = [("", head)]
     for label, s in rows:
-        cells = [s, s["n"], s["wrong_format"]]
+        cells = [s, s["n"], s["wrong_format"]]          # a summary is shown as its accuracy
         cells += [f"{s[name]:.2f}" if name in s else "" for name in means]
         table.append((label, cells))
-    settings = {"on": title}
-    for f in fields(cfg):
-        value = getattr(cfg, f.name)
-        if value != f.default and f.name not in ("data", "out", "fresh"):
-            settings[f.name] = value
-    asked = cfg.predictions or cfg.checkpoint or cfg.model
-    report.write_report(os.path.join(cfg.out, "report.html"), report.Report(
-        title=f"How well does {asked} look?", sections=list(runs.items()), table=table,
-        settings=settings, drawn=cfg.drawn))
+    return table

@@ -212,13 +212,13 @@ class Clock:
 
 def log_line(row, steps, minutes_left):
     """What one watches, in at most 120 columns. The other metrics are in metrics.jsonl."""
-    update = "SKIPPED" if row["skipped"] else f"gnorm {row['grad_norm']:.2f}"
+    update = "SKIPPED" if row["skipped"] else f"{row['grad_norm']:.2f}"
     digits = 1 if minutes_left < 10 else 0
-    return (f"step {row['step'] + 1:4d}/{steps}  reward {row['reward']:.3f} "
-            f"acc {row['accuracy']:.2f} fmt {row['format']:.2f}  "
-            f"len {row['length']:.0f} zooms {row['zooms']:.1f}  "
-            f"zero-std {row['frac_zero_std']:.0%} {update}  "
-            f"{row['roll_tokens_per_s']:.0f} tok/s {minutes_left:.{digits}f} min left")
+    return (f"step {row['step'] + 1:3d}/{steps} reward {row['reward']:.3f} "
+            f"acc {row['accuracy']:.2f} fmt {row['format']:.2f} | "
+            f"len {row['length']:.0f} zooms {row['zooms']:.1f} | "
+            f"zero-std {row['frac_zero_std']:.0%} ent {row['entropy']:.2f} grad {update} | "
+            f"{row['seconds']:.1f} s, {minutes_left:.{digits}f} min left")
 
 
 # --------------------------------------------------------------------------------------------------
