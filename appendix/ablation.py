@@ -1,7 +1,7 @@
 """UniVG-R1's ablation (its table 4) in miniature: what RL and its difficulty weight add.
 
     python -m appendix.ablation run 0 1 2 3 4 --steps 60    # runs of these seeds that are missing
-    python -m appendix.ablation                             # the tables, from the runs that are there
+    python -m appendix.ablation                             # the tables, from what has been run
 
 Runs go to runs/ablation and take minutes each on two cores. All RL runs of a seed begin at the same
 warm start and see the same prompts, and accuracies are of the same 200 held-out questions. Flags
@@ -13,6 +13,9 @@ import os
 import statistics
 import subprocess
 import sys
+
+import train_rl
+from appendix import recipes, run
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 BASELINE = "SFT + GRPO"
@@ -147,13 +150,15 @@ def print_row(label, cells):
 
 
 def parse(argv=None):
-    """-> (namespace with `what` and `seeds`, flags for the RL runs)."""
+    """-> (namespace with `what` and `seeds`, flags for the RL runs, which train_rl has read)."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False)
     parser.add_argument("what", nargs="?", choices=["run", "table"], default="table")
     parser.add_argument("seeds", nargs="*", type=int, help="seeds to run")
     args, more = parser.parse_known_args(argv)
+    run.parse_config(train_rl.Config, more, train_rl.__doc__, presets=recipes.presets,
+                     positive=train_rl.POSITIVE)                # a bad flag ends it here
     return args, more
 
 

@@ -165,7 +165,8 @@ def shown_turn(album, episode, number, turn):
         opposite = episode_rows.numbers_text(turn.crop[2:])
         crop = ShownCrop(picture, small, f"{corner} to {opposite}")
     return ShownTurn(
-        number=number, color=color_of(number), names_point=bool(turn.point), given=split_tags(given),
+        number=number, color=color_of(number), names_point=bool(turn.point),
+        given=split_tags(given),
         own=split_tags(turn.text[len(given):]), crop=crop, error=turn.error, forced=turn.forced)
 
 
@@ -213,7 +214,7 @@ def shown_tokens(token_texts):
 # pictures
 
 def marked_picture(album, episode, image, max_side):
-    """Prompt image number `image` with its marks: gold, windows, points, answer; the last on top."""
+    """Prompt image number `image` with its marks: gold, windows, points, answer."""
     sample = episode.sample
     picture = album.add(sample.images[image], max_side)
     # Several images are drawn smaller, so what is drawn over them is larger.

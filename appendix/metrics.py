@@ -212,13 +212,14 @@ class Clock:
 
 def log_line(row, steps, minutes_left):
     """What one watches, in at most 120 columns. The other metrics are in metrics.jsonl."""
-    update = "SKIPPED" if row["skipped"] else f"{row['grad_norm']:.2f}"
-    digits = 1 if minutes_left < 10 else 0
+    update = "SKIPPED" if row["skipped"] else f"{row['grad_norm']:.3g}"
+    seconds_digits = 1 if row["seconds"] < 10 else 0
+    minutes_digits = 1 if minutes_left < 10 else 0
     return (f"step {row['step'] + 1:3d}/{steps} reward {row['reward']:.3f} "
             f"acc {row['accuracy']:.2f} fmt {row['format']:.2f} | "
-            f"len {row['length']:.0f} zooms {row['zooms']:.1f} | "
+            f"len {row['length']:.0f} zooms {row['zooms']:.1f} "
             f"zero-std {row['frac_zero_std']:.0%} ent {row['entropy']:.2f} grad {update} | "
-            f"{row['seconds']:.1f} s, {minutes_left:.{digits}f} min left")
+            f"{row['seconds']:.{seconds_digits}f} s, {minutes_left:.{minutes_digits}f} min left")
 
 
 # --------------------------------------------------------------------------------------------------

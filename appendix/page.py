@@ -103,7 +103,7 @@ class Album:
         return self.opened[1]
 
     def add(self, source, max_side):
-        """The Picture of an image or of the file at a path, at most max_side pixels wide and high."""
+        """The Picture of an image or of the file at a path, at most max_side pixels a side."""
         key = source
         if isinstance(source, Image.Image):
             key = (source.size, hash(source.tobytes()))

@@ -184,7 +184,7 @@ class Chart:
 
 
 def draw_charts(rows):
-    """Rows of metrics.jsonl -> list[Chart], one for each number in them that has two values or more.
+    """Rows of metrics.jsonl -> list[Chart], one for each number with two values or more.
 
     In the order of the rows; those that never change come last.
     """

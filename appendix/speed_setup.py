@@ -84,7 +84,7 @@ def random_weights(name, device):
 
 
 def config_of(name, tiny):
-    """transformers' configuration of a model of TEXT_SIZES, with the tiny model's special tokens."""
+    """transformers' configuration of a model of TEXT_SIZES, with the tiny special tokens."""
     theirs = tiny.model.config
     text = dict(TEXT_SIZES[name])
     vision = dict(VISION_SIZE)

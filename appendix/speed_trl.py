@@ -81,7 +81,7 @@ class DrawnRewards:
 
 
 def trl_steps(vlm, load, rounds, clock, between):
-    """`rounds` GRPO steps of TRL with the one turn of `load`, with between() after each -> TrlTimes.
+    """`rounds` GRPO steps of TRL with the one turn of `load`, between() after each.
 
     clock() gives seconds.
     """
