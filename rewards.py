@@ -37,21 +37,27 @@ EPS = 1e-6          # tolerance at edges and thresholds, because the scales in `
 NUMBER = r"\s*([+-]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+))\s*"
 TWO = f"{NUMBER},{NUMBER}"
 # (x, y)   [x, y]   (x1, y1, x2, y2)   [x1, y1, x2, y2]   (x1, y1),(x2, y2)
-# and the same inside JSON, code fences and <|box_start|>
 SHAPE = re.compile(rf"[(\[]{TWO}(?:[)\]]\s*,\s*[(\[]{TWO}|,{TWO})?[)\]]")
-# The same after its JSON key. find_shape tries it first: a "label" beside it may hold numbers too.
-KEYED = re.compile(r'"(?:point|bbox)_2d"\s*:\s*' + SHAPE.pattern)
+# The same after a JSON key or a model's own mark, which says what it is.
+MARKED = re.compile(r'(?:"(?:point|bbox)_2d"\s*:|<\|box_start\|>)\s*' + SHAPE.pattern)
+# Where a point is asked: one bracket, or a list of brackets, of which the first counts.
+UNNAMED = NUMBER.replace("([", "(?:[")                  # a number that is not a group of the match
+POINTS = re.compile(rf"[(\[]{TWO}(?:,{TWO})?[)\]](?:\s*,\s*[(\[]{UNNAMED}(?:,{UNNAMED})*[)\]])*")
+# A label may hold numbers and tags. It is no answer.
+LABEL = re.compile(r'"label"\s*:\s*"[^"\n]*"')
 
 
 def parse_answer(text, answer_type):
     """The value that a transcript gives as its answer; None if there is none.
 
     -> (x, y) for "point", (x1, y1, x2, y2) for "box", a stripped str for "choice" and "text".
-    If a point is asked for and a box is given, its center is the answer.
+    If a point is asked for and a box is given, its center is the answer. A box is four numbers in
+    one bracket, or what a key or a mark calls a box. Of several points the first is the answer.
     """
-    said, tagged = answer_part(text)
     if answer_type in ("choice", "text"):
+        said, _ = answer_part(text)
         return said.strip() or None
+    said, tagged = answer_part(LABEL.sub("", text))
     shape = find_shape(said, answer_type, take_first=tagged)
     if shape is None:
         return None
@@ -83,9 +89,11 @@ def answer_part(text):
 def find_shape(said, answer_type, take_first):
     """The match of a point or box in the text, or None; for "box" it must have four numbers.
 
-    take_first: the first match. Otherwise the last, because free text ends with its conclusion.
+    A marked one comes before a loose one. take_first: the first match. Otherwise the last, because
+    free text ends with its conclusion.
     """
-    for pattern in (KEYED, SHAPE):
+    loose = POINTS if answer_type == "point" else SHAPE
+    for pattern in (MARKED, loose):
         found = None
         for shape in pattern.finditer(said):
             has_four_numbers = shape.lastindex > 2      # groups 3-4 or 5-6 hold the second corner
@@ -192,20 +200,50 @@ def plain(text):
     return " ".join(text.casefold().split()).removesuffix(".").rstrip()
 
 
-def choice_match(said, sample, frames):
-    """1 if the answer names the right option: by its text, by its letter, or by both.
+ALPHABET = "abcdefghijklmnopqrstuvwxyz"
+NOISE = re.compile(r"[*`]|</?s>|<\|(?:im_end|endoftext|eot_id)\|>")        # emphasis, end tokens
+OPENING = re.compile(r"(?:the )?(?:(?:final|correct|right) )?(?:answer|option)\b(?: is)?\s*:?\s*")
+FIRST_LETTER = re.compile(r"\(?([a-z])(?:[.):]\s*(.*))?")
+LETTER = re.compile(r"\(([A-Za-z])\)|\b(?:[Oo]ption|[Aa]nswer)(?: is)?\s*:?\s+([A-Z])\b(?!')")
+YES_OR_NO = re.compile(r"(?:^|[.!?] )(yes|no)(?=[,.;:!]|$)")
 
-    A letter may be written 'A', 'A.', 'A)' or '(A)'. If text follows it, the text decides. A text
-    that equals an option is that option, even if it looks like the letter of another one.
+
+def named_option(said, options):
+    """The index of the option that a text names; None if it names none, or more than one.
+
+    A text that equals an option is that option, even if it looks like the letter of another one.
+    "The answer is", "Answer:" or "Option" may stand before it. Otherwise an option is named by
+
+        its letter at the start        'A', 'A.', 'A)', 'A:', '(A)', with or without its text
+        its letter anywhere            in parentheses '(B)', or after a word: 'option B'
+        yes or no, if it is an option  at the start of a sentence: 'Yes, it can fit there.'
+
+    Emphasis (*, `) and end tokens (</s>, <|im_end|>) are ignored.
     """
-    named = plain(said)
-    options = [plain(option) for option in sample.options]
-    lettered = re.fullmatch(r"\(?([a-z])(?:[.)]\s*(.*))?", named)
-    if lettered and named not in options:
-        letter, text = lettered.groups()
-        by_letter = dict(zip("abcdefghijklmnopqrstuvwxyz", options))
-        named = text or by_letter.get(letter)
-    return float(named == options[sample.answer])
+    said = NOISE.sub("", said)
+    texts = [plain(NOISE.sub("", option)) for option in options]
+    whole = plain(said)
+    short = OPENING.sub("", whole, count=1) if OPENING.match(whole) else whole
+    for text in (whole, short):
+        if text in texts:
+            return texts.index(text)
+    letters = [before or after for before, after in LETTER.findall(said)]
+    words = YES_OR_NO.findall(whole)
+    first = FIRST_LETTER.fullmatch(short)
+    if first:
+        letters.append(first[1])
+        words.append(first[2])
+    named = {texts.index(word) for word in words if word in texts}
+    named |= {ALPHABET.index(letter.lower()) for letter in letters}
+    only = named.pop() if len(named) == 1 else None
+    return only if only in range(len(options)) else None
+
+
+def choice_match(option, sample, frames):
+    """1 if the option of this index (None: no option) has the text of the right one."""
+    if option is None:
+        return 0.0
+    return float(plain(sample.options[option]) == plain(sample.options[sample.answer]))
 
 
 def text_match(said, sample, frames):
@@ -252,7 +290,7 @@ def judge(value, sample, frames):
 
     accuracy       1 if right, 0 if not; a box is right if its IoU is 0.5 or more (only the recipe
                    univg-r1 takes the IoU itself); a web action may be right in part
-    wrong_format   1 if no answer could be parsed (value is None), else 0
+    wrong_format   1 if no answer could be parsed (value is None) or it names no option, else 0
     iou            IoU of a box; only for boxes
     hidden         1 if the benchmark does not publish the right answer, else absent; accuracy is 0
                    then, and means should leave the sample out
@@ -261,6 +299,8 @@ def judge(value, sample, frames):
         hidden = not sample.targets
     else:
         hidden = sample.answer in (None, [])
+    if sample.answer_type == "choice" and value is not None:
+        value = named_option(value, sample.options)
     grade = 0.0
     if not hidden and value is not None:
         grade = GRADERS[sample.answer_type](value, sample, frames)

@@ -16,7 +16,6 @@ from a broken prompt); the red dot on web crops; the filter of prompts by length
 Shapes:  P prompts   G episodes per prompt   B rows, one per running episode   V vocabulary
 """
 import json
-import re
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -178,11 +177,11 @@ def fed_length(vlm, length):
 def read_call(text):
     """The first tool call of a turn -> ((x, y), None), or (None, what was wrong with it)."""
     unreadable = None, "The tool call could not be read."
-    found = re.search(r"<tool_call>(.*?)</tool_call>", text, re.DOTALL)
-    if found is None:
+    body, closed, _ = text.partition("<tool_call>")[2].partition("</tool_call>")
+    if not closed:
         return unreadable
     try:
-        call = json.loads(found[1])
+        call = json.loads(body)
         x, y = call["arguments"]["coordinate"]
         name = call["name"]
     except (TypeError, KeyError, ValueError, RecursionError):

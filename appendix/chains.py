@@ -174,8 +174,9 @@ def with_period(text):
 # points
 
 def points_in(text):
-    """The points (x, y) of a text, as pairs of integers."""
-    return [(round(float(x)), round(float(y))) for x, y in rewards.POINT.findall(text)]
+    """The points (x, y) of a text, as pairs of integers, without those too large for a float."""
+    pairs = [(float(x), float(y)) for x, y in rewards.POINT.findall(text)]
+    return [(round(x), round(y)) for x, y in pairs if math.isfinite(x) and math.isfinite(y)]
 
 
 def is_far(point, others, min_distance):

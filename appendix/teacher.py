@@ -133,7 +133,7 @@ def judge_chains(teacher, samples, views, fields, usable, seed):
         text = JUDGE.format(**fields[s.id], chains="\n".join(chains))
         jobs.append((f"{s.id}/judge/{seed}", views[s.id], text))
     for s, verdict in zip(rivals, teacher.ask(jobs, temperature=0.0)):
-        number = re.search(r"\d+", verdict)
+        number = re.search(r"\d{1,9}", verdict)
         if number and 1 <= int(number[0]) <= len(usable[s.id]):         # else the first one stays
             best[s.id] = usable[s.id][int(number[0]) - 1]
     return best

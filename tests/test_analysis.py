@@ -83,7 +83,7 @@ MUTATIONS = [
     ("appendix.analysis:source_points", "rewards.inside((x, y), frames[:1])", "True", test_behaviour_follows_its_rules,
      dict(lines=["At (500, 10) and (-3, 4)."], want=dict(regions=0))),
     ("appendix.analysis:own_sentences", "turn.forced and text.startswith(data.FORCE)", "False", test_behaviour_reads_zooms_and_own_words_only, {}),
-    ("appendix.analysis:pointing", "of_zooms or of_all", "of_zooms + of_all", test_pointing_counts_points_where_the_box_is_known, {}),
+    ("appendix.analysis:pointing_behaviours", "of_zooms or of_all", "of_zooms + of_all", test_pointing_counts_points_where_the_box_is_known, {}),
 ]
 
 

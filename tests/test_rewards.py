@@ -61,9 +61,14 @@ POINTS = [
     ('<answer>{"point_2d": [3, 4], "label": "a"}</answer>', (3, 4)),
     ('<answer>```json\n[{"label": "key (1, 2)", "point_2d": [3, 4]}]\n```</answer>', (3, 4)),    # numbers in the label
     ("<answer>(10, 20, 30, 40)</answer>", (20, 30)),                                # a box counts by its center
-    ("<answer>(10,20),(30,40)</answer>", (20, 30)),
+    ("<answer>(10,20),(30,40)</answer>", (10, 20)),                                 # Bug: two points were glued into a box
+    ("<answer>[204,315], [678,315]</answer>", (204, 315)),
+    ("<answer>[(0.41, 0.55), (0.81, 0.57)]</answer>", (0.41, 0.55)),                # RoboSpatial's own list
+    ("first (9, 9), then\n(1, 2), (3, 4), (5, 6) it is", (1, 2)),
+    ("first (9, 9); now (1, 2), (3, 4), (5, 6) it is", (1, 2)),                     # loose talk: the last list, its first point
     ('<answer>{"bbox_2d": [10, 20, 30, 40]}</answer>', (20, 30)),
     ("<|box_start|>(10,20),(30,40)<|box_end|>", (20, 30)),
+    ("<|box_start|>(230,345),(300,385)<|box_end|>, that is (230, 345)", (265, 365)),    # Bug: loose beat marked
     ("<answer>(1, 2)</answer><answer>(3, 4)</answer>", (3, 4)),                     # two answers: the last tag
     ("<answer>(1, 2)<answer>(3, 4)</answer>", (3, 4)),                              # nested
     ("<answer>(3, 4)</answer></answer>", (3, 4)),
@@ -107,6 +112,7 @@ BOXES = [
     ("<answer><|box_start|>(1,2),(3,4)<|box_end|></answer>", (1, 2, 3, 4)),
     ('<answer>```json\n[\n{"bbox_2d": [1, 2, 3, 4], "label": "[9, 9, 9, 9]"}\n]\n```</answer>', (1, 2, 3, 4)),
     ('<answer>{"label": "[9, 9, 9, 9]", "bbox_2d": [1, 2, 3, 4]}</answer>', (1, 2, 3, 4)),
+    ('```json\n[{"bbox_2d": [1, 2, 3, 4], "label": "<think>left chair</think>"}]\n```', (1, 2, 3, 4)),     # Bug: tags in a label hid the box
     ("<answer>(9, 9) is the corner of (1,2),(3,4)</answer>", (1, 2, 3, 4)),
     ("<answer>(30,40),(10,20)</answer>", (30, 40, 10, 20)),                         # inverted: parsed as said, worth nothing
     ("<answer>(0,0),(5000,5000)</answer>", (0, 0, 5000, 5000)),                     # no clamp
@@ -165,7 +171,8 @@ def test_time_is_linear_on_10_megabytes(unit, wrap):
 @pytest.mark.parametrize("said, right", [
     ("(20, 30)", 1), ("(10, 20)", 1), ("(30, 40)", 1), ("(30, 20)", 1),             # edges and corners included
     ("(9.99, 30)", 0), ("(30.01, 30)", 0), ("(20, 40.01)", 0), ("(20, 19)", 0), ("(-20, -30)", 0),
-    ("(0, 0), (40, 60)", 1),                                                        # a box by its center
+    ("(0, 0, 40, 60)", 1),                                                          # a box by its center
+    ("(0, 0), (40, 60)", 0), ("(20, 30), (0, 0)", 1),                               # two points: the first
     ("(30, 20) or (20, 30)", 1), ("nowhere", 0),
 ])
 def test_point_in_box_edges_included(said, right):
@@ -249,7 +256,7 @@ CHOICES = [  # options, gold index, said, right
     (["left", "right"], 1, "B. right", 1), (["left", "right"], 1, "(B) right", 1), (["left", "right"], 1, "b) right", 1),
     (["left", "right"], 1, "B", 1), (["left", "right"], 1, "(b)", 1), (["left", "right"], 1, "B.", 1), (["left", "right"], 1, "A", 0),
     (["left", "right"], 1, "E", 0), (["left", "right"], 1, "(Z)", 0),               # no such option
-    (["left", "right"], 1, "A. right", 1), (["left", "right"], 0, "A. right", 0),   # the text decides, not the letter
+    (["left", "right"], 1, "A. right", 0), (["left", "right"], 0, "A. right", 0),   # letter and text name two options: none
     (["left", "right"], 1, "A or B", 0), (["left", "right"], 1, "right or left", 0),
     (["no", "no objects moved"], 0, "no objects moved", 0),                         # Bug: "gold in prediction" matched substrings
     (["no", "no objects moved"], 1, "no", 0),
@@ -265,6 +272,24 @@ CHOICES = [  # options, gold index, said, right
 @pytest.mark.parametrize("options, gold, said, right", CHOICES)
 def test_choice(options, gold, said, right):
     assert is_right(sample("choice", gold, options=options), said) == right
+
+# what a text says -> the option it names; None: unreadable. Options: yes, no
+READINGS = [
+    ("yes", 0), ("No.", 1), ("**yes**", 0), ("`no`", 1), ("yes</s>", 0), ("<s> yes", 0), ("no<|im_end|>", 1),
+    ("The answer is (A).", 0), ("the correct answer is: **(B)**", 1), ("Answer: yes", 0), ("Final answer: no", 1), ("Option A", 0),
+    ("A: yes", 0), ("B) no", 1), ("(a)", 0), ("A. It fits.", 0), ("I would say that the answer is B, because it is near.", 1),
+    ("The dog is on the left, so (B) is right.", 1), ("option b", 1), ("(B) (B)", 1),
+    ("Yes, it can fit there.", 0), ("Look at it. No, it cannot.", 1), ("No: there is no room", 1),
+    ("I cannot tell.", None), ("No idea", None), ("yes or no", None), ("(A) or (B)", None), ("Yes. No.", None), ("A. no", None), ("(A) no", None),
+    ("(E)", None), ("Answer: C", None), ("The answer is a red one", None), ("answer", None), ("A car is there", None), ("y", None),
+]
+
+@pytest.mark.parametrize("said, option", READINGS)
+def test_what_a_choice_names(said, option):
+    """Bug: what a person reads without doubt was wrong, and what names no option was not unreadable."""
+    for gold in (0, 1):
+        parts = reward_of(sample("choice", gold, options=["yes", "no"]), said, "accuracy")
+        assert (parts["accuracy"], parts["wrong_format"]) == (float(option == gold), float(option is None))
 
 @pytest.mark.parametrize("accepted, said, right", [
     (["red"], "red", 1), (["Red"], "rED", 1), (["red", "crimson"], "Crimson.", 1), (["a red bus"], "a  red\n bus", 1),
@@ -315,7 +340,8 @@ def test_every_recipe_returns_the_same_core(recipe):
 
 @pytest.mark.parametrize("answer_type", ["point", "box", "choice", "text"])
 def test_hidden_gold_is_said_and_never_right(answer_type):
-    parts = reward_of(hidden(answer_type), [answer("(1,2),(3,4)")], "accuracy")
+    said = "left" if answer_type == "choice" else "(1,2),(3,4)"
+    parts = reward_of(hidden(answer_type), [answer(said)], "accuracy")
     assert parts["hidden"] == 1 and parts["accuracy"] == 0 and parts["wrong_format"] == 0
     assert "hidden" not in reward_of(CHOICE, [answer("left")], "accuracy")          # gold 0 is a gold
 
@@ -559,8 +585,11 @@ MUTATIONS = [
     ("rewards:answer_part", 're.split(r"</(?:think|tool_call)>", text)[-1]', "text", test_parse_point,
      dict(text="<think>(1, 2)</think> (3, 4)", value=(3, 4))),
     ("rewards:find_shape", "if take_first: break", "pass", test_parse_point, dict(text="<answer>(3, 4) or (5, 6)</answer>", value=(3, 4))),
-    ("rewards:find_shape", "(KEYED, SHAPE)", "(SHAPE, KEYED)", test_parse_box,
-     dict(text='<answer>{"label": "[9, 9, 9, 9]", "bbox_2d": [1, 2, 3, 4]}</answer>', value=(1, 2, 3, 4))),
+    ("rewards:find_shape", "(MARKED, loose)", "(loose, MARKED)", test_parse_box,
+     dict(text='<answer>{"note": "[9, 9, 9, 9]", "bbox_2d": [1, 2, 3, 4]}</answer>', value=(1, 2, 3, 4))),
+    ("rewards:parse_answer", 'LABEL.sub("", text)', "text", test_parse_box, dict(zip(("text", "value"), BOXES[9]))),
+    ("rewards:find_shape", "POINTS if answer_type == 'point' else SHAPE", "SHAPE", test_parse_point,
+     dict(text="<answer>[204,315], [678,315]</answer>", value=(204, 315))),
     ("rewards:parse_answer", "if not all(map(math.isfinite, values)): return None", "pass", test_parse_point,
      dict(text=f"<answer>({'9' * 5000}, 4)</answer>", value=None)),
     ("rewards:point_in_target", 'x1 - EPS <= x <= x2 + EPS', 'x1 < x < x2', test_point_in_box_edges_included, dict(said="(10, 20)", right=1)),
@@ -568,7 +597,10 @@ MUTATIONS = [
     ("rewards:EPS", "1e-6", "0.0", test_edges_stay_inclusive_under_a_rounded_scale, dict(size=1, grid=10)),
     ("rewards:area", "max(0.0, x2 - x1) * max(0.0, y2 - y1)", "(x2 - x1) * (y2 - y1)", test_iou_by_hand, dict(zip(("a", "b", "value"), IOUS[9]))),
     ("rewards:iou", "area_a + area_b - overlap", "area_a + area_b", test_iou_by_hand, dict(zip(("a", "b", "value"), IOUS[1]))),
-    ("rewards:choice_match", "lettered and named not in options", "lettered", test_choice, dict(options=["B", "A"], gold=0, said="B", right=1)),
+    ("rewards:named_option", "if text in texts: return texts.index(text)", "pass", test_choice, dict(options=["B", "A"], gold=0, said="B", right=1)),
+    ("rewards:named_option", "len(named) == 1", "named", test_what_a_choice_names, dict(said="(A) or (B)", option=None)),
+    ("rewards:named_option", "words.append(first[2])", "pass", test_what_a_choice_names, dict(said="(A) no", option=None)),
+    ("rewards:judge", "named_option(value, sample.options)", "named_option(value, sample.options) or 0", test_what_a_choice_names, dict(said="I cannot tell.", option=None)),
     ("rewards:web_action", "0.5 * same / len(gold_arguments)", "0.5 * (arguments[:1] == gold_arguments[:1])", test_web_action,
      dict(gold="type [12] [red shoes]", said="type [12] [blue hat]", worth=0.75)),
     ("rewards:action_of", "if gap.strip(): return None, ''", "pass", test_vigorl_single_turn, single(GOOD.replace("\n", " so "))),

@@ -349,6 +349,10 @@ def test_a_coordinate_answer_is_no_call():
     assert turns == [f"<think> The button is at (10, 10). </think>\n{data.tool_call(*A)}", f"{data.FORCE} (70, 70) </answer>"]
     assert rewards.parse_answer("\n".join(turns), "point") == (70.0, 70.0)
 
+def test_points_of_a_text():
+    """Bug: a number of 309 digits is infinite as a float and cannot be rounded: the search died."""
+    assert chains.points_in(f"From (1.6, 2) to ({'9' * 309}, 3), (4, -{'9' * 400}), then (5, 6).") == [(2, 2), (5, 6)]
+
 def test_reorder():
     """Claim: with chance 1 the first call moves to a later place, and nothing is lost; with chance 0 nothing moves."""
     import random

@@ -81,6 +81,14 @@ def test_the_filters_count_what_they_drop(models):
     with Server(lambda text: "hm") as server, pytest.raises(data.DataError, match="no chain .* of 4, 4 unparsed"):
         teacher.teacher_traces(models["qwen2.5"], config(server.url), "think", ASKED)
 
+def test_numbers_without_end_are_no_crash(models):
+    """Bug: a number of 309 digits in a chain, or of 5,000 in a verdict, ended the run; and the reply was kept, so it did for ever."""
+    huge = think(f"At ({'9' * 400}, 4). At (3, 4).", RIGHT)
+    replies = iter([huge, think("At (5, 6).", RIGHT), "9" * 5000])
+    with Server(lambda text: next(replies)) as server:
+        found, _ = teacher.teacher_traces(models["qwen2.5"], config(server.url, chains=2), "zoom", ASKED[:1])
+    assert len(found) == 1 and "[3, 4]" in found[0].turns[0]
+
 @pytest.mark.parametrize("fault", ["late", 500, 503, 429, "cut", "not json", "no choices", "no text"])
 def test_what_may_pass_is_tried_again(models, hurry, fault):
     """Claim: a server that fails at first and then answers costs time, no reply."""

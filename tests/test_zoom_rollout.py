@@ -4,7 +4,7 @@ tool call, so `tell` makes zoom_rollout.sample_tokens choose the tokens of a scr
 One story (eight episodes in which everything happens) is told per family and looked at from all sides; at the end MUTATIONS
 puts bugs into the code, one at a time, and requires the named test to fail.
 """
-import copy, dataclasses, itertools, math
+import copy, dataclasses, itertools, math, time
 from functools import partial
 
 import numpy as np
@@ -281,6 +281,12 @@ def test_crop_window(vlm, size):
             assert abs((left + right) / 2 - x) < 4 and left % 4 == 0                # centered unless the border is in the way
         for fed, side in zip(crop.fed, want):
             assert fed % vlm.factor == 0 and abs(fed - max(side * vlm.spec.crop_side / vlm.spec.window, vlm.factor)) <= vlm.factor / 2
+
+def test_read_call_takes_linear_time():
+    """Bug: every tag that never closes was searched to the end of the text."""
+    for tags in (3_000, 300_000):                                                   # the small one first: it fails soon where the large one would hang
+        began = time.process_time()
+        assert zoom_rollout.read_call("<tool_call>" * tags)[0] is None and time.process_time() - began < 0.5
 
 @pytest.mark.parametrize("text, point", [
     (data.tool_call(3, 4), (3, 4)), (data.tool_call(-3, 4), (-3, 4)), (data.tool_call(3, 4) + data.tool_call(5, 6), (3, 4)),
