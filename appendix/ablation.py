@@ -47,7 +47,7 @@ def summary_path(variant, seed):
     return os.path.join("runs", run_name(variant, seed), "summary.json")
 
 
-def start(script, name, *flags):
+def run_script(script, name, *flags):
     """Run a script of ours, unless the run of that name is there."""
     if os.path.exists(os.path.join("runs", name, "summary.json")):
         return
@@ -60,11 +60,12 @@ def start(script, name, *flags):
 def run_seed(seed, more):
     """The warm start of a seed, then all variants. more: flags for all RL runs."""
     warm = f"ablation/sft-{seed}"
-    start("train_sft.py", warm, "--task", "boxes", "--difficulty", "mixed", "--seed", str(seed))
+    world = ["--task", "boxes", "--difficulty", "mixed"]
+    run_script("train_sft.py", warm, *world, "--seed", str(seed))
     for variant, flags in VARIANTS.items():
         folder = "tiny" if variant == "RL only" else f"runs/{warm}/checkpoint"
-        start("train_rl.py", run_name(variant, seed), "--model", folder, "--traces", "",
-              "--seed", str(seed), *flags, *more)
+        run_script("train_rl.py", run_name(variant, seed), "--model", folder, "--traces", "",
+                   "--seed", str(seed), *flags, *more)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -127,7 +128,7 @@ def print_tables():
         print("no runs in runs/ablation: python -m appendix.ablation run 0 1 2")
         return
     columns = ["Acc@0.5", "easy", "medium", "hard", "mean IoU"]
-    print_row("", columns)
+    print_cells("", columns)
     print("|---" * 6 + "|")
     for variant, seeds in rows.items():
         cells = []
@@ -135,17 +136,17 @@ def print_tables():
             values = [row[column] for row in seeds.values()]
             form = "{:.3f}" if column == "mean IoU" else "{:.1%}"
             cells.append(mean_and_interval(values, form))
-        print_row(variant, cells)
+        print_cells(variant, cells)
     print()
-    print_row(f"difference from {BASELINE}", ["Acc@0.5", "hard"])
+    print_cells(f"difference from {BASELINE}", ["Acc@0.5", "hard"])
     print("|---" * 3 + "|")
     baseline = rows.pop(BASELINE, {})
     for variant, seeds in rows.items():
-        print_row(variant, [difference(seeds, baseline, c) for c in ("Acc@0.5", "hard")])
+        print_cells(variant, [difference(seeds, baseline, c) for c in ("Acc@0.5", "hard")])
     print(f"\nseeds: {', '.join(map(str, baseline))}")
 
 
-def print_row(label, cells):
+def print_cells(label, cells):
     print(f"| {label} | {' | '.join(cells)} |")
 
 

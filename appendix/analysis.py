@@ -38,7 +38,7 @@ LIMIT = 100_000
 
 
 @dataclass
-class Step:
+class PointedStep:
     """One step of an episode."""
     words: str                  # the sentence; "" for a zoom
     points: list                # [(x, y)], source pixels of the first image; only points inside it
@@ -88,21 +88,21 @@ def behaviour(e):
         seen.update(here)
         last = here[-1]
         doubt = False
-    return found | pointing(e.sample, all_steps)
+    return found | pointing_behaviours(e.sample, all_steps)
 
 
 # --------------------------------------------------------------------------------------------------
 # steps
 
 def steps(e):
-    """The steps of an episode in order -> list[Step]."""
+    """The steps of an episode in order -> list[PointedStep]."""
     found = []
     for turn in e.turns:
         for sentence in own_sentences(turn):
             points = [(float(x), float(y)) for x, y in rewards.POINT.findall(sentence)]
-            found.append(Step(sentence, source_points(points, e.frames)))
+            found.append(PointedStep(sentence, source_points(points, e.frames)))
         if turn.crop:
-            found.append(Step("", source_points([turn.point], e.frames)))
+            found.append(PointedStep("", source_points([turn.point], e.frames)))
     return found
 
 
@@ -171,7 +171,7 @@ def region_of(point, centers, radius):
 # --------------------------------------------------------------------------------------------------
 # pointing
 
-def pointing(sample, all_steps):
+def pointing_behaviours(sample, all_steps):
     """-> {"points", "pointed"}, see behaviour(); {} where no box is known, or of several images."""
     boxes = known_boxes(sample, 0) if len(sample.images) == 1 else []
     if not boxes:

@@ -263,7 +263,7 @@ def from_robospatial(row, where, layout):
         out["options"] = ["yes", "no"]
         out["answer"] = option_index(answer, ["yes", "no"], where)
         return out
-    corners = read_corners(answer, where)
+    corners = corners_of_text(answer, where)
     out["answer_type"] = "point"
     out["targets"] = [{"image": 0, "norm_polygon": in_order(corners).tolist()}]
     if len(corners) < 3:
@@ -271,7 +271,7 @@ def from_robospatial(row, where, layout):
     return out
 
 
-def read_corners(answer, where):
+def corners_of_text(answer, where):
     """"[(0.25, 0.5), (.75, 1)]" -> array (n, 2)."""
     pairs = re.findall(r"\(\s*(-?\d*\.?\d+)\s*,\s*(-?\d*\.?\d+)\s*\)", answer)
     corners = np.array(pairs, float).reshape(-1, 2)

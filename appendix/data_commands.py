@@ -37,10 +37,10 @@ def add_draw(commands):
     p.add_argument("--split", choices=("train", "test"), default="test")
     p.add_argument("--side", type=int, default=data.SIDE)
     p.add_argument("--difficulty", choices=data.DIFFICULTY, default="medium")
-    p.set_defaults(run=draw)
+    p.set_defaults(run=draw_rows)
 
 
-def draw(args):
+def draw_rows(args):
     out = os.path.join(args.out, f"{args.task}.jsonl")
     check_writable(out)                             # before the work, not after it
     samples = data.toy(args.task, args.split, args.n, args.seed, args.difficulty, args.side)
@@ -56,10 +56,10 @@ def add_show(commands):
     p.add_argument("file")
     p.add_argument("--images", default=None)
     p.add_argument("-n", type=int, default=5)
-    p.set_defaults(run=show)
+    p.set_defaults(run=show_rows)
 
 
-def show(args):
+def show_rows(args):
     samples = data.read_jsonl(args.file, args.images)
     print("\n\n".join(data.prompt(samples[0])), "\n")
     for s in samples[:args.n]:

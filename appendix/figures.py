@@ -51,7 +51,7 @@ def table_values(summary):
     return values
 
 
-def print_table(runs):
+def print_run_table(runs):
     """Mean ± standard deviation over the runs, and the number of each run."""
     columns = []
     for run in runs:
@@ -104,7 +104,7 @@ def curve_panel(series, left):
     steps = min(map(len, series))
     svg = []
     for tick in (0, 0.25, 0.5, 0.75, 1):
-        y = height_of(tick)
+        y = y_of_accuracy(tick)
         svg.append(f'<path d="M{left} {y:.1f}h{PANEL_WIDTH}" stroke="#ddd"/>'
                    f'<text x="{left - 6}" y="{y + 4:.1f}" text-anchor="end" fill="#666">'
                    f'{tick:g}</text>')
@@ -120,7 +120,7 @@ def curve_panel(series, left):
     return svg
 
 
-def height_of(value):
+def y_of_accuracy(value):
     return TOP + PANEL_HEIGHT * (1 - value)
 
 
@@ -136,7 +136,7 @@ def polyline(numbers, left, style):
     points = []
     for i, value in enumerate(numbers):
         x = left + PANEL_WIDTH * i / max(len(numbers) - 1, 1)
-        points.append(f"{x:.1f},{height_of(value):.1f}")
+        points.append(f"{x:.1f},{y_of_accuracy(value):.1f}")
     return f'<polyline fill="none" {style} points="{" ".join(points)}"/>'
 
 
@@ -180,7 +180,7 @@ def print_episodes(sample, pair):
     for n in range(max(len(e.turns) for e in pair)):
         turns = [e.turns[n] if n < len(e.turns) else None for e in pair]
         print(f"| {n + 1} | {' | '.join(map(thought_of, turns))} |")
-        print(f"| | {' | '.join(map(action_of, turns))} |")
+        print(f"| | {' | '.join(map(action_text, turns))} |")
 
 
 def thought_of(turn):
@@ -189,7 +189,7 @@ def thought_of(turn):
     return turn.text.partition("<think>")[2].partition("</think>")[0].strip()
 
 
-def action_of(turn):
+def action_text(turn):
     if turn is None:
         return ""
     if turn.point:
@@ -261,7 +261,7 @@ def parse(argv=None):
 
 def main():
     args = parse()
-    print_table(args.runs)
+    print_run_table(args.runs)
     if args.table:
         return
     folder = os.path.join(ROOT, ".github")

@@ -53,9 +53,9 @@ CARDS = {
 # --------------------------------------------------------------------------------------------------
 # rollout
 
-def rollout(args):
+def measure_rollout(args):
     """-> the fields of the JSON line; prints as it goes."""
-    vlm = speed_setup.load_policy(args)
+    vlm = speed_setup.load_model(args)
     vlm, samples = speed_setup.toy_questions(vlm, args.prompts, args.image_tokens)
     vlm = speed_setup.share_weights(vlm, speed_setup.EndlessVLM)
 
@@ -232,7 +232,7 @@ def rounded(result):
     return short
 
 
-COMMANDS = {"rollout": rollout, "train": speed_train.train, "search": speed_search.search,
+COMMANDS = {"rollout": measure_rollout, "train": speed_train.train, "search": speed_search.search,
             "plan": plan}
 
 

@@ -23,7 +23,7 @@ DIFFICULTIES = ("medium", "hard")
 
 def search(args):
     """-> the fields of the JSON line; prints a line for each task and difficulty."""
-    vlm = speed_setup.load_policy(args)
+    vlm = speed_setup.load_model(args)
     cfg = train_sft.Config()
     totals = {"traces": 0, "seconds": 0.0, "tokens_computed": 0, "tokens_naive": 0}
     rows = []
@@ -31,7 +31,7 @@ def search(args):
           f"{'tokens':>9s}{'naive':>9s}  right ends: paths, rollouts")
     for task in TASKS:
         for difficulty in DIFFICULTIES:
-            row, cost = compare(vlm, task, difficulty, cfg, args)
+            row, cost = compare_samplers(vlm, task, difficulty, cfg, args)
             for key in totals:
                 totals[key] += cost[key]
             rows.append(row)
@@ -51,7 +51,7 @@ def mean_of(rows, key):
     return round(statistics.mean(row[key] for row in rows), 3)
 
 
-def compare(vlm, task, difficulty, cfg, args):
+def compare_samplers(vlm, task, difficulty, cfg, args):
     """Search and sample one kind of question -> (row of the table, what the search cost)."""
     samples = data.toy(
         task, "train", args.prompts, f"benchmark{args.seed}", difficulty, vlm.toy_side)

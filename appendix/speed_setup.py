@@ -52,7 +52,7 @@ def share_weights(vlm, vlm_class, **options):
     return vlm_class(vlm.model, vlm.tokenizer, vlm.processor, vlm.name, vlm.spec, **options)
 
 
-def load_policy(args):
+def load_model(args):
     """The model of --model: the released weights, or its shape with random weights."""
     device = args.device
     if device == "auto":

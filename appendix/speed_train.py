@@ -25,7 +25,7 @@ from appendix.speed_setup import Load, Rounds
 
 def train(args):
     """-> the fields of the JSON line; prints as it goes."""
-    vlm = speed_setup.load_policy(args)
+    vlm = speed_setup.load_model(args)
     vlm, samples = speed_setup.toy_questions(vlm, args.prompts, args.image_tokens)
     endless = speed_setup.share_weights(vlm, speed_setup.EndlessVLM)
     load = Load(samples, args.group, args.turns, args.new_tokens // args.turns)
@@ -82,7 +82,7 @@ def compare_updates(vlm, episodes, args, rolling):
     return result
 
 
-def backward(vlm, episodes, advantages, micro_tokens, number_of_round):
+def policy_backward(vlm, episodes, advantages, micro_tokens, number_of_round):
     """Add the gradient of a step to the parameters. advantages: {id(episode): number}.
 
     micro_tokens 0: all episodes in one pass.

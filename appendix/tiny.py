@@ -116,7 +116,7 @@ FIRST_SCENES = dict(objects=(1, 2), radius=(46, 60))    # as in data.DIFFICULTY
 
 
 @dataclass
-class Picture:
+class LessonPicture:
     """What a lesson is about: a scene with its objects, and the model's view of it."""
     rng: random.Random
     scene: dict
@@ -139,7 +139,7 @@ def lesson(vlm, rng, progress=1.0):
         ask_about_several_images(vlm, episode, rng, progress)
         return episode
     scene = new_scene(rng, progress)
-    picture = Picture(rng, scene, vlm.view(data.draw_scene(scene)))
+    picture = LessonPicture(rng, scene, vlm.view(data.draw_scene(scene)))
     questions, weights = zip(*LESSONS)
     question_about = rng.choices(questions, weights=weights)[0]
     if question_about is read_crop:
@@ -475,12 +475,12 @@ def skills(vlm, n=200, seed=0):
     """
     scenes = data.toy("point", "test", n, f"skills{seed}")
     several = data.toy("boxes", "test", n, f"skills{seed}")
-    return {"point": pointing(vlm, scenes),
+    return {"point": pointing_accuracy(vlm, scenes),
             "read a crop": reading(vlm, scenes, random.Random(seed)),
             "box": boxing(vlm, several)}
 
 
-def pointing(vlm, samples):
+def pointing_accuracy(vlm, samples):
     """How often does it point into the box around the circle of an object that is named?"""
     questions = []
     for s in samples:
