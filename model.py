@@ -27,8 +27,6 @@ from torch.utils.checkpoint import checkpoint
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 import transformers
-# For those who build a model of their own, such as appendix/tiny.py.
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
 from appendix import parts, vision, weights
@@ -203,7 +201,6 @@ class VLM:
         sections = model.config.text_config.rope_parameters["mrope_section"]
         self.axes = rope_axes(sections, interleaved=self.qwen3).to(self.device)
         self.factor = processor.patch_size * processor.merge_size   # fed sides are multiples of it
-        self.max_pixels = spec.max_pixels
         self.known_ids = {}                             # text: its ids
         self.work = {"tokens": 0, "patches": 0}         # prefilled, and seen by the vision tower
         self.model.requires_grad_(True)
@@ -212,19 +209,21 @@ class VLM:
     @property
     def toy_side(self):
         """Side of a toy scene in pixels: four times what is fed, which hides the fine patterns."""
-        return 4 * int(self.max_pixels ** 0.5) // self.factor * self.factor
+        return 4 * int(self.spec.max_pixels ** 0.5) // self.factor * self.factor
 
     # ---- images
 
     def view(self, source, index=0, box=None, fed=None):
-        """PIL image -> View of at most max_pixels, unless `fed` gives its size.
+        """PIL image -> View of spec.min_pixels to max_pixels, unless `fed` gives its size.
 
         Sides are multiples of `factor`. Raises ValueError for an image too narrow to be fed.
         """
         if fed is None:
+            largest = self.spec.max_pixels
+            smallest = min(self.spec.min_pixels, largest)
             try:
-                height, width = smart_resize(source.height, source.width, self.factor,
-                                             4 * self.factor ** 2, self.max_pixels)
+                height, width = smart_resize(
+                    source.height, source.width, self.factor, smallest, largest)
             except ValueError as e:
                 size = f"{source.width} x {source.height}"
                 raise ValueError(f"an image of {size} pixels cannot be fed: {e}") from None

@@ -106,7 +106,7 @@ def trl_steps(vlm, load, rounds, clock, between):
 def processor_of(vlm):
     """Our tokenizer and image processor as transformers' processor, which feeds images as we do."""
     settings = vlm.processor.to_dict()
-    settings["size"] = {"shortest_edge": 4 * vlm.factor ** 2, "longest_edge": vlm.max_pixels}
+    settings["size"] = {"shortest_edge": vlm.spec.min_pixels, "longest_edge": vlm.spec.max_pixels}
     images = type(vlm.processor).from_dict(settings)
     path = os.path.join(trl.__path__[0], "chat_templates", "qwen2_5_vl.jinja")
     with open(path, encoding="utf-8") as f:

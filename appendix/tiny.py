@@ -26,7 +26,7 @@ import model
 import rewards
 import train_sft
 import zoom_rollout
-from appendix import prefix, ranks, run
+from appendix import prefix, ranks, run, weights
 from appendix.optimizer import AdamW
 from zoom_rollout import Episode, TurnOptions
 
@@ -64,7 +64,7 @@ def make_tiny(texts, phrases, seed=0):
             torch.nn.init.normal_(p, std=p[0].numel() ** -0.5)
     spec = model.MODELS["tiny"]
     size = {"shortest_edge": 4 * 28 ** 2, "longest_edge": spec.max_pixels}
-    processor = model.Qwen2VLImageProcessorPil(size=size)
+    processor = weights.Qwen2VLImageProcessorPil(size=size)
     return prefix.PrefixVLM(net, tokenizer, processor, "tiny", spec)
 
 

@@ -5,7 +5,7 @@ Whatever cannot work ends the program with one line and status 2.
 import os
 import re
 import shutil
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 
 import torch
 import transformers
@@ -25,15 +25,16 @@ class Spec:
     max_pixels: int             # largest area of a prompt image as fed, in pixels
     window: int                 # side of a zoom crop, in pixels of the source image
     crop_side: int              # side of a crop as fed (ViGoRL, visual search: 364 -> 672)
+    min_pixels: int = 56 * 56   # smallest area of a prompt image as fed, in pixels
 
 
 MODELS = {
     "tiny": Spec(os.path.join(ROOT, "checkpoints", "tiny"), "pixel", 112 * 112, 112, 112),
     "qwen2.5-vl-3b": Spec("Qwen/Qwen2.5-VL-3B-Instruct", "pixel", 2_850_000, 364, 672),
     "qwen2.5-vl-7b": Spec("Qwen/Qwen2.5-VL-7B-Instruct", "pixel", 2_850_000, 364, 672),
-    "qwen3-vl-2b": Spec("Qwen/Qwen3-VL-2B-Instruct", "thousand", 2_850_000, 364, 672),
-    "qwen3-vl-4b": Spec("Qwen/Qwen3-VL-4B-Instruct", "thousand", 2_850_000, 364, 672),
-    "qwen3-vl-8b": Spec("Qwen/Qwen3-VL-8B-Instruct", "thousand", 2_850_000, 364, 672),
+    "qwen3-vl-2b": Spec("Qwen/Qwen3-VL-2B-Instruct", "thousand", 2_850_000, 364, 672, 65_536),
+    "qwen3-vl-4b": Spec("Qwen/Qwen3-VL-4B-Instruct", "thousand", 2_850_000, 364, 672, 65_536),
+    "qwen3-vl-8b": Spec("Qwen/Qwen3-VL-8B-Instruct", "thousand", 2_850_000, 364, 672, 65_536),
 }
 
 
@@ -50,14 +51,14 @@ def find_model(name):
     if not os.path.exists(os.path.join(name, "vlm.json")):
         run.fail(f"{name} is no checkpoint of this project: it has no vlm.json")
     card = card_of(name)
-    values = {field.name: card[field.name] for field in fields(Spec)}
+    values = {field.name: card[field.name] for field in fields(Spec) if field.name in card}
     values["path"] = name
     return card["name"], Spec(**values)
 
 
 def card_of(folder):
     """vlm.json of a checkpoint folder: which model this is and how it writes coordinates."""
-    names = [field.name for field in fields(Spec)]
+    names = [field.name for field in fields(Spec) if field.default is MISSING]
     return run.read_json(os.path.join(folder, "vlm.json"), "name", *names)
 
 

@@ -11,7 +11,7 @@ import transformers
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 import data, model
-from appendix import endpoint, prefix, tiny
+from appendix import endpoint, prefix, tiny, weights
 
 torch.set_num_threads(1)
 
@@ -56,8 +56,8 @@ def tiny_qwen3():
     for p in net.parameters():                                 # with transformers' 0.02 all logits are alike and nothing shows
         if p.ndim >= 2:
             torch.nn.init.normal_(p, std=p[0].numel() ** -0.5)
-    spec = model.Spec("nowhere", "thousand", 128 * 128, 80, 128)
-    processor = model.Qwen2VLImageProcessorPil(patch_size=16, size={"shortest_edge": 64 * 64, "longest_edge": 128 * 128})
+    spec = model.Spec("nowhere", "thousand", 128 * 128, 80, 128, 64 * 64)
+    processor = weights.Qwen2VLImageProcessorPil(patch_size=16, size={"shortest_edge": 64 * 64, "longest_edge": 128 * 128})
     return prefix.PrefixVLM(net, base.tokenizer, processor, "tiny-qwen3", spec)
 
 FAMILIES = {"qwen2.5": tiny_qwen2_5, "qwen3": tiny_qwen3}

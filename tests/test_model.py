@@ -4,7 +4,7 @@ images; float64 where rounding would hide a bug. Sampling and log-probabilities 
 only the latter does is in test_prefix.py). At the end MUTATIONS puts bugs into model.py, appendix/vision.py and appendix/parts.py,
 one at a time, and requires the named test to fail.
 """
-import itertools, math, os, random
+import dataclasses, itertools, math, os, random
 
 import numpy as np
 import pytest
@@ -279,10 +279,18 @@ def test_sizes(vlm):
     for size in [(1, 1), (97, 333), (2560, 1439)]:
         view = vlm.view(Image.new("RGB", size))
         vlm.encode([view])
-        assert view.fed[0] % vlm.factor == view.fed[1] % vlm.factor == 0 and 0 < math.prod(view.fed) <= vlm.max_pixels
+        assert view.fed[0] % vlm.factor == view.fed[1] % vlm.factor == 0 and 0 < math.prod(view.fed) <= vlm.spec.max_pixels
         assert len(view.features) == view.tokens() == math.prod(view.fed) // vlm.factor ** 2
     with pytest.raises(ValueError, match="3000 x 2 pixels"):
         vlm.view(Image.new("RGB", (3000, 2)))
+
+def test_smallest_image():
+    """Bug: Qwen3-VL was fed images far smaller than it has ever seen: 6 tokens in place of 72 for 100 x 80 pixels."""
+    vlm = model.load("tiny", quiet=True)
+    vlm.factor, vlm.spec = 32, dataclasses.replace(model.MODELS["qwen3-vl-2b"], path=vlm.spec.path)
+    fed = vlm.view(Image.new("RGB", (100, 80))).fed
+    assert math.prod(fed) // 32 ** 2 == 72 and fed == (288, 256)
+    assert model.MODELS["qwen2.5-vl-3b"].min_pixels == 56 * 56
 
 def test_crop_does_not_bleed():
     """Bug: PIL's resize(box=...) filters over pixels beyond the box, so a crop shows what lies outside it."""
@@ -341,14 +349,14 @@ def test_load(vlm, plain, tmp_path, capsys):
     back = prefix.load_vlm(folder, plain=plain, recompute=True)
     assert type(back) is (model.VLM if plain else prefix.PrefixVLM) and back.recompute and not vlm.recompute
     assert (back.name, back.spec.window, back.spec.crop_side, back.spec.convention) == (vlm.name, vlm.spec.window, vlm.spec.crop_side, vlm.spec.convention)
-    assert back.spec.path == folder and back.max_pixels == vlm.max_pixels and back.dtype == torch.float32
+    assert back.spec.path == folder and back.spec == dataclasses.replace(vlm.spec, path=folder) and back.dtype == torch.float32
     assert model.card_of(folder)["skills"] == {"point": 1.0} and model.card_of(folder)["path"] == "."
     assert model.is_tiny(folder) == (vlm.name == "tiny") and model.is_tiny("tiny") and not model.is_tiny("qwen2.5-vl-3b")
     assert all(torch.equal(a, b) for a, b in zip(back.model.parameters(), vlm.model.parameters()))
     said = capsys.readouterr().out
     assert said.count("\n") == 1 and f"{vlm.name}: " in said and "float32 (bf16 is slower on most CPUs)" in said
     small = model.load(folder, dtype="bfloat16", max_pixels=9999, quiet=True)
-    assert small.dtype == torch.bfloat16 and small.max_pixels == small.spec.max_pixels == 9999 and capsys.readouterr().out == ""
+    assert small.dtype == torch.bfloat16 and small.spec.max_pixels == 9999 and capsys.readouterr().out == ""
     assert math.prod(small.view(Image.new("RGB", (500, 500))).fed) <= 9999
 
 def test_load_says_what_is_wrong(vlm, tmp_path, capsys):
