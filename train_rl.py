@@ -140,7 +140,6 @@ def train_step(vlm, ref, optimizer, questions, cfg, step):
     score_episodes(batch.episodes, cfg)
     dynamic_sampling(vlm, batch, questions, cfg, step, log)
     reward = stack(batch.episodes, "reward", cfg)                               # (P, G)
-    reward = reward + rl_options.group_bonuses(batch.episodes, cfg, episode_limit(cfg))
     accuracy = stack(batch.episodes, "accuracy", cfg)                           # (P, G)
 
     # 4. advantages: better or worse than the group's mean; hard prompts may count more
@@ -153,13 +152,14 @@ def train_step(vlm, ref, optimizer, questions, cfg, step):
 
     # 5. loss: summed over micro-batches, divided by the count of the whole minibatch
     for minibatch in split_minibatches(batch, cfg, step):
-        denominator = loss_denominator(minibatch, batch, cfg)
-        for micro_batch in vlm.micro_batches(minibatch, cfg.micro_tokens):
+        denominator = loss_denominator(minibatch, cfg)
+        learned = with_gradient(minibatch, cfg)
+        for micro_batch in vlm.micro_batches(learned, cfg.micro_tokens):
             loss = grpo_loss(vlm, ref, micro_batch, denominator, cfg, step, log)
             loss.backward()
 
         # 6. update: clip the gradient, one step of AdamW
-        if denominator > 0:
+        if any(ranks.gather([len(learned)])):
             grad_norm = optimizer.step(learning_rate(cfg, step), cfg.clip_grad)
             log.grad_norms.append(grad_norm)
 
@@ -250,11 +250,12 @@ def num_blind_prompts(cfg, num_prompts):
 
 
 def score_episodes(episodes, cfg):
-    """Fill `reward_components` of every episode by the recipe's rules."""
+    """Fill `reward_components` of whole groups: the recipe's rules, then the groups' bonuses."""
     bonuses = rewards.Bonuses(distinct=cfg.distinct_bonus, tool=cfg.tool_bonus)
     for e in episodes:
         e.reward_components = rewards.score(
             e.sample, e.text, e.turns, cfg.recipe, e.frames, cfg.max_zooms, bonuses)
+    rl_options.add_group_bonuses(episodes, cfg, episode_limit(cfg))
 
 
 def dynamic_sampling(vlm, batch, questions, cfg, step, log):
@@ -321,17 +322,14 @@ def store_advantages(episodes, advantages):
 
 
 def split_minibatches(batch, cfg, step):
-    """This rank's episodes that have a gradient, in cfg.num_minibatches random parts.
+    """This rank's episodes in cfg.num_minibatches random parts.
 
-    A group of equal rewards has no gradient, unless a KL or perception term pulls on it too. The
-    shuffle is over the episodes of all ranks, so the number of ranks does not change the parts.
+    The shuffle is over the episodes of all ranks, so the number of ranks does not change the parts.
     """
-    everything = cfg.kl_coef > 0 or cfg.papo_coef > 0
     own = {}                                            # place among all ranks' episodes: episode
     for i, e in enumerate(batch.episodes):
         prompt, member = divmod(i, cfg.group_size)
-        if everything or e.advantage != 0:
-            own[batch.prompt_numbers[prompt] * cfg.group_size + member] = e
+        own[batch.prompt_numbers[prompt] * cfg.group_size + member] = e
     order = sorted(ranks.gather(list(own)))
     order = random.Random(step).sample(order, len(order))
     parts = []
@@ -341,14 +339,27 @@ def split_minibatches(batch, cfg, step):
     return parts
 
 
-def loss_denominator(minibatch, batch, cfg):
-    """What the loss of a minibatch is divided by, counted over all ranks. See grpo.aggregate."""
+def with_gradient(minibatch, cfg):
+    """The episodes that need a forward pass: the loss of the others has no gradient.
+
+    Those are the groups of equal rewards, unless a KL or perception term pulls on them too.
+    """
+    if cfg.kl_coef > 0 or cfg.papo_coef > 0:
+        return minibatch
+    return [e for e in minibatch if e.advantage != 0]
+
+
+def loss_denominator(minibatch, cfg):
+    """What the loss of a minibatch is divided by, counted over all ranks. See grpo.aggregate.
+
+    Episodes without a gradient count too: a step in which few groups have a signal is a small one.
+    """
     if cfg.aggregate == "token":
         count = sum(sum(e.completion_mask) for e in minibatch)
     elif cfg.aggregate == "sequence":
         count = len(minibatch)
     else:
-        count = len(batch.episodes) / cfg.num_minibatches * episode_limit(cfg)
+        count = len(minibatch) * episode_limit(cfg)
     return ranks.all_reduce([count])[0]
 
 
@@ -424,14 +435,14 @@ def main():
     if cfg.resume:
         progress = rl_run.Progress(state["step"], state["seconds"], state["before"])
     else:
-        rl_run.fine_tune_on_traces(vlm, rows, cfg)
+        rl_run.fine_tune_on_traces(vlm, train_rows, held_out, cfg)
         measured = rl_run.measure(vlm, cfg, held_out, "before RL")
         before = {mode: summary for mode, (summary, _) in measured.items()}
         progress = rl_run.Progress(before=before, sections=[("before RL", measured["on"][1])])
     ref = rl_run.load_reference(vlm, cfg)
     optimizer = AdamW(vlm.parameters(), cfg.lr, weight_decay=0.0, offload=cfg.offload)
     run_log = rl_run.RunLog(vlm, optimizer, cfg, progress, began)
-    run_log.begin()
+    run_log.begin(held_out)
 
     episodes = []
     for step in range(progress.step, cfg.steps):

@@ -36,6 +36,7 @@ import rewards
 import zoom_rollout
 from appendix import files, memory, prefix, ranks, run
 from appendix.optimizer import AdamW
+from appendix.split import hold_out
 from model import is_tiny
 from zoom_rollout import RolloutConfig, Trace
 
@@ -139,11 +140,12 @@ def searchable(cfg):
 # --------------------------------------------------------------------------------------------------
 # find traces
 
-def find_traces(vlm, cfg, style, questions=None, side=data.SIDE, folder=""):
+def find_traces(vlm, cfg, style, questions=None, side=data.SIDE, folder="", held_out=()):
     """-> (list[Trace], counts for the summary).
 
     style: prompt style; questions: list[Sample] in place of the toy world, whose scenes have `side`
-    pixels a side; folder: where trees and paid replies are kept, empty: nowhere.
+    pixels a side; folder: where trees and paid replies are kept, empty: nowhere; held_out: samples
+    whose traces, which a file may hold, are left out.
     """
     if cfg.traces in ("mcts", "teacher") and ranks.world_size() > 1:
         run.fail(f"--traces {cfg.traces} runs in one process: make traces with train_sft.py first "
@@ -160,7 +162,8 @@ def find_traces(vlm, cfg, style, questions=None, side=data.SIDE, folder=""):
         rng = random.Random(f"traces/{cfg.seed}")
         samples = data.toy(cfg.task, "train", cfg.n, f"sft{cfg.seed}", cfg.difficulty, side)
         return [Trace(s, oracle(vlm, s, rng, cfg.max_zooms)) for s in samples], {}
-    return read_traces(cfg.traces, questions, cfg.difficulty, side), {}
+    skip = {s.id for s in held_out}
+    return read_traces(cfg.traces, questions, cfg.difficulty, side, skip), {}
 
 
 def oracle(vlm, sample, rng, max_zooms=3):
@@ -252,10 +255,11 @@ def near(o, view, rng):
 # --------------------------------------------------------------------------------------------------
 # traces in files
 
-def read_traces(path, samples, difficulty="medium", side=data.SIDE):
+def read_traces(path, samples, difficulty="medium", side=data.SIDE, skip=()):
     """Rows {"id", "turns"} -> list[Trace], each matched to its question by id. Raises DataError.
 
-    samples: the questions; None: the ids are those of toy questions, which are drawn again.
+    samples: the questions; None: the ids are those of toy questions, which are drawn again. skip:
+    ids of questions whose traces are left out.
     """
     rows = files.read_rows(path)
     if not samples:
@@ -268,6 +272,8 @@ def read_traces(path, samples, difficulty="medium", side=data.SIDE):
         if not turns or not all(isinstance(turn, str) for turn in turns):
             raise files.DataError(f"{where}field 'turns' is {turns!r:.60}; expected the "
                                   "assistant's turns as a list of strings")
+        if str(row.get("id")) in skip:
+            continue
         sample = by_id.get(str(row.get("id")))
         if sample is None:
             raise files.DataError(f"{where}id {row.get('id')!r} is no row of the questions")
@@ -277,18 +283,18 @@ def read_traces(path, samples, difficulty="medium", side=data.SIDE):
                 "(another difficulty, or another model's image size?)")
         traces.append(Trace(sample, turns))
     if not traces:
-        raise files.DataError(f"{path} holds no traces")
+        raise files.DataError(f"{path} holds no traces about the {len(by_id)} questions that are "
+                              "trained on")
     return traces
 
 
 # --------------------------------------------------------------------------------------------------
 # fine-tune
 
-def warm_start(vlm, cfg, style, questions=None, side=data.SIDE):
+def warm_start(vlm, cfg, style, questions=None, side=data.SIDE, held_out=()):
     """Find traces and fine-tune on them, in place -> (the loss of each step, list[Trace])."""
-    traces, _ = find_traces(vlm, cfg, style, questions, side)
-    episodes = [zoom_rollout.replay(vlm, t.sample, t.turns, style, cfg.max_zooms) for t in traces]
-    return finetune(vlm, episodes, cfg), traces
+    traces, _ = find_traces(vlm, cfg, style, questions, side, held_out=held_out)
+    return finetune(vlm, replay_all(vlm, traces, style, cfg.max_zooms), cfg), traces
 
 
 def finetune(vlm, episodes, cfg, progress=True):
@@ -405,10 +411,12 @@ def main():
     style = data.PROMPT_STYLES[recipe_of(cfg)]
     vlm = prefix.load_vlm(cfg.model, plain=cfg.plain, max_pixels=cfg.max_pixels,
                           recompute=cfg.recompute)
-    run.write_json(os.path.join(folder, "config.json"), asdict(cfg))
+    held_out_rows, rows = hold_out(rows, max(len(rows) // 20, 1), cfg.seed)
+    config = {**asdict(cfg), "held_out": [s.id for s in held_out_rows]}
+    run.write_json(os.path.join(folder, "config.json"), config)
 
     # 1. traces
-    traces, counts = find_traces(vlm, cfg, style, rows, vlm.toy_side, folder)
+    traces, counts = find_traces(vlm, cfg, style, rows, vlm.toy_side, folder, held_out_rows)
     if cfg.target != "full":
         from appendix import trace_tools
         traces = [trace_tools.retarget(trace, cfg.target) for trace in traces]
@@ -422,13 +430,11 @@ def main():
         return
 
     # 2. episodes
-    held_out_ids = hold_out(traces)
-    learned = []
-    held_out = []
-    for trace in traces:
-        e = zoom_rollout.replay(vlm, trace.sample, trace.turns, style, cfg.max_zooms)
-        part = held_out if trace.sample.id in held_out_ids else learned
-        part.append(e)
+    held_out_traces = []
+    if not rows:
+        traces, held_out_traces = hold_out_traces(traces)
+    learned = replay_all(vlm, traces, style, cfg.max_zooms)
+    held_out = replay_all(vlm, held_out_traces, style, cfg.max_zooms)
 
     # 3. fine-tune
     losses = finetune(vlm, learned, cfg)
@@ -438,13 +444,14 @@ def main():
     run.replace_folder(vlm.save(checkpoint), checkpoint)
 
     # 4. measure
-    summary = {"traces": len(traces), "loss_first": losses[0], "loss_last": losses[-1],
-               "saw_it": saw_it(learned), **counts}
+    summary = {"traces": len(learned) + len(held_out), "loss_first": losses[0],
+               "loss_last": losses[-1], "saw_it": saw_it(learned), **counts}
     if held_out:
-        asked = [s for s in rows if s.id in held_out_ids]
-        if not rows:
-            asked = data.toy(cfg.task, "test", 64, cfg.seed, cfg.difficulty, vlm.toy_side)
         summary["held_out_loss"] = held_out_loss(vlm, held_out)
+    asked = held_out_rows
+    if not rows:
+        asked = data.toy(cfg.task, "test", 64, cfg.seed, cfg.difficulty, vlm.toy_side)
+    if asked:
         summary["held_out_accuracy"] = held_out_accuracy(vlm, asked, style, cfg)
     summary["seconds"] = round(time.time() - began, 1)
     known = {name: value for name, value in summary.items() if value is not None}
@@ -465,12 +472,18 @@ def write_traces(path, traces):
     run.write_text(path, "".join(rows))
 
 
-def hold_out(traces):
-    """One question in twenty, the last ones -> set of ids. Of a single question, none."""
+def hold_out_traces(traces):
+    """-> (traces to learn, those about the last toy question in twenty). Of a single one, none."""
     ids = list(dict.fromkeys(trace.sample.id for trace in traces))
-    if len(ids) < 2:
-        return set()
-    return set(ids[len(ids) - max(len(ids) // 20, 1):])
+    n = max(len(ids) // 20, 1) if len(ids) > 1 else 0
+    last = set(ids[len(ids) - n:])
+    learned = [trace for trace in traces if trace.sample.id not in last]
+    return learned, [trace for trace in traces if trace.sample.id in last]
+
+
+def replay_all(vlm, traces, style, max_zooms):
+    """list[Trace] -> list[Episode]"""
+    return [zoom_rollout.replay(vlm, t.sample, t.turns, style, max_zooms) for t in traces]
 
 
 if __name__ == "__main__":

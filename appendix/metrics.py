@@ -93,10 +93,11 @@ def step_metrics(log, batch, reward, advantages, weights):
     if "iou" in components:
         # share of box prompts whose group has a mean IoU above 0.7, between, below 0.3
         row |= difficulty_shares(group_means(seeing, "iou", cfg.group_size))
-    for name in ("grounded", "distinct", "iou"):
+    for name in ("grounded", "distinct", "iou", "curiosity", "overlong"):
         # grounded: share of turns whose thought names points, all inside the image; near 1
         # distinct: mean bonus for points at least 10 pixels apart
         # iou: mean IoU of box answers; should rise
+        # curiosity, overlong: mean bonus of the flag of that name
         if name in components:
             row[name] = component_mean(seeing, name)
     if cfg.difficulty_weight != "none":

@@ -14,20 +14,26 @@ import torch
 import grpo
 
 
-def group_bonuses(episodes, cfg, episode_limit):
-    """The bonuses of --curiosity and --overlong -> tensor (P, G), to be added to the rewards.
+def add_group_bonuses(episodes, cfg, episode_limit):
+    """Add the bonuses of --curiosity and --overlong to the rewards of whole groups, in place.
 
-    episode_limit: tokens that an episode may sample at most.
+    Each bonus is a reward component of its own, too. episode_limit: tokens that an episode may
+    sample at most.
     """
-    bonus = torch.zeros(len(episodes) // cfg.group_size, cfg.group_size)
     if cfg.curiosity:
         zooms = [float(sum(t.crop is not None for t in e.turns)) for e in episodes]
-        bonus = bonus + grpo.curiosity(torch.tensor(zooms).view_as(bonus), cfg.curiosity)
+        zooms = torch.tensor(zooms).view(-1, cfg.group_size)                    # (P, G)
+        add_bonus(episodes, "curiosity", grpo.curiosity(zooms, cfg.curiosity))
     if cfg.overlong:
-        lengths = [float(sum(e.completion_mask)) for e in episodes]
-        lengths = torch.tensor(lengths).view_as(bonus)
-        bonus = bonus + grpo.overlong(lengths, episode_limit, cfg.overlong)
-    return bonus
+        lengths = torch.tensor([float(sum(e.completion_mask)) for e in episodes])
+        add_bonus(episodes, "overlong", grpo.overlong(lengths, episode_limit, cfg.overlong))
+
+
+def add_bonus(episodes, name, bonus):
+    """bonus: one number per episode, in a tensor of any shape."""
+    for e, value in zip(episodes, bonus.flatten().tolist()):
+        e.reward_components[name] = value
+        e.reward_components["reward"] += value
 
 
 def finished_by_themselves(episodes):
@@ -53,7 +59,8 @@ def mask_advantages(episodes, advantages, cfg):
     """Advantages (P, G) -> the same, 0 where --over-turn mask or --mask-negative says so.
 
     To be cut off is not to be wrong: the over-turn mask of Mini-o3 (2509.07969). Learning from
-    advantages above 0 alone is an option of ViGoRL's code.
+    advantages above 0 alone is an option of ViGoRL's code. There the tokens of the others leave the
+    mask, and with it the KL term and the count that divides the loss; here they stay in both.
     """
     if cfg.over_turn == "mask":
         advantages = advantages * finished_by_themselves(episodes).view_as(advantages)

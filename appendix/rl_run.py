@@ -4,7 +4,6 @@ train_rl.py calls these functions in the order in which they stand here. `cfg` i
 """
 import json
 import os
-import random
 import time
 from dataclasses import asdict, dataclass, field, replace
 
@@ -15,6 +14,7 @@ import evaluate
 import train_sft
 import zoom_rollout
 from appendix import memory, metrics, prefix, ranks, run
+from appendix.split import hold_out
 from model import is_tiny
 
 # Fields that may change when a run is resumed.
@@ -130,18 +130,21 @@ def split(cfg, side, rows):
     """-> (held-out samples, rows to train on). One row in ten of --data is held out.
 
     side: pixels of a side of a toy scene. The toy world has a test split of its own and no rows:
-    training draws its scenes step by step.
+    training draws its scenes step by step. Raises DataError if all rows are about one image.
     """
     if not cfg.data:
         held_out = data.toy(cfg.task, "test", cfg.eval_n, cfg.seed, cfg.difficulty, side)
         return held_out, []
-    rows = random.Random(cfg.seed).sample(rows, len(rows))
     n = min(cfg.eval_n, max(len(rows) // 10, 1))
-    return rows[:n], rows[n:] or rows
+    held_out, train_rows = hold_out(rows, n, cfg.seed)
+    if not held_out:
+        raise data.DataError(f"{cfg.data}: all rows share their images, so none can be held out; "
+                             "expected rows about two images or more")
+    return held_out, train_rows
 
 
-def fine_tune_on_traces(vlm, rows, cfg):
-    """The warm start, in place, if the run asks for one. rows: the questions of --data."""
+def fine_tune_on_traces(vlm, train_rows, held_out, cfg):
+    """The warm start, in place, if the run asks for one. train_rows, held_out: those of --data."""
     if not cfg.traces:
         return
     began = time.time()
@@ -152,7 +155,7 @@ def fine_tune_on_traces(vlm, rows, cfg):
         max_zooms=cfg.max_zooms, micro_tokens=cfg.micro_tokens, offload=cfg.offload,
         plain=cfg.plain)
     style = data.PROMPT_STYLES[cfg.recipe]
-    losses, traces = train_sft.warm_start(vlm, sft, style, rows, vlm.toy_side)
+    losses, traces = train_sft.warm_start(vlm, sft, style, train_rows, vlm.toy_side, held_out)
     print(f"warm start: {len(traces)} traces, loss {losses[0]:.2f} -> {losses[-1]:.2f}, "
           f"{time.time() - began:.0f} s")
 
@@ -212,11 +215,17 @@ class RunLog:
         self.clock = metrics.Clock(progress.step, cfg.steps)
         self.interrupt = run.Interrupt()
 
-    def begin(self):
-        """Cut the logs to the steps done, write config.json; resume the optimizer or save."""
+    def begin(self, held_out):
+        """Cut the logs to the steps done, write config.json; resume the optimizer or save.
+
+        config.json holds the settings and, of --data, the ids of the held-out rows.
+        """
         for name in ("metrics.jsonl", "episodes.jsonl"):    # later steps are run again
             run.keep_rows_before(self.path(name), self.progress.step)
-        run.write_json(self.path("config.json"), asdict(self.cfg))
+        config = asdict(self.cfg)
+        if self.cfg.data:
+            config["held_out"] = [s.id for s in held_out]
+        run.write_json(self.path("config.json"), config)
         ranks.barrier()
         if self.cfg.resume:
             run.load_checkpoint(self.path("checkpoint"), self.optimizer)

@@ -189,7 +189,7 @@ def test_a_checkpoint_is_a_model(whole, script):
 
 # What the chapters stand on. Everything else in the appendix may be deleted, with --plain and traces from the oracle.
 GROUND_FLOOR = ["__init__", "run", "ranks", "optimizer", "memory", "files", "prefix", "graphs", "metrics", "recipes", "rl_options", "rl_run",
-                "rows", "parts", "vision", "weights", "evaluation_run", "episode_rows", "averages"]
+                "rows", "split", "parts", "vision", "weights", "evaluation_run", "episode_rows", "averages"]
 
 @pytest.mark.parametrize("command", ["train_rl.py --num-prompts 4 --blind-prompts 1 --group-size 4 --sft-n 16 --eval-n 4 --steps 2", "train_sft.py --n 16",
                                      "evaluate.py --n 4"], ids=["rl", "sft", "evaluate"])
@@ -227,12 +227,14 @@ def test_every_toy_task(script, task):
 
 def test_own_data(files, script):
     """Claim: --data trains on a file, after a warm start on traces for its rows; one row in ten is held out and never trained on."""
-    works(script(f"train_rl.py {SMALL} --data {files}/questions.jsonl --traces {files}/traces.jsonl --steps 3"))
+    out = works(script(f"train_rl.py {SMALL} --data {files}/questions.jsonl --traces {files}/traces.jsonl --steps 3"))
+    assert "warm start: 44 traces" in out and len(read("runs/rl/config.json")["held_out"]) == 1         # Bug: it learned from those of the held-out row
     held, asked = read("runs/rl/summary.json")["n"], {e["id"] for e in read("runs/rl/episodes.jsonl")}
     assert held == 1 and len(asked) >= 3 and len(read("runs/rl/metrics.jsonl")) == 3
     cfg = train_rl.Config(data="x", eval_n=4)
     rows = data.read_jsonl(f"{files}/questions.jsonl")
     test, train = rl_run.split(cfg, data.SIDE, rows)
+    assert [s.id for s in test] == read("runs/rl/config.json")["held_out"]
     assert len(test) == held and not {s.id for s in test} & ({s.id for s in train} | asked) and len(test) + len(train) == 12
 
 def test_warm_start_by_itself(files, script):
@@ -241,7 +243,10 @@ def test_warm_start_by_itself(files, script):
     summary, traces = read("runs/a/summary.json"), read("runs/a/traces.jsonl")
     assert summary["traces"] == len(traces) == 32 and 0 < summary["loss_last"] < 5 and 0 < summary["held_out_loss"] < 5
     works(script(f"train_sft.py --data {files}/questions.jsonl --traces {files}/traces.jsonl --epochs 2 --name b"))
-    assert read("runs/b/summary.json")["traces"] == 48 and read("runs/b/traces.jsonl")[0]["turns"] == read(files / "traces.jsonl")[0]["turns"]
+    assert read("runs/b/summary.json")["traces"] == 44          # one question of twelve, and its four traces, are held out
+    held_out, = read("runs/b/config.json")["held_out"]
+    told = [t["id"] for t in read(files / "traces.jsonl")]
+    assert [t["id"] for t in read("runs/b/traces.jsonl")] == [i for i in told if i != held_out] and "held_out_accuracy" in read("runs/b/summary.json")
     works(script(f"evaluate.py --checkpoint runs/b/checkpoint --data {files}/questions.jsonl --n 3 --max-new-tokens 40"))
     assert read("runs/evaluate/summary.json")["n"] == 3
     weights = [load_file(f"{folder}/model.safetensors") for folder in (model.MODELS["tiny"].path, "runs/a/checkpoint", "runs/b/checkpoint")]

@@ -123,8 +123,10 @@ def test_traces_are_shown(capsys):
 def test_one_question_in_twenty_is_held_out():
     """Claim: the last ones, with all their traces; of a single question, none."""
     of = lambda *ids: [Trace(data.Sample(str(i), [], "?", "text"), ["x"]) for i in ids]
-    assert train_sft.hold_out(of(1, 1, 1)) == set() and train_sft.hold_out(of(1, 2, 2, 1)) == {"2"}
-    assert train_sft.hold_out(of(*range(40), *range(40))) == {"38", "39"}
+    held = lambda traces: {t.sample.id for t in train_sft.hold_out_traces(traces)[1]}
+    assert held(of(1, 1, 1)) == set() and held(of(1, 2, 2, 1)) == {"2"} and held(of(*range(40), *range(40))) == {"38", "39"}
+    learned, out = train_sft.hold_out_traces(of(1, 2, 2, 1))
+    assert [t.sample.id for t in learned] == ["1", "1"] and len(out) == 2
 
 # -----------------------------------------------------------------------------
 # fine-tuning
@@ -228,7 +230,7 @@ MUTATIONS = [  # where, old code, new code, the test that must fail, its argumen
     ("train_sft:read_traces", 'row.get("question", sample.question) != sample.question', "False", test_toy_questions_come_back_by_id, {}),
     ("train_sft:find_traces", 'data.toy(cfg.task, "train", cfg.n, f"sft{cfg.seed}", cfg.difficulty, side)',
      'data.toy(cfg.task, "test", cfg.n, f"sft{cfg.seed}", cfg.difficulty, side)', test_warm_start_is_decided_by_its_seed, {}),
-    ("train_sft:warm_start", "zoom_rollout.replay(vlm, t.sample, t.turns, style, cfg.max_zooms)", "zoom_rollout.replay(vlm, t.sample, t.turns, style)",
+    ("train_sft:replay_all", "zoom_rollout.replay(vlm, t.sample, t.turns, style, max_zooms)", "zoom_rollout.replay(vlm, t.sample, t.turns, style)",
      test_warm_start_is_decided_by_its_seed, {}),
 ]
 

@@ -5,7 +5,7 @@ and its parts in the appendix, and requires the named test to fail.
 
 The rewards are given by hand (a random model earns none), so every group's advantages are known.
 """
-import contextlib, copy, dataclasses, json, os, shlex, signal, statistics, sys, tempfile, zlib
+import contextlib, copy, dataclasses, json, os, random, shlex, signal, statistics, sys, tempfile, time, zlib
 from unittest import mock
 
 import pytest
@@ -14,7 +14,7 @@ from PIL import Image
 
 import data, grpo, model, rewards, train_rl, zoom_rollout
 from appendix import metrics as step_metrics
-from appendix import prefix, recipes, report, rl_options, rl_run, run
+from appendix import prefix, recipes, report, rl_options, rl_run, run, split
 from conftest import check_mutation, close, names
 from safetensors.torch import load_file
 
@@ -70,9 +70,9 @@ def standardized(group):
     mean, std = statistics.mean(group), statistics.stdev(group)
     return [(r - mean) / (std + 1e-6) for r in group]
 
-def loss_by_hand(vlm, learn, A, aggregate):
+def loss_by_hand(vlm, episodes, A, aggregate):
     """- sum A logp over tokens / tokens; over episodes of means / episodes; over tokens / (all 12 episodes * 2 turns of 5 tokens)"""
-    logprobs, _, mask = vlm.logprobs(learn, 0.7)
+    logprobs, _, mask = vlm.logprobs(episodes, 0.7)
     per_token = -torch.tensor(A)[:, None] * logprobs
     return {"token": per_token.sum() / mask.sum(), "sequence": (per_token.sum(1) / mask.sum(1)).mean(), "constant": per_token.sum() / 120}[aggregate]
 
@@ -82,17 +82,24 @@ def loss_by_hand(vlm, learn, A, aggregate):
 @pytest.mark.parametrize("micro_tokens", [1, 10 ** 6])
 @pytest.mark.parametrize("aggregate", list(grpo.AGGREGATES))
 def test_gradient_of_a_step(vlm, aggregate, micro_tokens):
-    """Bug: an advantage on the wrong episode, a mean over each micro-batch, groups without a signal in the denominator. On-policy
+    """Bug: an advantage on the wrong episode, a mean over each micro-batch, groups without a signal left out of the count. On-policy
     the gradient is REINFORCE's, whatever the micro-batch: with 1 every episode is run alone."""
     metrics, episodes, recorder = run_step(vlm, aggregate=aggregate, micro_tokens=micro_tokens)
     A = standardized(REWARDS[:4]) + standardized(REWARDS[4:8])
     close([e.advantage for e in episodes], A + [0.0] * 4, 1e-5)
     assert [e.sample for e in episodes] == [s for s in SAMPLES for _ in range(4)]
-    loss_by_hand(vlm, episodes[:8], A, aggregate).backward()
+    loss_by_hand(vlm, episodes, A + [0.0] * 4, aggregate).backward()
     (got,) = recorder.grads
     close(got, flat(vlm), 1e-3)
     assert metrics["frac_zero_std"] == pytest.approx(1 / 3) and metrics["reward"] == pytest.approx(statistics.mean(REWARDS))
     assert metrics["accuracy"] == pytest.approx(4 / 12) and metrics["grad_norm"] == pytest.approx(got.norm().item(), rel=1e-4)
+
+@pytest.mark.parametrize("aggregate", list(grpo.AGGREGATES))
+def test_a_penalty_of_nothing_changes_nothing(vlm, aggregate):
+    """Bug: without a KL term groups without a signal were not counted, so the gradient was another than with one of 1e-30."""
+    for flags in ({}, {"mask_negative": True}):
+        gradients = [run_step(vlm, aggregate=aggregate, ref=vlm, kl_coef=kl_coef, **flags)[2].grads[0] for kl_coef in (0.0, 1e-30)]
+        close(*gradients, 1e-5)
 
 @pytest.mark.parametrize("flags", [dict(blind_prompts=1), dict(blind_prompts=1, kl_coef=0.1, papo_coef=0.1, micro_tokens=1)], ids=["default", "three passes"])
 def test_plain_gives_the_same_step(vlm, flags):
@@ -136,7 +143,7 @@ def test_minibatches_split_the_step(vlm):
         run_step(vlm, num_minibatches=3)
     parts = [c.args[0] for c in seen.call_args_list]
     ids = [tuple(e.ids) for part in parts for e in part]
-    assert sorted(map(len, parts)) == [2, 3, 3] and sorted(ids) == sorted(tuple(e.ids) for e in episodes[:8])
+    assert all(len(part) <= 4 for part in parts) and sorted(ids) == sorted(tuple(e.ids) for e in episodes[:8])      # 4 of 12, less those without a signal
     assert metrics["logp_gap_max"] < 1e-4
 
 def test_learning_rate_warms_up(vlm):
@@ -198,11 +205,12 @@ def test_negative_advantages_masked(vlm):
     _, episodes, recorder = run_step(vlm, REWARDS[:8], samples=SAMPLES[:2], mask_negative=True)
     A = [max(a, 0) for a in standardized(REWARDS[:4]) + standardized(REWARDS[4:8])]
     close([e.advantage for e in episodes], A, 1e-5)
-    loss_by_hand(vlm, [e for e, a in zip(episodes, A) if a], [a for a in A if a], "token").backward()
+    loss_by_hand(vlm, episodes, A, "token").backward()
     close(recorder.grads[0], flat(vlm), 1e-3)
 
-def test_bonuses_enter_the_advantages_only(vlm):
-    """Claim: curiosity and the price of length are added to the recipe's reward before the group is compared; the parts stay."""
+def test_bonuses_are_part_of_the_reward(vlm):
+    """Claim: curiosity and the price of length are added to the recipe's reward before the group is compared, in one place: report and
+    rows show them."""
     s, answer = SAMPLES[0], "<think> It is at (50, 50). </think>\n<answer> lined </answer>"
     call = f"<think> It may be at (50, 50). </think>\n{data.tool_call(50, 50)}"
     for flags, bonus in ((dict(curiosity=0.5), lambda e: 0.5 * (0.3 - 0.25) * (len(e.turns) > 1)),
@@ -212,7 +220,20 @@ def test_bonuses_enter_the_advantages_only(vlm):
             metrics, *_ = run_step(vlm, [1.0, 0.0, 0.0, 0.5], samples=[s], **flags)
         values = [v + bonus(e) for v, e in zip([1.0, 0.0, 0.0, 0.5], episodes)]
         close([e.advantage for e in episodes], standardized(values), 1e-4)
-        assert metrics["reward"] == pytest.approx(sum(values) / 4) != 1.5 / 4 and episodes[0].reward_components["reward"] == 1
+        assert metrics["reward"] == pytest.approx(sum(values) / 4) != 1.5 / 4
+        (name,) = set(flags) & {"curiosity", "overlong"}
+        assert metrics[name] == pytest.approx(sum(map(bonus, episodes)) / 4)
+        for e, value in zip(episodes, values):
+            assert e.reward_components["reward"] == pytest.approx(value) and e.reward_components[name] == pytest.approx(bonus(e))
+
+def test_a_bonus_is_a_signal(vlm):
+    """Bug: dynamic sampling replaced groups that differ in their bonus alone."""
+    s, answer = SAMPLES[0], "<think> It is at (50, 50). </think>\n<answer> lined </answer>"
+    longer = answer.replace("(50, 50)", "(50, 50), I think")
+    episodes = [zoom_rollout.replay(vlm, s, [text]) for text in (answer, longer, answer, answer)]
+    with mock.patch.object(zoom_rollout, "rollout", return_value=episodes):
+        metrics, *_ = run_step(vlm, [0.5] * 8, samples=[s], resample=1, overlong=60, max_new_tokens=40, step=1)
+    assert metrics["frac_zero_std"] == 0 and metrics["resampled"] == 0
 
 def test_refill(vlm):
     """Claim: groups without a signal give way, in place, to groups of prompts that the step has not asked, as long as there are some and
@@ -314,11 +335,29 @@ def test_questions_depend_on_seed_and_step_only(vlm):
     assert ids(2, own) == asked[8:12]
 
 def test_held_out_rows_are_not_trained_on(vlm):
-    rows = [data.Sample(str(i), [], "", "text") for i in range(30)]
+    rows = [data.Sample(str(i), [f"{i}.png"], "", "text") for i in range(30)]
     test, train = rl_run.split(train_rl.Config(data="file"), vlm.toy_side, rows)
     assert len(test) == 3 and len(train) == 27 and {s.id for s in test + train} == {s.id for s in rows}
     test, train = rl_run.split(train_rl.Config(eval_n=5), vlm.toy_side, [])
     assert len(test) == 5 and train == [] and all("/test/" in s.id for s in test)
+    with pytest.raises(data.DataError, match="share their images"):
+        rl_run.split(train_rl.Config(data="file"), vlm.toy_side, [data.Sample(str(i), ["a.png"], "", "text") for i in range(9)])
+
+def test_rows_that_share_an_image_stay_on_one_side():
+    """Bug: the same image was in training and held out."""
+    rng = random.Random(0)
+    for seed in range(20):
+        rows = [data.Sample(str(i), [f"{i % 17}.png", *rng.choices(["x.png", "./y.png", "y.png", f"own{i}.png"], k=rng.randint(0, 1))], "", "text") for i in range(60)]
+        held, others = split.hold_out(rows, 6, seed)
+        images = lambda samples: {os.path.realpath(image) for s in samples for image in s.images}
+        assert held and others and not images(held) & images(others) and {s.id for s in held + others} == {s.id for s in rows}
+    pairs = [data.Sample(f"{i}/{k}", [f"{i}.png"], "", "text") for i in range(10) for k in range(2)]
+    assert len(split.hold_out(pairs, 5, 0)[0]) == 4 and len(split.hold_out(pairs, 1, 0)[0]) == 2        # whole pairs; the smallest group at least
+    assert split.hold_out(pairs, 5, 0) == split.hold_out(pairs, 5, 0) != split.hold_out(pairs, 5, 1)
+    assert split.hold_out(pairs[:2], 1, 0) == ([], pairs[:2]) and split.hold_out([], 1, 0) == ([], [])
+    many = [data.Sample(str(i), [f"{i}.png", "all.png"] if i else ["0.png"], "", "text") for i in range(20_000)]
+    began = time.process_time()
+    assert len(split.image_groups(many)) == 2 and time.process_time() - began < 2
 
 def test_chance():
     assert step_metrics.chance(SAMPLES + [data.Sample("", [], "", "choice", ["a", "b"]), data.Sample("", [], "", "point")]) == pytest.approx(1.25 / 5)
@@ -377,9 +416,9 @@ def test_only_the_number_of_steps_may_differ(tmp_path, capsys):
 MUTATIONS = [
     ("train_rl:grpo_loss", "grpo.aggregate(per_token, mask, cfg.aggregate, denominator)", "grpo.aggregate(per_token, mask, cfg.aggregate)",
      test_gradient_of_a_step, dict(aggregate="token", micro_tokens=1)),
-    ("train_rl:loss_denominator", "len(minibatch)", "sum(sum(e.completion_mask) for e in minibatch)",
+    ("train_rl:loss_denominator", "count = len(minibatch)", "count = sum(sum(e.completion_mask) for e in minibatch)",
      test_gradient_of_a_step, dict(aggregate="sequence", micro_tokens=1)),
-    ("train_rl:loss_denominator", "len(batch.episodes) / cfg.num_minibatches * episode_limit(cfg)", "len(minibatch) * episode_limit(cfg)",
+    ("train_rl:loss_denominator", "len(minibatch) * episode_limit(cfg)", "sum(e.advantage != 0 for e in minibatch) * episode_limit(cfg)",
      test_gradient_of_a_step, dict(aggregate="constant", micro_tokens=1)),
     ("train_rl:episode_limit", "1 + cfg.max_zooms * can_zoom", "1 + 0 * can_zoom", test_gradient_of_a_step, dict(aggregate="constant", micro_tokens=1)),
     ("train_rl:grpo_loss", "[e.advantage for e in micro_batch]", "[e.advantage for e in micro_batch[::-1]]",
@@ -387,9 +426,10 @@ MUTATIONS = [
     ("train_rl:train_step", "grpo_loss(vlm, ref, micro_batch, denominator, cfg, step, log)", "grpo_loss(vlm, ref, minibatch[:len(micro_batch)], denominator, cfg, step, log)",
      test_gradient_of_a_step, dict(aggregate="token", micro_tokens=1)),
     ("train_rl:store_advantages", "advantages.flatten()", "advantages.T.flatten()", test_gradient_of_a_step, dict(aggregate="token", micro_tokens=10 ** 6)),
-    ("train_rl:split_minibatches", "everything or e.advantage != 0", "True", test_gradient_of_a_step, dict(aggregate="token", micro_tokens=10 ** 6)),
+    ("train_rl:with_gradient", "e.advantage != 0", "True", test_no_signal_is_not_run, {}),
+    ("train_rl:loss_denominator", "sum(sum(e.completion_mask) for e in minibatch)", "sum(sum(e.completion_mask) for e in minibatch if e.advantage)", test_gradient_of_a_step, dict(aggregate="token", micro_tokens=10 ** 6)),
     ("appendix.metrics:step_metrics", "(advantages == 0).all(1)", "(advantages == 0).any(1)", test_no_signal_is_not_run, {}),
-    ("train_rl:split_minibatches", "everything or e.advantage != 0", "e.advantage != 0", test_no_signal_is_not_run, {}),
+    ("train_rl:with_gradient", "if cfg.kl_coef > 0 or cfg.papo_coef > 0: return minibatch", "pass", test_no_signal_is_not_run, {}),
     ("train_rl:grpo_loss", "vlm.logprobs(micro_batch, cfg.temperature)", "vlm.logprobs(micro_batch)", test_sampler_and_trainer_agree_and_it_would_show, {}),
     ("train_rl:sampler_logprobs", "torch.tensor(e.logprobs)", "like[b, :len(e.ids)].detach()", test_sampler_and_trainer_agree_and_it_would_show, {}),
     ("train_rl:split_minibatches", "order[m::cfg.num_minibatches]", "order", test_minibatches_split_the_step, {}),
@@ -414,10 +454,9 @@ MUTATIONS = [
     ("appendix.rl_options:counted_episodes", "cfg.over_turn != 'exclude'", "True", test_over_turn, {}),
     ("appendix.rl_options:finished_by_themselves", "e.turns[-1].forced and len(e.turns) > 1", "e.turns[-1].forced", test_over_turn, {}),
     ("appendix.rl_options:mask_advantages", "advantages.clamp(min=0)", "advantages.clamp(max=0)", test_negative_advantages_masked, {}),
-    ("appendix.rl_options:group_bonuses", "bonus + grpo.curiosity(torch.tensor(zooms).view_as(bonus), cfg.curiosity)",
-     "bonus - grpo.curiosity(torch.tensor(zooms).view_as(bonus), cfg.curiosity)", test_bonuses_enter_the_advantages_only, {}),
-    ("appendix.rl_options:group_bonuses", "grpo.overlong(lengths, episode_limit, cfg.overlong)", "grpo.overlong(lengths, cfg.max_new_tokens, cfg.overlong)",
-     test_bonuses_enter_the_advantages_only, {}),
+    ("appendix.rl_options:add_bonus", "e.reward_components['reward'] += value", "e.reward_components['reward'] -= value", test_bonuses_are_part_of_the_reward, {}),
+    ("appendix.rl_options:add_group_bonuses", "grpo.overlong(lengths, episode_limit, cfg.overlong)", "grpo.overlong(lengths, cfg.max_new_tokens, cfg.overlong)",
+     test_bonuses_are_part_of_the_reward, {}),
     ("train_rl:grpo_loss", "per_token - cfg.papo_coef * gain", "per_token + cfg.papo_coef * gain", test_papo_pushes_away_from_the_blindfolded, {}),
     ("appendix.rl_options:blindfold", "torch.rand(len(dark.patches), 1, generator=generator) < share", "torch.rand(len(dark.patches), 1, generator=generator) < 0",
      test_papo_pushes_away_from_the_blindfolded, {}),
@@ -428,7 +467,7 @@ MUTATIONS = [
     ("appendix.recipes:presets", "REAL | algorithm | scale", "REAL | algorithm", test_recipes_hold_the_papers_numbers, {}),
     ("appendix.recipes:presets", "train_sft.searchable(cfg) | algorithm", "train_sft.searchable(cfg) | algorithm | scale", test_recipes_hold_the_papers_numbers, {}),
     ("train_rl:Questions.row", 'random.Random(f"{self.cfg.seed}/{epoch}")', "random.Random(self.cfg.seed)", test_questions_depend_on_seed_and_step_only, {}),
-    ("appendix.rl_run:split", "rows[n:] or rows", "rows", test_held_out_rows_are_not_trained_on, {}),
+    ("appendix.rl_run:split", "return held_out, train_rows", "return held_out, rows", test_held_out_rows_are_not_trained_on, {}),
     ("appendix.rl_run:split", "'test'", "'train'", test_held_out_rows_are_not_trained_on, {}),
     ("appendix.metrics:chance", "1 / len(s.options) if s.options else 0.0", "1 / len(s.options) if s.options else 1.0", test_chance, {}),
     ("appendix.rl_run:resumable", "key not in FREE", "key not in (*FREE, 'lr')", test_only_the_number_of_steps_may_differ, {}),
