@@ -37,8 +37,8 @@ class Sample:
     images: paths, PIL images or the bytes of image files, in prompt order.
     answer: an index into `options` (choice); a list of accepted strings (text); None when `targets`
         hold the answer (point, box), or when the answer is hidden.
-    targets: [{"image": 0, "box": [x1, y1, x2, y2]}]. A target may have a "polygon" beside its box,
-        the corners in order, where not all of the box is right.
+    targets: [{"image": 0, "box": [x1, y1, x2, y2]}]; "image" counts from 0. A target may also have
+        a "polygon", its corners in order, if only a part of the box is right.
     meta: whatever else is known. "evidence": boxes that show the answer; "question_boxes": boxes
         that the question quotes; "name_image": the answer must name the image of its box.
     """
@@ -68,7 +68,9 @@ COLORS = {
     "red": (235, 40, 40), "green": (40, 165, 70), "blue": (50, 90, 225),
     "yellow": (250, 225, 40), "purple": (150, 60, 185), "white": (235, 235, 235),
 }
-SHAPES = {      # half width and half height in radii; gauge of (u, v) in radii: <= 1 is inside
+# Each shape: half its width, half its height (both in radii), and its gauge. (u, v) is the offset
+# from the center in radii. The gauge is 0 near the center, 1 on the outline, more outside.
+SHAPES = {
     "circle": (1, 1, lambda u, v: np.hypot(u, v)),
     "square": (0.85, 0.85, lambda u, v: np.maximum(abs(u), abs(v)) / 0.85),
     "triangle": (1, 0.9, lambda u, v: np.maximum(v, 1.8 * abs(u) - v) / 0.9),
@@ -80,8 +82,10 @@ PATTERNS = {    # 0 (dark) or 1 (bright) at pixel (x, y)
     "checked": lambda x, y: (x // 2 + y // 2) % 2,
 }
 NAMES = [f"{name} {shape}" for name in COLORS for shape in SHAPES]
-SIDE = 448                      # pixels
-DIFFICULTY = {  # number of objects, radius in 1/448 of the side, may two have the same color?
+SIDE = 448                      # default width and height of a toy image in pixels
+# objects: the fewest and the most. radius: the smallest and the largest, in pixels at side SIDE.
+# alike: may two objects have the same color?
+DIFFICULTY = {
     "easy": dict(objects=(2, 2), radius=(44, 56), alike=False),
     "medium": dict(objects=(3, 4), radius=(38, 52), alike=False),
     "hard": dict(objects=(5, 6), radius=(30, 44), alike=True),
@@ -139,10 +143,12 @@ def draw_scene(scene):
         window = np.s_[cy - r:cy + r + 1, cx - r:cx + r + 1]
         y, x = np.mgrid[window]                                             # (2r+1, 2r+1) each
         gauge = SHAPES[shape][2]((x - cx) / r, (y - cy) / r)[..., None]     # (2r+1, 2r+1, 1)
-        stripe = PATTERNS[o["pattern"]](x, y)[..., None] - 0.5
-        # The pattern fades towards the outline: cut off there, it would show in the shrunk image.
+        stripe = PATTERNS[o["pattern"]](x, y)[..., None] - 0.5              # -0.5 or 0.5
+        # A pattern cut off at the outline would not average to a flat color there, and so would
+        # show in the shrunk image. So it fades out first: fade is 1 inside, 0 from gauge 0.88 on.
         fade = (4 * (0.88 - gauge)).clip(0, 1)
-        paint = (0.68 + 0.64 * stripe * fade) * np.array(COLORS[color])     # (2r+1, 2r+1, 3)
+        brightness = 0.68 + 0.64 * stripe * fade                            # 0.36 to 1
+        paint = brightness * np.array(COLORS[color])                        # (2r+1, 2r+1, 3)
         paint = np.where(gauge > 0.88, 0, paint)                            # a black outline
         canvas[window] = np.where(gauge > 1, canvas[window], paint).astype(np.uint8)
     return Image.fromarray(canvas)
@@ -162,7 +168,8 @@ def ground(side):
 # the toy world: questions
 #
 # ask_*(rng, new_scene) -> (scenes, the fields of the Sample that ask about them).
-# new_scene() draws a scene of the wanted split and difficulty.
+# new_scene() draws a scene of the wanted split and difficulty; new_scene(names=[...]), one of these
+# objects. Except in boxes and find, the question is about the first object of a scene.
 
 def target(o, image=0):
     return {"image": image, "box": object_box(o)}
@@ -195,7 +202,7 @@ def ask_relation(rng, new_scene):
         gap = a["center"][axis] - b["center"][axis]
         if abs(gap) > 0.12 * scene["side"]:         # no question that a pixel decides
             break
-    words = [("left", "right"), ("above", "below")][axis]
+    words = [("left", "right"), ("above", "below")][axis]       # y grows downwards
     options = rng.sample(words, 2)
     return [scene], dict(
         question=f"Where is the {a['name']}, seen from the {b['name']}?", answer_type="choice",
@@ -204,13 +211,14 @@ def ask_relation(rng, new_scene):
 
 
 def ask_boxes(rng, new_scene):
-    """Several images: the first shows one object; find it in another one, which is named."""
+    """Several images: the first shows one object. Find it in another, whose number is given."""
     shown = new_scene(names=[rng.choice(NAMES)])
     name = shown["objects"][0]["name"]
-    others = rng.randint(1, 2)
-    image = rng.randint(1, others)                  # the image that holds the object, 0-based
+    highest = rng.randint(1, 2)                     # two draws: 1 is three times as likely as 2
+    image = rng.randint(1, highest)                 # the image that holds the object, from 0
+    last = rng.randint(image, 2)                    # the last image, from 0
     scenes = [shown]
-    for i in range(1, rng.randint(image, 2) + 1):
+    for i in range(1, last + 1):
         while True:
             scene = new_scene()
             names = [o["name"] for o in scene["objects"]]
@@ -224,7 +232,7 @@ def ask_boxes(rng, new_scene):
 
 
 def ask_find(rng, new_scene):
-    """The same, but the image is not named: the answer has to name it, and is scored for it."""
+    """As `ask_boxes`, but the number is not given: the answer must name the image, too."""
     scenes, asked = ask_boxes(rng, new_scene)
     question = "Find the object of image 1 in another image."
     return scenes, {**asked, "question": question, "meta": {"name_image": True}}
@@ -252,7 +260,8 @@ def next_frame(rng, scene, steps):
     side = scene["side"]
     moved = []
     for o in scene["objects"]:
-        # Drawn every time and used once: this order of draws decides what each seed shows.
+        # Drawn for every frame, but used for the first step only. To draw less often would change
+        # the scenes of every seed.
         first_step = [random_step(rng, side), random_step(rng, side)]
         step = steps.setdefault(o["name"], first_step)
         center = list(o["center"])
@@ -279,12 +288,13 @@ def no_collision(scene):
 ASK = {"search": ask_search, "point": ask_point, "relation": ask_relation,
        "boxes": ask_boxes, "find": ask_find, "video": ask_video}
 TASKS = tuple(ASK)
+# The default recipe of each task, a key of rewards.RECIPES.
 TASK_RECIPES = {"search": "vigorl-zoom", "point": "vigorl", "relation": "vigorl",
-                "boxes": "univg-r1", "find": "univg-r1", "video": "univg-r1"}   # rewards.RECIPES
+                "boxes": "univg-r1", "find": "univg-r1", "video": "univg-r1"}
 
 
 def split_of(scene):
-    """"test" for one scene in five, else "train". The scene alone decides, whatever the seed."""
+    """Is a scene "test" (one in five) or "train"? Its objects decide, not the seed."""
     shown = sorted((o["name"], o["center"]) for o in scene["objects"])
     return "test" if zlib.crc32(repr(shown).encode()) % 5 == 0 else "train"
 
@@ -377,8 +387,8 @@ QUESTION_BOX = re.compile(r"<\|box_start\|>\((\d+),\s*(\d+)\),\s*\((\d+),\s*(\d+
 def question(sample, frames=None):
     """The question, with the boxes that it quotes (meta "question_boxes") as this model reads them.
 
-    frames: (sx, sy, ...) of each image: the model's (x, y) is the source pixel (x * sx, y * sy).
-    None: source pixels.
+    frames: of each image (sx, sy, ...), the scale from the model's coordinates to source pixels:
+    the model's (x, y) is the source pixel (x * sx, y * sy). None: write source pixels.
     """
     text = sample.question
     quotes = list(zip(QUESTION_BOX.finditer(text), sample.meta.get("question_boxes", [])))
@@ -395,8 +405,8 @@ def prompt(sample, style="zoom", frames=None):
     text = question(sample, frames)
     if sample.options:
         text += "\nAnswer Choices:"
-        for letter, option in enumerate(sample.options, ord("A")):
-            text += f"\n{chr(letter)}. {option}"
+        for code, option in enumerate(sample.options, ord("A")):
+            text += f"\n{chr(code)}. {option}"
     text += "\n" + FORMAT[sample.answer_type]
     if sample.meta.get("name_image"):
         text += NAME_IMAGE
@@ -438,7 +448,7 @@ def read_jsonl(path, images=None):
 
 
 def write_jsonl(path, samples):
-    """Write all rows or none. Images that are no files yet (PIL images, bytes) go beside it."""
+    """Write all rows or none. PIL images and bytes are saved as image files beside `path`."""
     check_writable(path)
     stem = os.path.splitext(os.path.abspath(path))[0]
     os.makedirs(os.path.dirname(stem), exist_ok=True)

@@ -1,4 +1,4 @@
-"""Measure a model: its accuracy with an interval, the worth of its zooms, two runs compared.
+"""Measure a model: its accuracy with an interval, what its zooms contribute, how two runs differ.
 
     python evaluate.py                                          # tiny model, held-out toy scenes
     python evaluate.py --checkpoint runs/rl/checkpoint --zoom all       # the zoom controls
@@ -39,6 +39,8 @@ from appendix.episode_rows import record    # used by appendix/rl_run.py, as eva
 from model import is_tiny
 from zoom_rollout import RolloutConfig
 
+# Said after Ctrl-C, and after an error of the disk.
+SAVED = "the episodes so far are kept: the same command goes on from there"
 # Zoom mode: the label of its run.
 MODES = {"on": "zoom allowed", "off": "zoom forbidden", "black": "crops painted black"}
 # Prompt style: the reward recipe (rewards.RECIPES) that scores its episodes.
@@ -50,7 +52,7 @@ class Config:
     model: str = "tiny"         # name of a model (model.MODELS) or checkpoint folder
     checkpoint: str = ""        # checkpoint folder, in place of --model
     seed: int = 0               # random seed for scenes, order of options and sampling
-    plain: bool = False         # plain cache, no behaviour counts, no report page
+    plain: bool = False         # plain KV cache, no behaviour counts, no report page
 
     # the questions
     task: Literal[data.TASKS] = "search"                # toy task
@@ -112,9 +114,11 @@ def paired(a, b, z=1.96):
     both = sum(a[i] and b[i] for i in ids)
     only_a = sum(a[i] for i in ids) - both
     only_b = sum(b[i] for i in ids) - both
-    lost = (only_a + 1) / (n + 2)                       # share of questions, A's extra one included
-    won = (only_b + 1) / (n + 2)
-    half = z * math.sqrt((lost + won - (won - lost) ** 2) / (n + 2))
+    # The shares that only A and only B get right, the two extra questions included.
+    share_a = (only_a + 1) / (n + 2)
+    share_b = (only_b + 1) / (n + 2)
+    center = share_b - share_a
+    half = z * math.sqrt((share_a + share_b - center ** 2) / (n + 2))
     return {
         "n": n,
         "both": both,                                   # questions that both get right
@@ -122,8 +126,8 @@ def paired(a, b, z=1.96):
         "only_b": only_b,
         "neither": n - both - only_a - only_b,
         "difference": (only_b - only_a) / max(n, 1),
-        "low": max(-1.0, won - lost - half),
-        "high": min(1.0, won - lost + half),
+        "low": max(-1.0, center - half),
+        "high": min(1.0, center + half),
         "p": mcnemar(only_a, only_b),
     }
 
@@ -155,8 +159,10 @@ def summary_rows(episodes):
     """Episodes -> the rows of `summarise`: one flat dict per episode, ready for JSON.
 
     Each row has an id, a category (a list), the behaviour counts and the reward components
-    (accuracy, wrong_format, ...). Some rows also have: benchmark (its name), zooms (how many), of
-    (for --circular, the id of the question, which all its rotations share).
+    (accuracy, wrong_format, ...). Some rows also have
+      benchmark: its name
+      zooms: number of crops
+      of: with --circular, the id of the question, which all its rotations share
     """
     rows = []
     for e in episodes:
@@ -171,7 +177,10 @@ def summary_rows(episodes):
 
 
 def summarise(rows):
-    """The rows of a run -> its summary: `count` of all and per category, and further averages."""
+    """The rows of a run -> its summary.
+
+    It holds the numbers of `count`, for all rows and for each category, and some averages.
+    """
     benchmark = averages.benchmark_of(rows)
     parts = {}                                          # category: rows
     for r in rows:
@@ -183,12 +192,13 @@ def summarise(rows):
 
 
 def count(rows):
-    """Rows -> {name: number}. A row whose right answer is not published (hidden) is not scored."""
+    """Rows -> {name: number}. Rows whose right answer is not published (hidden) are left out."""
     scored = [r for r in rows if not r.get("hidden")]
     n = len(scored)
     correct = sum(is_right(r, r.get("benchmark")) for r in scored)
     accuracy = correct / max(n, 1)
-    # The rotations of a question share r["of"] and count as one; any other row is a question.
+    # The interval is that of independent questions. The rotations of a question are not: they
+    # share r["of"] and count as one. A row without "of" is a question, counted by its index.
     questions = len({r.get("of", i) for i, r in enumerate(scored)})
     low, high = wilson(accuracy * questions, questions)
     found = {"n": n, "correct": correct, "accuracy": accuracy, "low": low, "high": high}
@@ -201,6 +211,7 @@ def count(rows):
         values = [r[name] for r in scored if name in r]
         if values:
             found[name] = mean(values)
+    # Of all points that the model wrote: the share inside a target box.
     points = sum(r.get("points", 0) for r in scored)
     if points:
         found["points"] = points
@@ -233,7 +244,7 @@ class RunOptions:
     batch: int = 64             # episodes at a time
     keep: int = 24              # episodes, the first ones, that keep their tokens as text
     save: Callable = None       # function that is called with the episodes of each batch
-    numbers: list = None        # index of each sample in the whole data, if samples is a part of it
+    numbers: list = None        # index of each sample in the whole data; None: samples are all
     views: list = None          # encoded prompt images of each sample; then episodes keep theirs
     progress: bool = True       # progress bar
     plain: bool = False         # no behaviour counts
@@ -242,15 +253,16 @@ class RunOptions:
 def run_episodes(vlm, samples, config, options=RunOptions()):
     """One scored episode per sample -> list[Episode], in order. Each rank does a share of them.
 
-    config: zoom_rollout.RolloutConfig. All samples are numbered, and options.batch of them form a
-    block, which has a seed. The random numbers of an episode depend only on its block and on its
-    place in the block. So ranks, a halved batch and a stop in between change no episode.
+    config: zoom_rollout.RolloutConfig. All samples are numbered (options.numbers). Each
+    options.batch of them form a block: with a batch of 64, sample 70 has place 6 in block 1.
+    The random numbers of an episode depend only on the seed of its block and on its place there.
+    So the number of ranks, a halved batch and a stop in between change no random number.
     """
     share = ranks.shard(len(samples))
     numbers = list(options.numbers or range(len(samples)))[share]
     samples = samples[share]
     views = options.views[share] if options.views else None
-    batch = options.batch
+    limit = options.batch                               # episodes at a time
     episodes = []
     correct = 0
     no_bar = None if options.progress else True         # None: a bar in a terminal only
@@ -260,12 +272,12 @@ def run_episodes(vlm, samples, config, options=RunOptions()):
             i = len(episodes)                           # the next sample
             block, place = divmod(numbers[i], options.batch)
             # The next rollout: n samples with consecutive numbers, all from the same block.
-            n = num_consecutive(numbers[i:], min(batch, options.batch - place))
+            n = num_consecutive(numbers[i:], min(limit, options.batch - place))
             block_config = replace(config, seed=config.seed + block * options.batch)
             prompt_views = views[i:i + n] if views else None
             new = roll_out(vlm, samples[i:i + n], block_config, place, prompt_views)
             if new is None:                             # out of memory: try half as many
-                batch = n // 2
+                limit = n // 2
                 continue
             for e in new:
                 keep_tokens = len(episodes) < options.keep
@@ -291,14 +303,14 @@ def num_consecutive(numbers, limit):
 
 
 def roll_out(vlm, samples, config, first_sample, views):
-    """One episode per sample; None if GPU memory runs out, which is an error for one sample."""
+    """One episode per sample, or None if GPU memory runs out. With one sample that is an error."""
     try:
         return zoom_rollout.rollout(
             vlm, samples, 1, config, first_sample=first_sample, views=views)
     except torch.cuda.OutOfMemoryError:
         if len(samples) == 1:
             raise
-    # Outside of `except`: inside it the error still refers to the tensors of the failed batch.
+    # Only after `except`: inside it the error still holds the tensors of the failed batch.
     torch.cuda.empty_cache()
     return None
 
@@ -320,7 +332,7 @@ def finish_episode(vlm, e, config, options, keep_tokens):
 def run_modes(cfg, samples):
     """The samples in each mode of --zoom -> {label: list[Episode]}. Saved episodes are reused."""
     modes = [cfg.zoom]
-    if cfg.zoom == "all":                               # the other styles have no zoom tool
+    if cfg.zoom == "all":                               # only the style "zoom" has a zoom tool
         modes = list(MODES) if cfg.style == "zoom" else ["on"]
     file = evaluation_run.EpisodeFile(cfg)
     vlm = None
@@ -375,7 +387,7 @@ def summarise_runs(runs):
     summary = dict(summaries[first])
     samples = [e.sample for e in runs[first]]
     if all(s.answer_type == "choice" for s in samples):
-        summary["chance"] = mean([1 / len(s.options) for s in samples])     # accuracy of guessing
+        summary["chance"] = averages.chance(samples)    # accuracy without looking at the image
     if len(runs) > 1:
         summary |= zoom_controls(runs, summaries)
     return summary, summaries
@@ -384,7 +396,7 @@ def summarise_runs(runs):
 def zoom_controls(runs, summaries):
     """Compare the run with zooms to those without zooms and with black crops.
 
-    zoom_gain: share of questions that are right only with zooms. zoom_harm: only without.
+    zoom_gain: share of questions that are right with zooms, wrong without. zoom_harm: the reverse.
     """
     hits = {}                                           # zoom mode: {id: right or not}
     for zoom, label in MODES.items():
@@ -423,7 +435,7 @@ def evaluate(cfg):
 
     samples, title = evaluation_run.load_samples(cfg)
     cfg = replace(cfg, style=evaluation_run.style_of(cfg, samples))
-    run.make_dir(cfg.out)                               # an error here comes before the long work
+    run.lock(run.make_dir(cfg.out))                     # an error here comes before the long work
     runs = run_predictions(cfg, samples) if cfg.predictions else run_modes(cfg, samples)
     summary, summaries = summarise_runs(runs)
     if ranks.rank() == 0:
@@ -445,7 +457,7 @@ def main(argv=None):
         argv[i + 1:i + 3] = [os.pathsep.join(argv[i + 1:i + 3])]
     ranks.start()
     with run.exit_on_error(out_of_memory="--max-pixels, --max-zooms, --max-new-tokens",
-                           interrupted="interrupted; the same command goes on from there"):
+                           interrupted=f"interrupted; {SAVED}", saved=SAVED):
         return evaluate(run.parse_config(Config, argv, __doc__, presets=presets))
 
 

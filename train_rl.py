@@ -42,6 +42,7 @@ class Config:
     model: str = "tiny"         # name of a model (model.MODELS) or checkpoint folder
     name: str = "rl"            # name of the run; its folder is runs/NAME
     resume: bool = False        # continue from runs/NAME/checkpoint
+    fresh: bool = False         # permission to overwrite an earlier run of this name
     seed: int = 0               # random seed for scenes, sampling and shuffling
     plain: bool = False         # plain cache and log-probabilities, no report page
 
@@ -143,11 +144,11 @@ def train_step(vlm, ref, optimizer, questions, cfg, step):
     accuracy = stack(batch.episodes, "accuracy", cfg)                           # (P, G)
 
     # 4. advantages: better or worse than the group's mean; hard prompts may count more
-    counted = rl_options.counted_episodes(batch.episodes, cfg)                  # (P, G) or None
+    counted = rl_options.counted_episodes(batch.episodes, cfg)      # bool (P, G); None: all count
     advantages = grpo.group_advantages(reward, cfg.advantage_scale, counted)    # (P, G)
     weights = prompt_weights(accuracy, cfg)                                     # (P,)
     advantages = advantages * weights[:, None]
-    advantages = rl_options.mask_advantages(batch.episodes, advantages, cfg)
+    advantages = rl_options.mask_advantages(batch.episodes, advantages, cfg)    # a flag: some to 0
     store_advantages(batch.episodes, advantages)
 
     # 5. loss: summed over micro-batches, divided by the count of the whole minibatch
@@ -159,7 +160,7 @@ def train_step(vlm, ref, optimizer, questions, cfg, step):
             loss.backward()
 
         # 6. update: clip the gradient, one step of AdamW
-        if any(ranks.gather([len(learned)])):
+        if any(ranks.gather([len(learned)])):           # else no rank has a gradient
             grad_norm = optimizer.step(learning_rate(cfg, step), cfg.clip_grad)
             log.grad_norms.append(grad_norm)
 
@@ -170,10 +171,13 @@ def train_step(vlm, ref, optimizer, questions, cfg, step):
 
 @dataclass
 class Batch:
-    """The episodes of one step on this rank: the groups that may not zoom, then the others."""
+    """The episodes of one step on this rank.
+
+    First the groups of blind prompts, which may not zoom; then those of seeing prompts, which may.
+    """
     episodes: list                                  # P * G, the episodes of a prompt side by side
     first_seeing: int                               # place of the first episode that may zoom
-    prompt_numbers: list                            # (P,) place of each prompt among all ranks'
+    prompt_numbers: list                            # (P,) place of each among all ranks' prompts
     dropped: list = field(default_factory=list)     # episodes that dynamic sampling replaced
 
 
@@ -188,9 +192,10 @@ class Questions:
     rows: list = field(default_factory=list)            # list[Sample] of --data
 
     def of_step(self, step, again=0):
-        """The prompts of a step; again > 0: other ones, for that round of dynamic sampling.
+        """The prompts of a step. again: the round of dynamic sampling; every round has others.
 
-        They depend on the seed and the step only, so a resumed run asks the same questions.
+        again = 0: the prompts that the step starts with. The prompts depend on the seed, the step
+        and the round only, so a resumed run asks the same questions.
         """
         cfg = self.cfg
         if not cfg.data:
@@ -208,7 +213,8 @@ class Questions:
         """The i-th row asked, counted over epochs, each of which has an order of its own."""
         epoch, place = divmod(i, len(self.rows))
         rng = random.Random(f"{self.cfg.seed}/{epoch}")
-        return self.rows[rng.sample(range(len(self.rows)), len(self.rows))[place]]
+        order = rng.sample(range(len(self.rows)), len(self.rows))
+        return self.rows[order[place]]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -217,7 +223,8 @@ class Questions:
 def roll_out(vlm, samples, cfg, step, log):
     """G episodes for each of this rank's prompts -> Batch.
 
-    The first prompts are blind: they must answer at once. To answer when told to must stay learned.
+    The first prompts are blind: they must answer at once. Without this practice the policy could
+    forget how to answer when an answer is forced.
     """
     num_blind = num_blind_prompts(cfg, len(samples))
     blind = roll_out_share(vlm, samples[:num_blind], cfg, step, zoom="off")
@@ -244,7 +251,7 @@ def rank_share(things):
 
 
 def num_blind_prompts(cfg, num_prompts):
-    """Prompts of a step that may not zoom: none if no others would be left."""
+    """How many prompts of a step may not zoom: 0 if no other prompts would be left."""
     can_zoom = data.PROMPT_STYLES[cfg.recipe] == "zoom"
     return cfg.blind_prompts if can_zoom and num_prompts > cfg.blind_prompts else 0
 
@@ -261,13 +268,13 @@ def score_episodes(episodes, cfg):
 def dynamic_sampling(vlm, batch, questions, cfg, step, log):
     """Replace groups whose rewards are all equal by groups of fresh prompts, in place.
 
-    DAPO (2503.14476, section 3.2), with at most cfg.resample rounds. Blind groups stay. Of several
-    ranks each takes the fresh prompts that its groups would get in a single process.
+    DAPO (2503.14476, section 3.2), with at most cfg.resample rounds. Blind groups stay. Over all
+    ranks, the k-th such group gets the k-th fresh prompt, as in a single process.
     """
     log.lap("reward")                                   # the time of scoring ends here
     G = cfg.group_size
     for again in range(1, cfg.resample + 1):
-        dull = []                                       # the first episode of each such group
+        dull = []                                       # place of each such group's first episode
         for first in range(batch.first_seeing, len(batch.episodes), G):
             group = batch.episodes[first:first + G]
             if len({e.reward_components["reward"] for e in group}) == 1:
@@ -275,10 +282,10 @@ def dynamic_sampling(vlm, batch, questions, cfg, step, log):
         counts = ranks.gather([len(dull)])
         if sum(counts) == 0:
             break
-        before = sum(counts[:ranks.rank()])
+        before = sum(counts[:ranks.rank()])             # such groups of the ranks before this one
         fresh = questions.of_step(step, again)[before:before + len(dull)]
-        if not fresh:                                   # the other ranks may have some
-            continue
+        if not fresh:                                   # but another rank may have such groups,
+            continue                                    # and all ranks must call gather again
         config = rl_run.rollout_config(cfg, rollout_seed(cfg, step) + again * 10 ** 9)
         new = zoom_rollout.rollout(vlm, fresh, G, config, first_sample=before)
         score_episodes(new, cfg)
@@ -326,7 +333,7 @@ def split_minibatches(batch, cfg, step):
 
     The shuffle is over the episodes of all ranks, so the number of ranks does not change the parts.
     """
-    own = {}                                            # place among all ranks' episodes: episode
+    own = {}                                            # {place among all ranks' episodes: episode}
     for i, e in enumerate(batch.episodes):
         prompt, member = divmod(i, cfg.group_size)
         own[batch.prompt_numbers[prompt] * cfg.group_size + member] = e
@@ -342,7 +349,8 @@ def split_minibatches(batch, cfg, step):
 def with_gradient(minibatch, cfg):
     """The episodes that need a forward pass: the loss of the others has no gradient.
 
-    Those are the groups of equal rewards, unless a KL or perception term pulls on them too.
+    An advantage of 0 (all of a group with equal rewards) leaves the policy loss no gradient. A KL
+    or perception term has a gradient on every episode.
     """
     if cfg.kl_coef > 0 or cfg.papo_coef > 0:
         return minibatch
@@ -352,7 +360,7 @@ def with_gradient(minibatch, cfg):
 def loss_denominator(minibatch, cfg):
     """What the loss of a minibatch is divided by, counted over all ranks. See grpo.aggregate.
 
-    Episodes without a gradient count too: a step in which few groups have a signal is a small one.
+    Episodes without a gradient count too: the fewer groups have one, the smaller the gradient.
     """
     if cfg.aggregate == "token":
         count = sum(sum(e.completion_mask) for e in minibatch)
@@ -373,7 +381,7 @@ def grpo_loss(vlm, ref, micro_batch, denominator, cfg, step, log):
     per_token = grpo.policy_loss(
         logprobs, old_logprobs, advantages, mask, cfg.clip_low, cfg.clip_high, cfg.loss)
     if cfg.kl_coef > 0:
-        log.lap("update")
+        log.lap("update")                               # the reference is timed by itself
         with torch.no_grad():
             ref_logprobs = ref.logprobs(micro_batch, cfg.temperature)[0]
         log.lap("reference")
@@ -381,9 +389,9 @@ def grpo_loss(vlm, ref, micro_batch, denominator, cfg, step, log):
         per_token = per_token + cfg.kl_coef * penalty
         log.add("kl", penalty)
     if cfg.papo_coef > 0:
-        masked = rl_options.blindfold(vlm, micro_batch, step)
-        blind_logprobs = vlm.logprobs(masked, cfg.temperature)[0]
-        gain = grpo.perception(logprobs, blind_logprobs, mask)
+        blindfolded = rl_options.blindfold(vlm, micro_batch, step)
+        blindfolded_logprobs = vlm.logprobs(blindfolded, cfg.temperature)[0]
+        gain = grpo.perception(logprobs, blindfolded_logprobs, mask)
         per_token = per_token - cfg.papo_coef * gain
         log.add("perception", gain)
 
@@ -395,7 +403,7 @@ def grpo_loss(vlm, ref, micro_batch, denominator, cfg, step, log):
 def sampler_logprobs(episodes, like):
     """The log-probabilities with which the tokens were sampled, padded -> (B, T).
 
-    They are the denominator of the ratio: the distribution that was really sampled from.
+    The ratio is divided by them, because they are of the distribution that was really sampled from.
     """
     out = torch.zeros_like(like)
     for b, e in enumerate(episodes):
@@ -423,6 +431,9 @@ def main():
     cfg = run.parse_config(Config, description=__doc__, presets=recipes.presets, positive=POSITIVE)
     cfg = replace(cfg, recipe=train_sft.recipe_of(cfg))
     folder = run.make_dir(rl_run.run_folder(cfg))
+    run.lock(folder)
+    if not cfg.resume:
+        run.refuse_to_overwrite(folder, rl_run.RESULTS, cfg.fresh, "continue it with --resume, ")
     rl_run.check_config(cfg, num_blind_prompts(cfg, cfg.num_prompts))
     rows = data.read_jsonl(cfg.data, cfg.images or None) if cfg.data else []
     files.check_images(rows)
@@ -448,6 +459,7 @@ def main():
     for step in range(progress.step, cfg.steps):
         row, episodes = train_step(vlm, ref, optimizer, questions, cfg, step)
         rl_run.stop_if_nothing_succeeds(episodes, step)
+        run_log.stop_if_not_finite(episodes, step)
         run_log.write(row, episodes)
         if run_log.stops_after(row):
             return
@@ -459,7 +471,7 @@ def main():
 
 if __name__ == "__main__":
     KNOBS = "; ".join(memory.KNOBS.values())
+    SAVED = "the checkpoint folder of the run holds what was saved last"
     with run.exit_on_error(out_of_memory=f"{KNOBS}. Then --resume",
-                           interrupted="interrupted; the checkpoint folder of the run holds what "
-                                       "was saved last"):
+                           interrupted=f"interrupted; {SAVED}", saved=SAVED):
         main()

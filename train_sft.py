@@ -45,6 +45,7 @@ from zoom_rollout import RolloutConfig, Trace
 class Config:
     model: str = "tiny"         # name of a model (model.MODELS) or checkpoint folder
     name: str = "sft"           # name of the run; its folder is runs/NAME
+    fresh: bool = False         # permission to overwrite an earlier run of this name
     seed: int = 0               # random seed for scenes, traces and their order
     plain: bool = False         # plain log-probabilities; no tree search
     show: int = 0               # traces to print in place of fine-tuning; 0: fine-tune
@@ -105,8 +106,8 @@ POSITIVE = ("n", "epochs", "batch", "micro_tokens", "simulations", "children", "
             "rollout_steps", "max_new_tokens", "trees", "chains", "teacher_tokens", "timeout")
 # Defaults of every model that is not tiny.
 REAL = dict(traces="oracle", lr=5e-6, max_new_tokens=512, micro_tokens=16384, recompute=True)
-# The original's search, by a 72B teacher in whole sentences. Its paper says 20 simulations, its
-# code 8.
+# ViGoRL's search, in which a 72B model writes whole sentences. The paper says 20 simulations, the
+# code says 8.
 VIGORL = dict(
     simulations=20, children=3, tries=1, rollouts=2, depth=10, rollout_steps=5, exploration=2.0,
     min_distance=1.0, max_new_tokens=512, crops=False, reorder=0.2, direct=10, corrected=10,
@@ -124,14 +125,14 @@ def presets(cfg):
 
 
 def recipe_of(cfg):
-    """The recipe that was asked for, or the one that suits the task; files are asked with zooms."""
+    """--recipe; if empty, vigorl-zoom for the questions of --data, else that of the toy task."""
     if cfg.recipe:
         return cfg.recipe
     return "vigorl-zoom" if cfg.data else data.TASK_RECIPES[cfg.task]
 
 
 def searchable(cfg):
-    """The default of --traces where tree search finds no steps: a box is answered in one turn."""
+    """Default of --traces: "oracle" where there is nothing to search (boxes take one turn)."""
     if data.PROMPT_STYLES[recipe_of(cfg)] == "boxes":
         return {"traces": "oracle"}
     return {}
@@ -145,7 +146,7 @@ def find_traces(vlm, cfg, style, questions=None, side=data.SIDE, folder="", held
 
     style: prompt style; questions: list[Sample] in place of the toy world, whose scenes have `side`
     pixels a side; folder: where trees and paid replies are kept, empty: nowhere; held_out: samples
-    whose traces, which a file may hold, are left out.
+    not to train on; traces about them in a file of traces are left out.
     """
     if cfg.traces in ("mcts", "teacher") and ranks.world_size() > 1:
         run.fail(f"--traces {cfg.traces} runs in one process: make traces with train_sft.py first "
@@ -170,7 +171,7 @@ def oracle(vlm, sample, rng, max_zooms=3):
     """A trace for a toy sample from its ground truth -> the assistant's turns.
 
     Its form is right, its behaviour is not: that is left for RL to find. In every task but `search`
-    one trace in three is about a random object.
+    one trace in three guesses: it answers with a random object or option.
     """
     task = sample.category[0]
     if task == "search":
@@ -192,15 +193,15 @@ def oracle(vlm, sample, rng, max_zooms=3):
 
 
 def oracle_of_search(vlm, sample, rng, max_zooms):
-    """It knows every object, but not what looking is for.
+    """It knows where every object is, but does not look for the right one.
 
-    It zooms into random objects, often stops at a wrong one and reports that one's pattern, and now
-    and then guesses at once.
+    It zooms into random objects, often stops at a wrong one and reports that one's pattern. One
+    trace in four guesses without a zoom.
     """
-    objects = sample.meta["scenes"][0]["objects"]       # the first one is asked for
+    objects = sample.meta["scenes"][0]["objects"]       # the first one is asked about
     view = vlm.view(sample.images[0])
     if rng.random() < 0.25 or max_zooms == 0:
-        opening = data.FORCE                            # as if no zoom was allowed
+        opening = data.FORCE                            # as if no zoom were allowed
         if rng.random() >= 0.7:
             o = objects[0]
             thought = f"The {o['name']} may be at {near(o, view, rng)}."
@@ -217,8 +218,9 @@ def oracle_of_search(vlm, sample, rng, max_zooms):
         seen = f" This is the {o['name']}, {o['pattern']}."
         if o is objects[0] or len(turns) == len(order) or rng.random() < 0.6:
             break
-    opening = data.FORCE                                # the answer is about the last crop
-    if len(turns) < max_zooms:
+    # The answer is about the last crop: o, x, y and seen are those of the last pass of the loop.
+    opening = data.FORCE                                # if all zooms are used up
+    if len(turns) < max_zooms:                          # seen[:-1]: without its full stop
         opening = f"<think>{seen[:-1]}, at ({x}, {y}). </think>\n<answer>"
     turns.append(f"{opening} {o['pattern']} </answer>")
     return turns
@@ -302,8 +304,9 @@ def finetune(vlm, episodes, cfg, progress=True):
 
     Each rank takes its share of every batch. progress: show a bar.
     """
-    # A form never seen before starts with huge gradients. beta2 = 0.95 forgets their size in 20
-    # steps, 0.999 would not in this run.
+    # The first gradients are huge, because this form of text is new to the model. AdamW divides by
+    # a running mean of their squares. With beta2 = 0.95 it forgets the first ones in about 20
+    # steps; with 0.999 it would need more steps than this run has.
     optimizer = AdamW(vlm.parameters(), cfg.lr, betas=(0.9, 0.95), offload=cfg.offload)
     rng = random.Random(cfg.seed)
     steps = cfg.epochs * math.ceil(len(episodes) / cfg.batch)
@@ -317,7 +320,7 @@ def finetune(vlm, episodes, cfg, progress=True):
             optimizer.step(cfg.lr * schedule(len(losses), steps))
             losses.append(ranks.all_reduce([loss])[0])
             for e in batch:
-                for view in e.views:                    # those of all traces would not fit
+                for view in e.views:                    # features of all traces would not fit
                     view.drop_features()
             bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
             bar.update()
@@ -327,7 +330,8 @@ def finetune(vlm, episodes, cfg, progress=True):
 
 def backward(vlm, batch, micro_tokens):
     """Add the gradient of the mean loss per token of the batch -> this rank's part of the loss."""
-    tokens = sum(sum(e.completion_mask) for e in batch)     # of the whole batch: parts add up
+    # Tokens of the whole batch, so that the sum over ranks and micro-batches is the mean.
+    tokens = sum(sum(e.completion_mask) for e in batch)
     share = batch[ranks.shard(len(batch))]
     total = 0.0
     for micro_batch in vlm.micro_batches(share, micro_tokens):
@@ -373,9 +377,9 @@ def held_out_accuracy(vlm, samples, style, cfg):
 
 
 def saw_it(episodes):
-    """The share of episodes with a crop that shows what the answer depends on; None without crops.
+    """The share of episodes with a crop that shows what the answer depends on; None if it is 0.
 
-    Only toy scenes tell where that is. A judge of answers cannot tell those from lucky guesses.
+    Only toy scenes say where that is. A right answer alone may be a lucky guess.
     """
     seen = []
     for e in episodes:
@@ -403,6 +407,8 @@ def main():
     ranks.start()
     cfg = run.parse_config(Config, description=__doc__, presets=presets, positive=POSITIVE)
     folder = run.make_dir(os.path.join("runs", cfg.name))
+    run.lock(folder)
+    run.refuse_to_overwrite(folder, ("checkpoint", "summary.json"), cfg.fresh)
     if cfg.data and cfg.traces == "oracle":
         run.fail("the oracle knows the toy world only: --data needs --traces mcts, teacher or "
                  "FILE.jsonl")
@@ -473,7 +479,10 @@ def write_traces(path, traces):
 
 
 def hold_out_traces(traces):
-    """-> (traces to learn, those about the last toy question in twenty). Of a single one, none."""
+    """-> (traces to learn, held-out traces: those about the last twentieth of the toy questions).
+
+    At least one question is held out, unless there is only one.
+    """
     ids = list(dict.fromkeys(trace.sample.id for trace in traces))
     n = max(len(ids) // 20, 1) if len(ids) > 1 else 0
     last = set(ids[len(ids) - n:])
@@ -489,7 +498,6 @@ def replay_all(vlm, traces, style, max_zooms):
 if __name__ == "__main__":
     KNOBS = (f"{memory.KNOBS['activations']}; of a search, a smaller --trees; "
              f"{memory.KNOBS['optimizer']}; a smaller model")
-    with run.exit_on_error(out_of_memory=KNOBS,
-                           interrupted="interrupted; finished trees and paid replies are kept: "
-                                       "the same command continues from there"):
+    SAVED = "finished trees and paid replies are kept: the same command continues from there"
+    with run.exit_on_error(out_of_memory=KNOBS, interrupted=f"interrupted; {SAVED}", saved=SAVED):
         main()

@@ -152,7 +152,7 @@ def print_cells(label, cells):
 
 def parse(argv=None):
     """-> (namespace with `what` and `seeds`, flags for the RL runs, which train_rl has read)."""
-    parser = argparse.ArgumentParser(
+    parser = run.Parser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False)
     parser.add_argument("what", nargs="?", choices=["run", "table"], default="table")

@@ -4,10 +4,13 @@ A cell is a group of questions with the same category. The categories of a quest
 levels, coarse to fine: ["mobile", "icon"]. A row is a dict about one episode, made by
 evaluate.summary_rows.
 """
+from collections import Counter
+
 from appendix.episode_rows import is_right
 
 # Benchmarks that average over cells: (number of levels that define a cell, number of cells in the
-# published benchmark, or 0 if that depends on the file). All others average over the questions.
+# published benchmark, or 0 if that depends on the file). All others average over the questions:
+# with 0 levels all questions are in one cell.
 CELLS = {
     "blink": (1, 14),
     "mig_bench": (1, 10),
@@ -18,11 +21,24 @@ CELLS = {
 }
 
 
+def chance(samples):
+    """The accuracy that is possible without looking at the image.
+
+    Either every question is guessed (one over its number of options, 0 without options), or every
+    answer is the text that is right most often. The higher accuracy of the two.
+    """
+    guesses = [1 / len(s.options) if s.options else 0.0 for s in samples]
+    known = [s for s in samples if s.options and s.answer is not None]
+    right = Counter(s.options[s.answer].casefold() for s in known)
+    most_frequent = max(right.values(), default=0)
+    return max(sum(guesses), most_frequent) / len(samples)
+
+
 def benchmark_of(rows):
     """The benchmark that all rows belong to; "" if there is none, or more than one."""
     names = set()
     for r in rows:
-        # The parquet file holds the same benchmark in another format.
+        # "blink_parquet" is the benchmark "blink", read from a parquet file.
         names.add(str(r.get("benchmark") or "").removesuffix("_parquet"))
     return names.pop() if len(names) == 1 else ""
 

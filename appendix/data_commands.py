@@ -9,12 +9,12 @@ import json
 import os
 
 import data
-from appendix import benchmarks, convert
+from appendix import benchmarks, convert, run
 from appendix.files import DataError, check_writable
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Draw, show and convert data.")
+    parser = run.Parser(description="Draw, show and convert data.")
     commands = parser.add_subparsers(dest="command", required=True)
     add_draw(commands)
     add_show(commands)
@@ -36,7 +36,7 @@ def add_draw(commands):
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--split", choices=("train", "test"), default="test")
     p.add_argument("--side", type=int, default=data.SIDE)
-    p.add_argument("--difficulty", choices=data.DIFFICULTY, default="medium")
+    p.add_argument("--difficulty", choices=data.DIFFICULTIES, default="medium")
     p.set_defaults(run=draw_rows)
 
 

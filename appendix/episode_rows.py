@@ -40,7 +40,7 @@ def verdict(e):
 # in words
 
 def gold_words(sample):
-    """The right answer as words."""
+    """The right answer ("gold") as words."""
     if sample.targets:
         boxes = []
         for target in sample.targets:
@@ -60,10 +60,10 @@ def numbers_text(values):
 
 
 def token_texts(vlm, e):
-    """The tokens from the first that the policy chose -> [[text, log-probability]].
+    """The tokens between the first and the last that the policy chose -> [[text, log-probability]].
 
     Neighbouring tokens that the policy did not choose become one entry, whose log-probability is
-    None. Their image tokens become the text "[image]".
+    None. The tokens of an image in it become the text "[image]".
     """
     texts = []
     given = []                                          # tokens not chosen, since the last chosen
@@ -110,7 +110,8 @@ def record(e):
 def restore(row, sample):
     """The episode of a row, with all that the summary and the report need.
 
-    The ids and log-probabilities of its tokens are not in the row: they become zeros.
+    The row has only the number of tokens that the policy chose. The episode gets that many, with
+    ids and log-probabilities of 0.
     """
     n = row["tokens"]
     turns = []

@@ -23,8 +23,11 @@ def check_flags(cfg):
     if cfg.circular and cfg.predictions:
         raise DataError("--circular asks a model again; --predictions are answers to the options "
                         "in their published order")
-    if cfg.compare and len(cfg.compare.split(os.pathsep)) != 2:
-        raise DataError("--compare needs two folders, as in --compare runs/a runs/b")
+    if cfg.compare:
+        folders = [os.path.realpath(folder) for folder in cfg.compare.split(os.pathsep)]
+        if len(folders) != 2 or folders[0] == folders[1]:
+            raise DataError("--compare needs two different folders, as in "
+                            "--compare runs/a runs/b")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -98,9 +101,9 @@ def style_of(cfg, samples):
 class EpisodeFile:
     """episodes.jsonl in --out: a row per episode, written batch by batch, by all ranks.
 
-    If the folder holds rows of the same settings, an evaluation continues from them. If their
-    settings differ, or a file with the same name has changed since, it ends with an error; except
-    that rows scored from --predictions are overwritten, since they take seconds to make.
+    If the folder holds rows of the same settings, an evaluation continues from them. If settings
+    differ, or an input file has changed since, the program ends with an error. Only rows that were
+    scored from --predictions are overwritten then, since they take seconds to make.
     """
 
     def __init__(self, cfg):
@@ -130,7 +133,7 @@ class EpisodeFile:
             here = self.settings.get(key)
             if there != here:
                 differences.append(f"{key} ({there!r} there, {here!r} here)")
-        if differences and before.get("predictions"):
+        if differences and before.get("predictions"):   # cheap to make again: start empty
             return rows
         if differences:
             raise DataError(f"{self.cfg.out} holds a run with other settings: "
@@ -188,9 +191,9 @@ class EpisodeFile:
 
 
 def settings_of(cfg):
-    """The settings that decide the content of the rows, with size and time of the files they name.
+    """The settings that decide the content of the rows -> {name: value}.
 
-    A changed size or time means that a file has changed under the same name.
+    The size and time of each file they name are added, so that a changed file is noticed.
     """
     settings = {k: v for k, v in asdict(cfg).items() if k not in FREE}
     for name in ("data", "predictions", "checkpoint", "model"):
@@ -228,7 +231,10 @@ def shared_verdicts(a, b):
 
 
 def read_verdicts(folder):
-    """The scored rows of the first run in a folder, {id: row}. That of --zoom all may zoom."""
+    """The scored rows of the first run in a folder, {id: row}.
+
+    After --zoom all the first run is the one in which zooms are allowed.
+    """
     scored = {}
     first = None                                        # label of the first run
     for where, row in files.read_rows(os.path.join(folder, "episodes.jsonl")):
@@ -306,15 +312,15 @@ def print_comparison(found, interval_a, interval_b):
 def write_page(cfg, title, runs, rows):
     """report.html in --out: the table, the settings, and the episodes of each run."""
     from appendix import report
-    settings = {"on": title}
+    settings = {"on": title}                            # what was measured on
     for f in fields(cfg):
         value = getattr(cfg, f.name)
         if value != f.default and f.name not in ("data", "out", "fresh"):
             settings[f.name] = value
-    asked = cfg.predictions or cfg.checkpoint or cfg.model
+    measured = cfg.predictions or cfg.checkpoint or cfg.model
     page = report.Report(
-        title=f"How well does {asked} look?", sections=list(runs.items()), table=page_table(rows),
-        settings=settings, drawn=cfg.drawn)
+        title=f"How well does {measured} look?", sections=list(runs.items()),
+        table=page_table(rows), settings=settings, drawn=cfg.drawn)
     report.write_report(os.path.join(cfg.out, "report.html"), page)
 
 
@@ -329,7 +335,7 @@ def page_table(rows):
     head += [name.replace("_", " ") for name in means]
     table = [("", head)]
     for label, s in rows:
-        cells = [s, s["n"], s["wrong_format"]]          # a summary is shown as its accuracy
+        cells = [s, s["n"], s["wrong_format"]]          # the report draws s as its accuracy
         cells += [f"{s[name]:.2f}" if name in s else "" for name in means]
         table.append((label, cells))
     return table

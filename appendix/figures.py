@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 import data
 import zoom_rollout
-from appendix import prefix
+from appendix import prefix, run
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 WARM_START = "runs/sft/checkpoint"
@@ -76,7 +76,7 @@ PANEL_WIDTH = 300               # of a diagram
 PANEL_HEIGHT = HEIGHT - 60
 TOP = 30                        # of a diagram, from the top of the picture
 PANELS = [("accuracy", "answers right, training"),
-          ("accuracy_blind", "the same, where it may not zoom (chance 0.25)")]
+          ("accuracy_blind", "the same, where it may not zoom")]
 THIN = 'stroke="#9db4f0" stroke-width="1"'              # one run
 THICK = 'stroke="#2447c5" stroke-width="2.5"'           # the mean
 
@@ -252,7 +252,7 @@ def draw_crop(page, pen, turn, view, n):
 # --------------------------------------------------------------------------------------------------
 
 def parse(argv=None):
-    parser = argparse.ArgumentParser(
+    parser = run.Parser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", help="run folders")
     parser.add_argument("--table", action="store_true", help="print the table, draw nothing")

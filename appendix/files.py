@@ -25,7 +25,7 @@ class DataError(ValueError):
 def open_image(source, where="", size_only=False, check=False):
     """A path, or the bytes of an image file -> RGB PIL image.
 
-    size_only: return (width, height) instead, read from the head of the file.
+    size_only: return (width, height) instead, which stands in the head of the file.
     check: with size_only, decode the whole file too (a JPEG at an eighth of its size, which is
     fast). Raises DataError, which names the image and the row.
     """
@@ -102,7 +102,7 @@ def read_rows(path):
         if str(path).endswith(".json"):
             return json_rows(path)
         return jsonl_rows(path)
-    except DataError:                       # is a ValueError
+    except DataError:                       # it is a ValueError, but has its message already
         raise
     except (OSError, ValueError, NotImplementedError) as e:     # not there, not text, not parquet
         raise DataError(f"cannot read {path}: {e}") from None
@@ -122,7 +122,7 @@ def parquet_rows(path):
 
 def json_rows(path):
     try:
-        with open(path, encoding="utf-8") as f:
+        with open(path, encoding="utf-8-sig") as f:     # with or without a byte order mark
             rows = json.load(f)
     except json.JSONDecodeError as e:
         raise DataError(f"{path}: not JSON ({e.msg} at line {e.lineno})") from None
@@ -135,7 +135,7 @@ def json_rows(path):
 
 def jsonl_rows(path):
     rows = []
-    with open(path, encoding="utf-8") as f:
+    with open(path, encoding="utf-8-sig") as f:
         for n, line in enumerate(f, 1):
             if not line.strip():
                 continue

@@ -3,8 +3,8 @@ from dataclasses import dataclass
 
 import torch
 
-# What to change when a part does not fit. Printed beside the plan and when memory runs out; the
-# order is that in which to try.
+# What to change when a part does not fit, the first thing to try first. Printed beside the plan,
+# and when memory runs out.
 KNOBS = {
     "activations": "--recompute, then a smaller --micro-tokens (the gradient stays the same)",
     "cache": "a smaller --max-batch-tokens (the episodes stay the same)",
@@ -42,14 +42,16 @@ def memory_plan(vlm, options):
     # Two moments in fp32, and an fp32 master unless the weight itself is one.
     has_masters = size < 4 or options.offload
     optimizer = trained * (12 if has_masters else 8)
-    # Old and new cache exist together when finished rows leave it. Keys and values of each layer.
-    cache = 2 * options.cache_tokens * text.num_hidden_layers * 2 * kv_size * size
+    slot = text.num_hidden_layers * 2 * kv_size * size                  # a key, a value per layer
+    # Twice: when finished rows leave the cache, the old one and the new one exist together.
+    cache = 2 * options.cache_tokens * slot
     plan = {
         "weights": parameters * size * copies,
         "optimizer": optimizer,
         "gradients": trained * 4,                                       # summed in fp32
         "cache": cache,
         "activations": options.micro_tokens * activation_bytes(text, kv_size, size, options),
+        # About four fp32 tensors of this size: logits, log-probabilities, and their gradients.
         "logits": 4 * options.chunk * text.vocab_size * 4,
     }
     always = plan["weights"]
@@ -62,11 +64,12 @@ def memory_plan(vlm, options):
 
 def activation_bytes(text, kv_size, size, options):
     """Bytes that the layers keep for the backward pass, per token."""
+    # About 6 vectors of the hidden size, 4 of keys and values, 4 inside the MLP.
     layer = 6 * text.hidden_size + 4 * kv_size + 4 * text.intermediate_size
     layer *= size
     if not options.recompute:
         return text.num_hidden_layers * layer
-    # The input of each layer, and two layers at work.
+    # The input of each layer stays; two layers at most are computed again at the same time.
     inputs = (text.num_hidden_layers + 2) * text.hidden_size * size
     return inputs + 2 * layer
 

@@ -10,7 +10,7 @@ import torch
 import evaluate
 import grpo
 import zoom_rollout
-from appendix import ranks
+from appendix import averages, ranks
 
 
 class StepLog:
@@ -74,10 +74,10 @@ def step_metrics(log, batch, reward, advantages, weights):
     leave out the blind prompts, which may not zoom, unless they say otherwise.
     """
     cfg = log.cfg
-    log.lap("update")                                   # since the last lap: advantages to update
+    log.lap("update")                                   # everything since the last lap
     blind = batch.episodes[:batch.first_seeing]
     seeing = batch.episodes[batch.first_seeing:]
-    rows_blind = len(blind) // cfg.group_size
+    num_blind = len(blind) // cfg.group_size            # prompts; they come first
     calls = [t for e in seeing for t in e.turns if "<tool_call>" in t.text]
     crops = sum(t.crop is not None for t in calls)
     components = seeing[0].reward_components
@@ -85,7 +85,7 @@ def step_metrics(log, batch, reward, advantages, weights):
     row = {}
     row["step"] = log.step
     # mean reward of an episode; should rise
-    row["reward"] = reward[rows_blind:].sum().item(), len(seeing)
+    row["reward"] = reward[num_blind:].sum().item(), len(seeing)
     # share of right answers (for univg-r1: mean IoU); should rise
     row["accuracy"] = component_mean(seeing, "accuracy")
     # share of episodes whose turns follow the grammar; near 1 after the warm start
@@ -148,9 +148,9 @@ def add_update(row, log):
 
 
 def add_work(row, log, batch):
-    """Tokens prefilled and patches encoded by the rollouts, ours and the naive way's."""
+    """Tokens prefilled and patches encoded: by our rollouts, and by naive ones without a cache."""
     naive = zoom_rollout.naive_work(log.vlm, batch.episodes + batch.dropped)
-    share = 1 / ranks.world_size()                      # reduce_ratios then gives the sum
+    share = 1 / ranks.world_size()                      # adds up to 1, so the ratio is the sum
     for kind in ("tokens", "patches"):
         # what the rollouts of this step ran
         row[f"{kind}_run"] = log.rollout_work[kind], share
@@ -199,7 +199,7 @@ def difficulty_shares(iou):
 # on the screen
 
 class Clock:
-    """How long the remaining steps will take."""
+    """Estimates how long the remaining steps will take, from the steps of this process."""
 
     def __init__(self, first_step, steps):
         self.began = time.time()
@@ -226,12 +226,6 @@ def log_line(row, steps, minutes_left):
 # --------------------------------------------------------------------------------------------------
 # at the end
 
-def chance(samples):
-    """Accuracy of a blind guess: one over the number of options, 0 where there are none."""
-    guesses = [1 / len(s.options) if s.options else 0.0 for s in samples]
-    return sum(guesses) / len(samples)
-
-
 def summarise_run(before, after, held_out, curves, seconds):
     """The figures of summary.json. before, after: {zoom mode: evaluate.summarise(...)}."""
     on = after["on"]
@@ -242,7 +236,7 @@ def summarise_run(before, after, held_out, curves, seconds):
         "accuracy_after": on["accuracy"],               # zoom allowed, after RL
         "low": on["low"],                               # 95 % interval of accuracy_after
         "high": on["high"],
-        "chance": chance(held_out),
+        "chance": averages.chance(held_out),
         "zooms_per_episode": on["zooms"],
         "logp_gap_max": max((row["logp_gap_max"] for row in curves), default=0.0),
     }
@@ -263,7 +257,7 @@ def summarise_run(before, after, held_out, curves, seconds):
 
 
 def difficulty_levels(summary):
-    """The categories that are not all there is: easy, medium and hard scenes of a mixed world."""
+    """The categories that hold only some of the questions: easy scenes of a mixed world, ..."""
     categories = summary["categories"]
     return {name: part for name, part in categories.items() if part["n"] < summary["n"]}
 

@@ -1,4 +1,4 @@
-"""AdamW for bf16 weights: sums are kept in fp32, on the GPU or on the CPU."""
+"""AdamW for bf16 weights: updates are added up in fp32, on the GPU or on the CPU."""
 import math
 
 import torch
@@ -10,7 +10,7 @@ class AdamW:
     """torch's AdamW on masters: an fp32 copy of each parameter that is not fp32 itself.
 
     A bf16 weight near 1 cannot move by less than 0.4 %, so an RL step of 1e-6 would be rounded away
-    every time. The master keeps the sum, and the bf16 weight follows when it has moved far enough.
+    every time. The master adds up the steps, and the bf16 weight is the master, rounded.
     Gradients are summed in fp32 too, over micro-batches and ranks.
 
     offload: masters and moments (12 bytes per parameter) live on the CPU, which does the update.
@@ -56,7 +56,7 @@ class AdamW:
         return norm
 
     def update(self):
-        """Gradients to the masters, one update there, and the new values back to the weights."""
+        """Copy the gradients to the masters, update these, copy the new values to the weights."""
         for p, m in zip(self.params, self.masters):
             m.grad = None if p.grad is None else p.grad.to(m.device)
         self.opt.step()
@@ -86,5 +86,5 @@ class AdamW:
             m = self.masters[int(i)]
             if key == "master":
                 m.data.copy_(value)
-            else:                                       # the fused update wants "step" there too
+            else:                                       # for the fused update "step" moves, too
                 self.opt.state[m][key] = value.to(m.device)

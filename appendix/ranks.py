@@ -72,7 +72,8 @@ def message_device():
 def gather(rows):
     """A list of JSON values per rank -> one list of all ranks' values, in the order of the ranks.
 
-    The values travel as text, padded with spaces to the longest: nothing is unpickled.
+    The values are sent as JSON text, padded with spaces to the longest, and not as pickles, which
+    could run code.
     """
     if world_size() == 1:
         return rows

@@ -1,8 +1,9 @@
 """What stands around the steps of an RL run: loading, measuring, saving, resuming, reporting.
 
-train_rl.py calls these functions in the order in which they stand here. `cfg` is train_rl.Config.
+The functions stand about in the order in which train_rl.py calls them. `cfg` is train_rl.Config.
 """
 import json
+import math
 import os
 import time
 from dataclasses import asdict, dataclass, field, replace
@@ -18,15 +19,17 @@ from appendix.split import hold_out
 from model import is_tiny
 
 # Fields that may change when a run is resumed.
-FREE = ("resume", "steps", "name", "save_every", "max_batch_tokens", "graphs", "micro_tokens",
-        "recompute", "offload", "plain")
+FREE = ("resume", "fresh", "steps", "name", "save_every", "max_batch_tokens", "graphs",
+        "micro_tokens", "recompute", "offload", "plain")
+# Files of an earlier run: where one of them is in the folder, a new run does not start.
+RESULTS = ("checkpoint", "metrics.jsonl", "summary.json")
 # The run stops after this many steps in a row whose gradient was not finite.
 PATIENCE = 5
 
 
 @dataclass
 class Progress:
-    """Where a run stands: what a checkpoint records beside weights and optimizer."""
+    """Where a run stands. A checkpoint records all of it but the sections."""
     step: int = 0                                       # steps done
     seconds: float = 0.0                                # seconds spent by earlier processes
     before: dict = field(default_factory=dict)          # held-out summary by zoom mode, before RL
@@ -75,13 +78,16 @@ def read_state(checkpoint):
 
 
 def resumable(checkpoint, cfg):
-    """The state of a checkpoint made with these settings, a dict (those in FREE may differ)."""
+    """The state of a checkpoint, a dict. Only the settings in FREE may differ from those of cfg."""
     state = read_state(checkpoint)
     differences = []
     for key, value in asdict(cfg).items():
         there = state["config"].get(key)
         if key not in FREE and there != value:
             differences.append(f"{key} ({there!r} there, {value!r} here)")
+    if cfg.steps < state["step"]:
+        run.fail(f"{checkpoint} has done {state['step']} steps already; expected --steps of more "
+                 f"than {cfg.steps}")
     if differences:
         run.fail(f"{checkpoint} was made with other settings: {', '.join(differences)}")
     return state
@@ -93,7 +99,8 @@ def resumable(checkpoint, cfg):
 def load_policy(cfg):
     """The model that learns: the run's checkpoint with --resume, else --model."""
     name = os.path.join(run_folder(cfg), "checkpoint") if cfg.resume else cfg.model
-    # A toy scene is four times the size of what is fed, so a real model gets a smaller image there.
+    # The sides of a toy scene are four times those of the image fed (vlm.toy_side). So a real
+    # model is fed smaller images there, or the scenes would be huge.
     small = not cfg.data and not is_tiny(cfg.model)
     max_pixels = cfg.max_pixels or (448 * 448 if small else 0)
     return prefix.load_vlm(name, plain=cfg.plain, device=cfg.device, dtype=cfg.dtype,
@@ -218,10 +225,13 @@ class RunLog:
     def begin(self, held_out):
         """Cut the logs to the steps done, write config.json; resume the optimizer or save.
 
-        config.json holds the settings and, of --data, the ids of the held-out rows.
+        config.json holds the settings and, with --data, the ids of the held-out rows.
         """
         for name in ("metrics.jsonl", "episodes.jsonl"):    # later steps are run again
             run.keep_rows_before(self.path(name), self.progress.step)
+        for name in ("summary.json", "report.html"):        # of a run that had come to its end
+            if ranks.rank() == 0 and os.path.exists(self.path(name)):
+                os.remove(self.path(name))
         config = asdict(self.cfg)
         if self.cfg.data:
             config["held_out"] = [s.id for s in held_out]
@@ -230,7 +240,7 @@ class RunLog:
         if self.cfg.resume:
             run.load_checkpoint(self.path("checkpoint"), self.optimizer)
         else:
-            self.save(0)                                # a warm start takes long, too
+            self.save(0)                                # keeps the warm start, which takes long
 
     def path(self, name):
         return os.path.join(run_folder(self.cfg), name)
@@ -241,6 +251,17 @@ class RunLog:
                  "seconds": seconds}
         run.save_checkpoint(self.path("checkpoint"), self.vlm, self.optimizer, state)
         self.saved = step
+
+    def stop_if_not_finite(self, episodes, step):
+        """End the run if weights, log-probabilities or rewards are infinite or nan, on any rank."""
+        weights = torch.stack([p.detach().sum() for p in self.vlm.parameters()])
+        broken = not torch.isfinite(weights).all()
+        for e in episodes:
+            broken = broken or not math.isfinite(sum(e.logprobs) + e.reward_components["reward"])
+        if any(ranks.gather([bool(broken)])):
+            run.fail(f"step {step + 1} left weights, log-probabilities or rewards that are not "
+                     "finite, so nothing more can be learned; try a smaller --lr. The checkpoint "
+                     f"of step {self.saved} is as it was: {self.path('checkpoint')}")
 
     def write(self, row, episodes):
         """Print the step; append its metrics, and its best and its worst episode."""
@@ -253,7 +274,10 @@ class RunLog:
         run.append_rows(self.path("episodes.jsonl"), records)
 
     def stops_after(self, row):
-        """Save when it is time -> True if Ctrl-C asked the run to stop."""
+        """Save when it is time -> True if Ctrl-C asked the run to stop.
+
+        Ends the program after PATIENCE steps in a row without a finite gradient.
+        """
         self.skipped = self.skipped + 1 if row["skipped"] else 0
         if self.skipped == PATIENCE:
             run.fail(self.diverged())
@@ -290,7 +314,7 @@ def best_and_worst(episodes):
 # the end
 
 def group_to_show(vlm, episodes, cfg):
-    """The group whose advantages differ most, with what the report shows of its episodes."""
+    """The group whose advantages differ most. What the report shows is added to its episodes."""
     G = cfg.group_size
     groups = [episodes[i:i + G] for i in range(0, len(episodes), G)]
     group = max(groups, key=advantage_range)

@@ -21,6 +21,7 @@ def sample_fields(row, where, root):
                         f"expected one of {', '.join(READ_ANSWER)}")
     images = read_images(row, where, root)
     fields = {
+        # A row without an id is named by its file and line.
         "id": where if row.get("id") is None else str(row["id"]),
         "images": images,
         "question": need(row, "question", str, where),
@@ -91,7 +92,7 @@ def read_strings(row, key, where):
 
 
 def read_images(row, where, root):
-    """Paths below `root`; bytes of image files stay as they are."""
+    """The images, paths joined to the folder `root`; bytes of image files stay as they are."""
     images = need(row, "images", list, where)
     if not images or not all(isinstance(image, (str, bytes)) for image in images):
         raise DataError(f"{where}field 'images' is {images!r:.60}; expected a list of file names")
@@ -111,7 +112,10 @@ def read_targets(targets, images, where):
 
 
 def read_target(target, images, where):
-    """-> {"image", "box"}, and "polygon" if there is one, whose bounds are then the box; pixels."""
+    """A checked target -> {"image", "box"}, in pixels; with "polygon" if the row has one.
+
+    The box of a polygon is the smallest one around it.
+    """
     index = target.get("image", 0) if isinstance(target, dict) else None
     if type(index) is not int or index not in range(len(images)):
         expected = f"{{'image': 0..{len(images) - 1}, 'box': [x1, y1, x2, y2]}}"

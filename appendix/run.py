@@ -1,10 +1,11 @@
 """What stands around every script: its command line, its files, its checkpoints, how it ends.
 
-A command line is made from a flat dataclass, one flag per field. Files are written aside and
-renamed, so a reader finds the old one or the new one and never half of one. Of several ranks,
-rank 0 writes.
+A command line is made from a flat dataclass, one flag per field. Files are written under another
+name and then renamed, so a reader finds the old one or the new one and never half of one. Of
+several ranks, rank 0 writes.
 """
 import argparse
+import atexit
 import contextlib
 import inspect
 import json
@@ -13,6 +14,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import sys
 import typing
 from dataclasses import fields
@@ -30,23 +32,30 @@ from appendix.files import DataError
 # how a script ends
 
 def fail(message):
-    """Print one line and exit with status 2."""
-    print(f"error: {message}", file=sys.stderr)
+    """Print a message and exit with status 2. Unprintable characters are escaped, as in \\x1b."""
+    shown = "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in message)
+    print(f"error: {shown}", file=sys.stderr)
     sys.exit(2)
 
 
 @contextlib.contextmanager
-def exit_on_error(out_of_memory="", interrupted=""):
+def exit_on_error(out_of_memory="", interrupted="", saved=""):
     """Wrap main(): errors that the user can do something about end in one line and status 2.
 
-    DataError is shown as it is. out_of_memory: the flags to change, most effective first, for a
-    device or CPU that has no memory left. interrupted: what to say after Ctrl-C. Any other error
-    passes through, and so do these two where the text is empty.
+    These are DataError, errors of a disk or a file, and, where their text is given, lack of memory
+    and Ctrl-C. Any other error passes through.
+    out_of_memory: the flags to change, most effective first. interrupted: what to say after Ctrl-C.
+    saved: what is kept in spite of an error of a disk or a file, added to its message.
     """
     try:
         yield
     except DataError as e:
         fail(str(e))
+    except (OSError, SafetensorError) as e:
+        what = getattr(e, "filename", None)
+        reason = getattr(e, "strerror", None) or one_line(e, 160)
+        message = f"{what}: {reason}" if what else reason
+        fail(f"{message}. {saved}" if saved else message)
     except RuntimeError as e:
         if not out_of_memory or not is_out_of_memory(e):
             raise
@@ -101,10 +110,23 @@ def write_text(path, text):
     if ranks.rank() > 0:
         return
     tmp = path + ".tmp"
-    # "replace": a model may write half a surrogate pair, which has no encoding.
-    with open(tmp, "w", encoding="utf-8", errors="replace") as f:
-        f.write(text)
-    os.replace(tmp, path)
+    with removed_on_error(tmp):
+        # "replace": a model may write half a surrogate pair, which has no encoding.
+        with open(tmp, "w", encoding="utf-8", errors="replace") as f:
+            f.write(text)
+        os.replace(tmp, path)
+
+
+@contextlib.contextmanager
+def removed_on_error(path):
+    """Remove the half-written file or folder if what is done inside `with` fails."""
+    try:
+        yield
+    except BaseException:
+        shutil.rmtree(path, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            os.remove(path)
+        raise
 
 
 def write_json(path, obj):
@@ -124,24 +146,87 @@ def append_rows(path, rows):
 def keep_rows_before(path, step):
     """Cut a JSONL file down to the rows whose "step" is below `step`. Atomic; rank 0 writes.
 
-    A last line that a crash left incomplete goes too. A file that is missing is created.
+    A last line that a crash left incomplete goes too. A file that is missing is created. A line
+    without a step ends the program.
     """
     if ranks.rank() > 0:
         return
     kept = []
     if step > 0 and os.path.exists(path):
-        with open(path) as f:
-            for line in f:
-                if line.endswith("\n") and json.loads(line)["step"] < step:
+        with open(path, encoding="utf-8", errors="replace") as f:
+            for n, line in enumerate(f, 1):
+                if line.endswith("\n") and step_of(line, f"{path}, line {n}") < step:
                     kept.append(line)
     write_text(path, "".join(kept))
 
 
+def step_of(line, where):
+    """The "step" of a line of metrics.jsonl or episodes.jsonl."""
+    try:
+        step = json.loads(line)["step"]
+        if type(step) is int:
+            return step
+    except (ValueError, TypeError, KeyError):
+        pass
+    fail(f"{where} is {line.strip()!r:.60}; expected a row with a step. Remove that line to go on")
+
+
 def cut_torn_line(path):
-    """Remove the end of a JSONL file behind its last line break, which a kill left incomplete."""
+    """Remove what follows the last line break of a JSONL file: a line that a kill cut off."""
     with open(path, "rb+") as f:
         end = f.read().rfind(b"\n") + 1
         f.truncate(end)
+
+
+def lock(folder):
+    """Let no second program work in the folder until this one ends. Rank 0 locks.
+
+    The file `lock` says who works there. If that process is on this machine and has ended, its
+    lock is taken over; whether a process on another machine runs cannot be seen from here.
+    """
+    if ranks.rank() > 0:
+        return
+    path = os.path.join(folder, "lock")
+    me = {"process": os.getpid(), "host": socket.gethostname()}
+    with contextlib.suppress(OSError, ValueError):
+        with open(path, encoding="utf-8") as f:
+            owner = json.load(f)
+        elsewhere = owner.get("host") != me["host"]
+        if elsewhere or is_running(owner.get("process")):
+            fail(f"process {owner.get('process')} on {owner.get('host')} works in {folder}; wait "
+                 f"for it, or name another folder. If it is gone, remove {path}")
+    write_json(path, me)
+    atexit.register(unlock, path, os.getpid())
+
+
+def refuse_to_overwrite(folder, results, fresh, go_on=""):
+    """End the program if an earlier run left one of these results in the folder, unless `fresh`.
+
+    go_on: how to continue that run, for the message.
+    """
+    there = [name for name in results if os.path.exists(os.path.join(folder, name))]
+    if there and not fresh:
+        fail(f"{folder} holds an earlier run ({', '.join(there)}); {go_on}take another --name, or "
+             "overwrite it with --fresh")
+
+
+def is_running(process):
+    """Does another process of this number run on this machine?"""
+    if type(process) is not int or process == os.getpid():
+        return False
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:                                     # it runs, and is not ours
+        pass
+    return True
+
+
+def unlock(path, process):
+    if process == os.getpid():                          # not in a forked child
+        with contextlib.suppress(OSError):
+            os.remove(path)
 
 
 def make_dir(path):
@@ -190,12 +275,13 @@ def save_checkpoint(folder, vlm, optimizer, state):
     """
     if ranks.rank() > 0:
         return
-    tmp = vlm.save(folder)
-    tensors = {name: value.contiguous() for name, value in optimizer.tensors().items()}
-    save_file(tensors, os.path.join(tmp, "optimizer.safetensors"))
-    save_file({"torch": torch.get_rng_state()}, os.path.join(tmp, "rng.safetensors"))
-    write_json(os.path.join(tmp, "state.json"), state)
-    replace_folder(tmp, folder)
+    with removed_on_error(folder + ".tmp"):
+        tmp = vlm.save(folder)                          # into folder.tmp
+        tensors = {name: value.contiguous() for name, value in optimizer.tensors().items()}
+        save_file(tensors, os.path.join(tmp, "optimizer.safetensors"))
+        save_file({"torch": torch.get_rng_state()}, os.path.join(tmp, "rng.safetensors"))
+        write_json(os.path.join(tmp, "state.json"), state)
+        replace_folder(tmp, folder)
 
 
 def load_checkpoint(folder, optimizer):
@@ -237,10 +323,17 @@ def parse_config(Config, argv=None, description="", presets=None, positive=()):
     return config
 
 
+class Parser(argparse.ArgumentParser):
+    """argparse's, whose errors are one line without the usage."""
+
+    def error(self, message):
+        fail(f"{message} (--help explains every flag)")
+
+
 def make_parser(Config, description):
     """An argparse parser with one flag per field of a dataclass."""
     title = description.strip().split("\n")[0]
-    parser = argparse.ArgumentParser(description=title, allow_abbrev=False)
+    parser = Parser(description=title, allow_abbrev=False)
     comments = field_comments(Config)
     for f in fields(Config):
         note = f"{comments.get(f.name, '')} (default: {f.default!r})"
@@ -266,7 +359,10 @@ def flag_of(name):
 
 
 def check_numbers(parser, config, positive):
-    """Exit with an error if a number is negative, infinite, nan, or 0 where it must be above 0."""
+    """Exit with an error if a number is negative, infinite, nan, or 0 where it must be above 0.
+
+    The same for a --seed that is too large and a --name that names no folder.
+    """
     for name, value in vars(config).items():
         if not isinstance(value, (int, float)):
             continue
@@ -275,6 +371,11 @@ def check_numbers(parser, config, positive):
         if not allowed:
             expected = "above 0" if must_be_positive else "of 0 or more"
             parser.error(f"{flag_of(name)} is {value}; expected a value {expected}")
+    seed = getattr(config, "seed", 0)
+    if seed >= 2 ** 32:
+        parser.error(f"--seed is {seed}; expected a value below 2^32")
+    if getattr(config, "name", "x") in ("", ".", ".."):
+        parser.error(f"--name is {config.name!r}; expected the name of a folder in runs/")
 
 
 def pick_fields(config, Dataclass):

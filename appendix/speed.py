@@ -38,7 +38,7 @@ import torch
 
 import train_rl
 import zoom_rollout
-from appendix import memory, ranks, speed_peers, speed_search, speed_setup, speed_train
+from appendix import memory, ranks, run, speed_peers, speed_search, speed_setup, speed_train
 from appendix.speed_setup import Load, Rounds
 
 # Two settings of `plan`.
@@ -194,7 +194,7 @@ def plan(args):
 # the command line
 
 def parse(argv=None):
-    parser = argparse.ArgumentParser(
+    parser = run.Parser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("what", choices=["rollout", "train", "search", "plan"])

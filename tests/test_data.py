@@ -346,7 +346,7 @@ def test_bad_field(folder, change, expected):
 
 @pytest.mark.parametrize("text, expected", [
     ("", "holds no rows"), ("\n \n", "holds no rows"), ('{"id": 1', "line 1: not JSON"), (json.dumps(GOOD) + "\n{,}\n", "line 2: not JSON"),
-    ("[1, 2]", "line 1: field 'answer_type' is missing"), ("null", "line 1: "), ("\ufeff{}", "line 1: not JSON"),
+    ("[1, 2]", "line 1: field 'answer_type' is missing"), ("null", "line 1: "), ("\ufeff{}", "line 1: field 'answer_type' is missing"), ("\ufeff{", "line 1: not JSON"),
     ('{"problem": 5, "answer": "x", "images": ["a.png"]}', "line 1: field 'problem' is 5; expected str"),
     ('{"problem": "x"}', "line 1: field 'answer' is missing"),
     (json.dumps({"problem": CHOICES, "answer": "maybe", "images": ["a.png"]}), "line 1: answer 'maybe' is none of the options"),
@@ -431,8 +431,8 @@ MUTATIONS = [
     ("data:toy", "random.Random(f'{task}/{split}/{seed}')", "random.Random()", test_seed, {}),
     ("data:PATTERNS", "lambda x, y: y // 2 % 2", "lambda x, y: y // 3 % 2", test_overview_hides_the_pattern, dict(side=448)),
     ("data:PATTERNS", "lambda x, y: y // 2 % 2", "lambda x, y: y % 2", test_search_answer, {}),
-    ("data:prompt", "if sample.options:\n    text += '\\nAnswer Choices:'\n    for letter, option in enumerate(sample.options, ord('A')):\n        text += f'\\n{chr(letter)}. {option}'",
-     "if sample.answer is not None:\n    text += '\\nAnswer Choices:'\n    for letter, option in enumerate(sample.options, ord('A')):\n        text += f'\\n{chr(letter)}. {option}'",
+    ("data:prompt", "if sample.options:\n    text += '\\nAnswer Choices:'\n    for code, option in enumerate(sample.options, ord('A')):\n        text += f'\\n{chr(code)}. {option}'",
+     "if sample.answer is not None:\n    text += '\\nAnswer Choices:'\n    for code, option in enumerate(sample.options, ord('A')):\n        text += f'\\n{chr(code)}. {option}'",
      test_prompt, dict(task="search")),
     ("appendix.benchmarks:option_index", "option.lower() == said.lower()", "option == said.lower()",
      test_vigorl_rows, dict(problem=CHOICES, answer="yes, Left", want=dict(answer=0))),

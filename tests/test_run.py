@@ -2,13 +2,15 @@
 What stands around a run: optimizer, checkpoints, files, the command line, how a script ends, several ranks. At the end MUTATIONS
 puts bugs into appendix/run.py, optimizer.py and ranks.py, one at a time, and requires the named test to fail.
 """
-import dataclasses, json, math, os, random, signal
+import dataclasses, json, math, os, random, signal, socket, subprocess, sys
+from types import SimpleNamespace
 from typing import Literal
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 
 import train_sft
 from appendix import files, prefix, ranks, run
@@ -151,8 +153,8 @@ def test_cli(capsys):
     for wrong in ("--stepz 3", "--step 3", "--kind c", "--steps 3.5", "--resume False", "--steps", "extra", "--group_size 3"):
         with pytest.raises(SystemExit) as e:
             run.parse_config(Config, wrong.split())
-        assert e.value.code == 2, wrong
-    for wrong, said in (("--steps -3", "expected a value of 0 or more"), ("--lr nan", "0 or more"), ("--lr inf", "0 or more"), ("--group-size 0", "above 0")):
+        assert e.value.code == 2 and capsys.readouterr().err.count("\n") == 1, wrong       # one line, without the usage
+    for wrong, said in (("--steps -3", "expected a value of 0 or more"), ("--lr nan", "0 or more"), ("--lr inf", "0 or more"), ("--group-size 0", "above 0"), ("--name=", "name of a folder")):
         with pytest.raises(SystemExit) as e:
             run.parse_config(Config, wrong.split(), positive=["group_size"])
         assert e.value.code == 2 and said in capsys.readouterr().err, wrong
@@ -205,6 +207,75 @@ def test_errors_of_the_user_are_one_line(error, said, capsys):
     if not isinstance(error, files.DataError):
         with pytest.raises(type(error)), run.exit_on_error():                       # nothing to say: it passes
             raise error
+
+def test_a_full_disk_is_one_line(capsys):
+    """Bug: a traceback; and nobody says what was saved."""
+    for error, said in ((OSError(28, "No space left on device", "runs/x/metrics.jsonl"), "runs/x/metrics.jsonl: No space left on device. All is kept"),
+                        (SafetensorError("IoError(Os { code: 28 })"), "IoError(Os { code: 28 }). All is kept")):
+        with pytest.raises(SystemExit) as stop, run.exit_on_error(saved="All is kept"):
+            raise error
+        err = capsys.readouterr().err
+        assert stop.value.code == 2 and err == f"error: {said}\n"
+
+def test_half_written_files_go(tmp_path, monkeypatch):
+    """Bug: what a full disk cut off stays there under its temporary name."""
+    def full(*_):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(OSError):
+        run.write_text(str(tmp_path / "a.json"), "x")
+    monkeypatch.setattr(run, "save_file", full)
+    vlm = SimpleNamespace(save=lambda folder: os.mkdir(folder + ".tmp") or folder + ".tmp")
+    with pytest.raises(OSError):
+        run.save_checkpoint(str(tmp_path / "checkpoint"), vlm, SimpleNamespace(tensors=dict), {})
+    assert os.listdir(tmp_path) == []
+
+def test_messages_are_printable(capsys):
+    """Bug: the name of a file clears the screen."""
+    with pytest.raises(SystemExit):
+        run.fail("runs/\x1b[2J\x07é: gone")
+    assert capsys.readouterr().err == "error: runs/\\x1b[2J\\x07é: gone\n"
+
+def test_a_folder_has_one_owner(tmp_path, capsys, monkeypatch):
+    """Bug: two runs under one name write into the same files. A lock of a process that is gone is taken over."""
+    path, folder = tmp_path / "lock", str(tmp_path)
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
+        path.write_text(json.dumps({"process": other.pid, "host": socket.gethostname()}))
+        with pytest.raises(SystemExit):
+            run.lock(folder)
+        assert f"process {other.pid} on {socket.gethostname()} works in {folder}" in capsys.readouterr().err
+        other.stdin.close()
+    run.lock(folder)                                                            # it has ended
+    assert json.loads(path.read_text())["process"] == os.getpid()
+    run.lock(folder)                                                            # it is ours
+    path.write_text(json.dumps({"process": 1, "host": "elsewhere"}))            # whether that one lives cannot be known
+    with pytest.raises(SystemExit):
+        run.lock(folder)
+    path.write_text("{")
+    run.lock(folder)
+    run.unlock(str(path), os.getpid() + 1)
+    assert path.exists()
+    run.unlock(str(path), os.getpid())
+    assert not path.exists()
+
+def test_an_earlier_run_is_not_overwritten(tmp_path, capsys):
+    """Bug: the same --name once more, and the first run is gone."""
+    run.refuse_to_overwrite(str(tmp_path), ("checkpoint", "summary.json"), False)
+    (tmp_path / "summary.json").write_text("{}")
+    with pytest.raises(SystemExit):
+        run.refuse_to_overwrite(str(tmp_path), ("checkpoint", "summary.json"), False, "continue it with --resume, ")
+    err = capsys.readouterr().err
+    assert all(word in err for word in ("summary.json", "--resume", "--name", "--fresh"))
+    run.refuse_to_overwrite(str(tmp_path), ("checkpoint", "summary.json"), True)
+
+@pytest.mark.parametrize("line", ["{", "[1]", '{"step": "3"}', "{}", "null", "\x00"])
+def test_a_garbled_line_of_a_log_is_named(tmp_path, capsys, line):
+    """Bug: a traceback at --resume."""
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 0}\n' + line + '\n{"step": 1}\n')
+    with pytest.raises(SystemExit):
+        run.keep_rows_before(str(path), 2)
+    assert f"{path}, line 2 is" in capsys.readouterr().err
 
 def test_ctrl_c_twice(capsys):
     """Bug: the second Ctrl-C waits for the end of the step too."""
@@ -282,8 +353,8 @@ MUTATIONS = [
     ("appendix.run:load_checkpoint", 'torch.set_rng_state(rng["torch"])', "pass", test_checkpoint, dict(dtype="float32")),
     ("appendix.run:replace_folder", "os.rename(tmp, folder)\nshutil.rmtree(old, ignore_errors=True)", "os.rename(tmp, folder)",
      test_checkpoint, dict(dtype="float32")),
-    ("appendix.run:make_parser", "argparse.ArgumentParser(description=title, allow_abbrev=False)",
-     "argparse.ArgumentParser(description=title, allow_abbrev=True)", test_cli, {}),
+    ("appendix.run:make_parser", "Parser(description=title, allow_abbrev=False)",
+     "Parser(description=title, allow_abbrev=True)", test_cli, {}),
     ("appendix.run:make_parser", 'options["action"] = argparse.BooleanOptionalAction', 'options["type"] = bool', test_cli, {}),
     ("appendix.run:make_parser", 'options["choices"] = typing.get_args(f.type)', "pass", test_cli, {}),
     ("appendix.run:field_comments", "inspect.getsource(Config)", "''", test_help_comes_from_the_comments, dict(config=Config)),

@@ -5,7 +5,7 @@ answered in one line. Most commands run in this process (a start costs seconds),
     python -m pytest tests/test_scripts.py            # about a minute
     python -m pytest tests/test_scripts.py --slow     # and the claim of the README, for three seeds: minutes each
 """
-import json, os, random, re, runpy, shlex, shutil, signal, subprocess, sys, time
+import json, os, pathlib, random, re, runpy, shlex, shutil, signal, subprocess, sys, time
 
 import pytest
 import torch
@@ -79,14 +79,11 @@ def works(result):
     return out
 
 def refused(result, *said):
-    """Status 2, one line (argparse: its usage, then one line) that says all of `said`, and no step taken."""
+    """Status 2, one line that says all of `said`, and no step taken."""
     status, out, err = result
     lines = err.strip().splitlines()
     assert status == 2 and lines and "Traceback" not in err, err
-    if lines[0].startswith("usage:"):
-        assert ": error: " in lines[-1]
-    else:
-        assert len(lines) == 1 and lines[0].startswith("error: "), err
+    assert len(lines) == 1 and lines[0].startswith("error: "), err
     assert all(s in lines[-1] for s in said), f"{lines[-1]}\nshould say {said}"
     assert not STEP.search(out), "training had begun"
     return lines[-1]
@@ -157,7 +154,7 @@ def test_a_run_leaves_its_record(whole):
     summary, rows, episodes = (read(run / name) for name in ("summary.json", "metrics.jsonl", "episodes.jsonl"))
     assert {"seconds", "accuracy_before", "accuracy_after", "accuracy_no_zoom", "accuracy_black_crop", "chance", "zooms_per_episode",
             "logp_gap_max"} <= set(summary)
-    assert all(0 <= summary[k] <= 1 for k in summary if k.startswith("accuracy")) and summary["chance"] == 0.25 and summary["seconds"] > 0
+    assert all(0 <= summary[k] <= 1 for k in summary if k.startswith("accuracy")) and 0.25 <= summary["chance"] <= 1 and summary["seconds"] > 0
     assert summary["logp_gap_max"] == max(r["logp_gap_max"] for r in rows) < 1e-3 and any(r["logp_gap_max"] > 0 for r in rows)
     assert [r["step"] for r in rows] == list(range(6)) and [e["step"] for e in episodes] == [i // 2 for i in range(12)]
     assert all(a["reward_components"]["reward"] >= b["reward_components"]["reward"] for a, b in zip(episodes[::2], episodes[1::2]))       # the best, the worst
@@ -221,7 +218,8 @@ def test_every_toy_task(script, task):
                        f"--sft-batch 4 --sft-lr 2e-3 --name a"))
     summary, rows = read("runs/a/summary.json"), read("runs/a/metrics.jsonl")
     assert len(rows) == 2 and all(r["accuracy"] > 0 and r["grad_norm"] > 0 and r["logp_gap_max"] < 1e-3 for r in rows)
-    assert summary["chance"] == {"search": 0.25, "relation": 0.5}.get(task, 0.0)
+    least = {"search": 0.25, "relation": 0.5}.get(task, 0.0)
+    assert least <= summary["chance"] <= (1 if least else 0)
     assert ("accuracy_no_zoom" in summary) == (task == "search") and ("iou" in rows[0]) == (data.TASK_RECIPES[task] == "univg-r1")
     assert read("runs/a/config.json")["recipe"] == data.TASK_RECIPES[task] and "held-out accuracy" in out
 
@@ -367,6 +365,28 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path, script):
     out = works(script(f"train_rl.py {hint} --steps {done + 1}"))
     assert STEP.findall(out) and len(read("runs/mine/metrics.jsonl")) == done + 1 == read("runs/mine/checkpoint/state.json")["step"]
     assert read("runs/mine/summary.json")["n"] == 4
+
+def test_an_earlier_run_is_safe(script):
+    """Bug: the same --name once more destroyed the first run: step 0 over its checkpoint, an old report beside new rows."""
+    command = f"train_rl.py {SMALL} --steps 2 --name mine"
+    works(script(command))
+    before = {p.name: p.read_bytes() for p in pathlib.Path("runs/mine").iterdir() if p.is_file()}
+    refused(script(command), "runs/mine holds an earlier run", "--resume", "--fresh")
+    refused(script(f"{command} --resume --steps 1"), "has done 2 steps already")
+    assert before == {p.name: p.read_bytes() for p in pathlib.Path("runs/mine").iterdir() if p.is_file()}
+    works(script(f"{command} --fresh --steps 1"))
+    assert len(read("runs/mine/metrics.jsonl")) == 1 and read("runs/mine/checkpoint/state.json")["step"] == 1
+    works(script("train_sft.py --traces oracle --n 8 --name warm"))
+    refused(script("train_sft.py --traces oracle --n 8 --name warm"), "runs/warm holds an earlier run", "--fresh")
+    works(script("train_sft.py --traces oracle --n 8 --name warm --fresh"))
+
+def test_a_policy_gone_nan_stops(script):
+    """Bug: weights of 1e38 sampled nan to the end, and the report died of them."""
+    refused(script(f"train_rl.py {SMALL} --lr 1e38 --steps 9"), "not finite", "smaller --lr", "runs/rl/checkpoint")
+    assert read("runs/rl/checkpoint/state.json")["step"] == 0 and len(read("runs/rl/metrics.jsonl")) < 3
+
+def test_a_seed_without_end(script):
+    refused(script("train_rl.py --seed 99999999999999999999"), "--seed is 99999999999999999999; expected a value below 2^32")
 
 @pytest.mark.parametrize("name", ["train_sft.py --n 4", "evaluate.py --n 4", "train_rl.py"])
 def test_ctrl_c_before_the_loop_is_no_traceback(script, monkeypatch, name):

@@ -14,7 +14,7 @@ from PIL import Image
 
 import data, grpo, model, rewards, train_rl, zoom_rollout
 from appendix import metrics as step_metrics
-from appendix import prefix, recipes, report, rl_options, rl_run, run, split
+from appendix import averages, prefix, recipes, report, rl_options, rl_run, run, split
 from conftest import check_mutation, close, names
 from safetensors.torch import load_file
 
@@ -360,7 +360,12 @@ def test_rows_that_share_an_image_stay_on_one_side():
     assert len(split.image_groups(many)) == 2 and time.process_time() - began < 2
 
 def test_chance():
-    assert step_metrics.chance(SAMPLES + [data.Sample("", [], "", "choice", ["a", "b"]), data.Sample("", [], "", "point")]) == pytest.approx(1.25 / 5)
+    """Bug: in a file where "yes" is right three times of four, a model that always says so is no better than chance."""
+    kinds = [data.Sample("", [], "", "choice", ["a", "b"]), data.Sample("", [], "", "point")]
+    four = [data.Sample("", [], "", "choice", list("abcd"), i) for i in range(3)]
+    assert averages.chance(four + kinds) == pytest.approx(1.25 / 5)
+    often = [data.Sample("", [], "", "choice", ["yes", "no"], int(i == 0)) for i in range(4)]
+    assert averages.chance(often) == 0.75 and averages.chance(often[:2]) == 0.5 and averages.chance(kinds[1:]) == 0
 
 @contextlib.contextmanager
 def in_a_new_folder():
@@ -469,7 +474,7 @@ MUTATIONS = [
     ("train_rl:Questions.row", 'random.Random(f"{self.cfg.seed}/{epoch}")', "random.Random(self.cfg.seed)", test_questions_depend_on_seed_and_step_only, {}),
     ("appendix.rl_run:split", "return held_out, train_rows", "return held_out, rows", test_held_out_rows_are_not_trained_on, {}),
     ("appendix.rl_run:split", "'test'", "'train'", test_held_out_rows_are_not_trained_on, {}),
-    ("appendix.metrics:chance", "1 / len(s.options) if s.options else 0.0", "1 / len(s.options) if s.options else 1.0", test_chance, {}),
+    ("appendix.averages:chance", "1 / len(s.options) if s.options else 0.0", "1 / len(s.options) if s.options else 1.0", test_chance, {}),
     ("appendix.rl_run:resumable", "key not in FREE", "key not in (*FREE, 'lr')", test_only_the_number_of_steps_may_differ, {}),
     ("appendix.rl_run:RunLog.begin", "run.load_checkpoint(self.path('checkpoint'), self.optimizer)", "pass", test_resume_equals_unbroken, {}),
     ("appendix.rl_run:RunLog.begin", "run.keep_rows_before(self.path(name), self.progress.step)", "run.keep_rows_before(self.path(name), self.progress.step + 1)",
