@@ -227,22 +227,21 @@ def roll_out(vlm, samples, cfg, step, log):
     forget how to answer when an answer is forced.
     """
     num_blind = num_blind_prompts(cfg, len(samples))
-    blind = roll_out_share(vlm, samples[:num_blind], cfg, step, zoom="off")
-    seeing = roll_out_share(vlm, samples[num_blind:], cfg, step, zoom="on")
+    config = rl_run.rollout_config(cfg, rollout_seed(cfg, step))
+    blind = roll_out_share(vlm, samples[:num_blind], cfg, replace(config, zoom="off"), 0)
+    seeing = roll_out_share(vlm, samples[num_blind:], cfg, config, num_blind)
     log.lap("rollout")
     numbers = rank_share(range(num_blind)) + rank_share(range(num_blind, len(samples)))
     return Batch(blind + seeing, len(blind), numbers)
 
 
-def roll_out_share(vlm, samples, cfg, step, zoom):
-    """G episodes for each of this rank's share of the samples."""
+def roll_out_share(vlm, samples, cfg, config, first):
+    """G episodes for each of this rank's share of the samples. first: their place in the step."""
     share = ranks.shard(len(samples))
     if not samples[share]:
         return []
-    config = rl_run.rollout_config(cfg, rollout_seed(cfg, step))
-    config = replace(config, zoom=zoom)
     return zoom_rollout.rollout(
-        vlm, samples[share], cfg.group_size, config, first_sample=share.start)
+        vlm, samples[share], cfg.group_size, config, first_sample=first + share.start)
 
 
 def rank_share(things):
@@ -283,13 +282,13 @@ def dynamic_sampling(vlm, batch, questions, cfg, step, log):
         if sum(counts) == 0:
             break
         before = sum(counts[:ranks.rank()])             # such groups of the ranks before this one
-        fresh = questions.of_step(step, again)[before:before + len(dull)]
-        if not fresh:                                   # but another rank may have such groups,
+        prompts = questions.of_step(step, again)[before:before + len(dull)]
+        if not prompts:                                 # but another rank may have such groups,
             continue                                    # and all ranks must call gather again
         config = rl_run.rollout_config(cfg, rollout_seed(cfg, step) + again * 10 ** 9)
-        new = zoom_rollout.rollout(vlm, fresh, G, config, first_sample=before)
+        new = zoom_rollout.rollout(vlm, prompts, G, config, first_sample=before)
         score_episodes(new, cfg)
-        for k, first in enumerate(dull[:len(fresh)]):
+        for k, first in enumerate(dull[:len(prompts)]):
             batch.dropped += batch.episodes[first:first + G]
             batch.episodes[first:first + G] = new[k * G:(k + 1) * G]
     for e in batch.dropped:
@@ -338,7 +337,7 @@ def split_minibatches(batch, cfg, step):
         prompt, member = divmod(i, cfg.group_size)
         own[batch.prompt_numbers[prompt] * cfg.group_size + member] = e
     order = sorted(ranks.gather(list(own)))
-    order = random.Random(step).sample(order, len(order))
+    order = random.Random(f"{cfg.seed}/{step}").sample(order, len(order))
     parts = []
     for m in range(cfg.num_minibatches):
         places = order[m::cfg.num_minibatches]

@@ -377,16 +377,18 @@ def held_out_accuracy(vlm, samples, style, cfg):
 
 
 def saw_it(episodes):
-    """The share of episodes with a crop that shows what the answer depends on; None if it is 0.
+    """The share of episodes with a crop that shows what the answer depends on; None without crops.
 
     Only toy scenes say where that is. A right answer alone may be a lucky guess.
     """
     seen = []
+    if not any(turn.crop for e in episodes for turn in e.turns):
+        return None
     for e in episodes:
         if e.sample.meta.get("evidence"):
             x1, y1, x2, y2 = e.sample.meta["evidence"][0]["box"]
             seen.append(is_shown((x1 + x2) / 2, (y1 + y2) / 2, e.turns))
-    return sum(seen) / len(seen) if any(seen) else None
+    return sum(seen) / len(seen) if seen else None
 
 
 def is_shown(x, y, turns):

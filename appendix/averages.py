@@ -31,7 +31,7 @@ def chance(samples):
     known = [s for s in samples if s.options and s.answer is not None]
     right = Counter(s.options[s.answer].casefold() for s in known)
     most_frequent = max(right.values(), default=0)
-    return max(sum(guesses), most_frequent) / len(samples)
+    return max(sum(guesses), most_frequent) / max(len(samples), 1)
 
 
 def benchmark_of(rows):

@@ -13,7 +13,7 @@ from appendix.episode_rows import record, restore
 from appendix.files import DataError
 
 # Settings that may change when an evaluation is continued.
-FREE = ("out", "drawn", "batch", "fresh", "compare")
+FREE = ("out", "drawn", "fresh", "compare")
 
 
 def check_flags(cfg):
@@ -312,7 +312,7 @@ def print_comparison(found, interval_a, interval_b):
 def write_page(cfg, title, runs, rows):
     """report.html in --out: the table, the settings, and the episodes of each run."""
     from appendix import report
-    settings = {"on": title}                            # what was measured on
+    settings = {"on": title}                            # the page begins: on TITLE
     for f in fields(cfg):
         value = getattr(cfg, f.name)
         if value != f.default and f.name not in ("data", "out", "fresh"):

@@ -172,7 +172,7 @@ def need_numbers(value, n, where, name):
 def is_numbers(value, n):
     if not isinstance(value, (list, tuple)) or len(value) != n:
         return False
-    return all(isinstance(v, (int, float)) and -1e9 < v < 1e9 for v in value)
+    return all(type(v) in (int, float) and -1e9 < v < 1e9 for v in value)
 
 
 # --------------------------------------------------------------------------------------------------

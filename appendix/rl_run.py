@@ -86,8 +86,8 @@ def resumable(checkpoint, cfg):
         if key not in FREE and there != value:
             differences.append(f"{key} ({there!r} there, {value!r} here)")
     if cfg.steps < state["step"]:
-        run.fail(f"{checkpoint} has done {state['step']} steps already; expected --steps of more "
-                 f"than {cfg.steps}")
+        run.fail(f"{checkpoint} has done {state['step']} steps already; expected --steps "
+                 f"{state['step']} or more")
     if differences:
         run.fail(f"{checkpoint} was made with other settings: {', '.join(differences)}")
     return state

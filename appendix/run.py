@@ -188,13 +188,14 @@ def lock(folder):
         return
     path = os.path.join(folder, "lock")
     me = {"process": os.getpid(), "host": socket.gethostname()}
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
         with open(path, encoding="utf-8") as f:
             owner = json.load(f)
-        elsewhere = owner.get("host") != me["host"]
-        if elsewhere or is_running(owner.get("process")):
-            fail(f"process {owner.get('process')} on {owner.get('host')} works in {folder}; wait "
-                 f"for it, or name another folder. If it is gone, remove {path}")
+        process = owner["process"]
+        host = owner["host"]
+        if host != me["host"] or is_running(process):
+            fail(f"process {process} on {host} works in {folder}; wait for it, or name another "
+                 f"folder. If it is gone, remove {path}")
     write_json(path, me)
     atexit.register(unlock, path, os.getpid())
 
