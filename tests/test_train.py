@@ -166,7 +166,7 @@ def fresh(vlm):
 
 def score(sample, text, *more, real=rewards.score, **options):
     """In the place of rewards.score: a number that the episode's own text decides."""
-    v = zlib.crc32(text.encode()) % 4 / 3
+    v = float(zlib.crc32(text.encode()) % 2)
     return {**real(sample, text, *more, **options), "reward": v, "accuracy": float(v > 0.5)}
 
 def one_step(vlm, micro_tokens=10 ** 6, prompts=5, group_size=4, **flags):
