@@ -26,7 +26,7 @@ from dataclasses import asdict, dataclass, field, replace
 import numpy as np
 from PIL import Image
 
-from appendix import rows
+from appendix import faults, rows
 from appendix.files import DataError, check_writable, read_rows
 
 
@@ -285,6 +285,8 @@ def no_collision(scene):
     return True
 
 
+# A new task is an ask_* function, a line in ASK and in TASK_RECIPES, and traces to begin with: a
+# function in train_sft.ORACLES.
 ASK = {"search": ask_search, "point": ask_point, "relation": ask_relation,
        "boxes": ask_boxes, "find": ask_find, "video": ask_video}
 TASKS = tuple(ASK)
@@ -428,23 +430,38 @@ def parse_row(row, where, root):
 def read_jsonl(path, images=None):
     """Our JSONL, or ViGoRL's or UniVG-R1's RL rows -> list[Sample]. Raises DataError.
 
-    images: the folder that image paths are relative to; by default that of the file.
+    images: the folder that image paths are relative to; by default that of the file. A row without
+    an id is called FILE:1, FILE:2, ... by its place.
     """
     root = images or os.path.dirname(os.path.abspath(path))
-    samples = []
-    for where, row in read_rows(path):
-        if isinstance(row, dict) and "answer_type" not in row:
-            from appendix import benchmarks
-            row = benchmarks.from_papers(row, where)
-        sample = parse_row(row, where, root)
-        for file in sample.images:
-            if isinstance(file, str) and not os.path.exists(file):
-                raise DataError(f"{where}image {file} does not exist (paths are relative to "
-                                f"{root}; --images DIR names another folder)")
-        samples.append(sample)
+    samples = {}                                    # id: sample
+    wrong = []                                      # messages
+    for n, (where, row) in enumerate(read_rows(path), 1):
+        try:
+            sample = read_sample(row, where, root, f"{os.path.basename(path)}:{n}")
+            if sample.id in samples:
+                raise DataError(f"{where}the id {sample.id!r} is that of an earlier row, too; "
+                                "every row needs an id of its own")
+            samples[sample.id] = sample
+        except DataError as e:
+            wrong.append(str(e))
+    faults.raise_faults(wrong, f"rows of {path} are wrong")
     if not samples:
         raise DataError(f"{path} holds no rows")
-    return samples
+    return list(samples.values())
+
+
+def read_sample(row, where, root, name):
+    """A row of our layout or of the papers' -> Sample. name: its id if it has none."""
+    if isinstance(row, dict) and "answer_type" not in row:
+        from appendix import benchmarks
+        row = benchmarks.from_papers(row, where)
+    sample = parse_row(row, where, root)
+    for file in sample.images:
+        if isinstance(file, str) and not os.path.exists(file):
+            raise DataError(f"{where}image {file} does not exist (paths are relative to {root}; "
+                            "--images DIR names another folder)")
+    return sample if row.get("id") is not None else replace(sample, id=name)
 
 
 def write_jsonl(path, samples):

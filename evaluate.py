@@ -33,7 +33,7 @@ from tqdm import tqdm
 import data
 import rewards
 import zoom_rollout
-from appendix import averages, evaluation_run, files, prefix, ranks, run
+from appendix import averages, evaluation_run, faults, prefix, ranks, run
 from appendix.episode_rows import is_right, right, token_texts, verdict
 from appendix.episode_rows import record    # used by appendix/rl_run.py, as evaluate.record
 from model import is_tiny
@@ -357,7 +357,7 @@ def run_modes(cfg, samples):
 
 def load_model(cfg, samples):
     """Read all images, so that a broken one ends the program before the work; load the model."""
-    files.check_images(samples)
+    faults.check_samples(samples)
     name = cfg.checkpoint or cfg.model
     return prefix.load_vlm(name, plain=cfg.plain, max_pixels=cfg.max_pixels)
 

@@ -148,7 +148,7 @@ def overlong(lengths, limit, soft):
 # --------------------------------------------------------------------------------------------------
 # policy loss: every function takes logprobs, old_logprobs (B, T), advantages (B, 1), mask (B, T)
 # and the two clips, and returns (B, T). Padding has log-probability 0 in both. A new algorithm is
-# one function and one line in LOSSES.
+# one function and one line in LOSSES (and its formula in tests/test_grpo.py, `objective`).
 
 def ppo_clip(logprobs, old_logprobs, advantages, mask, clip_low, clip_high):
     """-min(ratio A, clip(ratio) A)

@@ -1,16 +1,16 @@
 """What the model computes: image -> tokens, chat -> ids, forward pass, log-probabilities.
 
 Both Qwen families (Qwen2.5-VL, Qwen3-VL) are loaded with transformers; the lines that matter are
-written out here: the cache (`KVCache`), the positions of tokens (`mrope`), how an image becomes
-tokens (`VLM.view`) and a chat ids (`VLM.chat`), one decoder layer (`VLM.layer`), the forward pass
-(`VLM.forward`), the same pass with a cache for sampling (`VLM.prefill`, `VLM.decode_step`), and the
+written out here: the cache (`KVCache`), the positions of tokens (`mrope`), the size at which an
+image is fed (`VLM.view`), a chat as ids (`VLM.chat`), one decoder layer (`VLM.layer`), the forward
+pass (`VLM.forward`), the same with a cache for sampling (`VLM.prefill`, `VLM.decode_step`), and the
 log-probabilities for training (`VLM.logprobs`). The vision tower is frozen, as in both papers, so
 an image is encoded once; its features serve every rollout, the reference model and the update.
 
 This is the plain version: every row holds its own prompt. appendix/prefix.py computes the prompt of
-a group once, to the same result. An image (`View`) stands in appendix/vision.py, the models that
-there are (`MODELS`) and their files in appendix/weights.py. Left out: videos as input (their frames
-are images here), and any attention but torch's scaled dot product.
+a group once, with the same results. appendix/vision.py has the class of an image (`View`) and
+encodes it; appendix/weights.py lists the models (`MODELS`) and reads their files. Left out: videos
+as input (their frames are images here), and any attention but torch's scaled dot product.
 
 Shapes:  B rows (episodes)   T tokens   D width   V vocabulary   S cache slots   N image tokens
          H query heads   K key and value heads   d width of a head
@@ -47,8 +47,8 @@ class KVCache:
     token at slot s sees the slots up to s. Slots beyond a row's length hold leftovers of padding;
     the rule hides them until they are overwritten.
 
-    To add n tokens to every row: `reserve` (once for many calls), `place`, `attend` in every layer,
-    `advance`.
+    To add n tokens to every row: `reserve` (once, for all tokens to come), `place`, `attend` in
+    every layer, `advance`.
     """
 
     def __init__(self, keys, values, lengths):
@@ -61,7 +61,7 @@ class KVCache:
         self.mask = None                                # (B, n, size) what they see
 
     def reserve(self, n):
-        """Make room for n more tokens in each row. The one method that waits for the device."""
+        """Make room for n more tokens in each row. Only this method waits for the GPU (`int`)."""
         self.size = int(self.lengths.max())
         self.capacity = self.size + n
         missing = self.capacity - self.keys[0].shape[2]
@@ -86,12 +86,12 @@ class KVCache:
     def store(self, layer, k, v):
         """Write k and v into the new tokens' slots -> all keys and values (B, K, size, d)."""
         rows = torch.arange(len(k), device=k.device)[:, None]
-        self.keys[layer][rows, :, self.slots] = k
+        self.keys[layer][rows, :, self.slots] = k       # indexed so, a block is (B, n, K, d)
         self.values[layer][rows, :, self.slots] = v
         return self.keys[layer][:, :, :self.size], self.values[layer][:, :, :self.size]
 
     def advance(self, counts):
-        """Count the new tokens: counts (B,) of each row's are real, the others are padding."""
+        """Count the new tokens. counts (B,): how many of each row's are real and not padding."""
         self.lengths += counts
 
     def use_whole_capacity(self):
@@ -109,7 +109,7 @@ class KVCache:
         return type(self)(*self.copy_rows(index))
 
     def branch(self, group):
-        """A cache of B rows that continue the rows group (B,) of this one. Here: copies of them."""
+        """A cache of B rows; row b continues row group[b] of this one. Here: copies of them."""
         return self.select_rows(group)
 
 
@@ -119,14 +119,15 @@ class KVCache:
 def mrope(ids, grids, image_token, start=0, merge=2):
     """Multimodal rotary positions (Qwen2-VL, arXiv 2409.12191, section 2.1).
 
-    A text token at p has (p, p, p). The patches of an image that begins at p have
+    A text token at p has (p, p, p). The tokens of an image that begins at p have
     (p, p + row, p + column). Text goes on after the largest position used.
 
-    ids: T token ids; grids: the (1, h, w) of the images in them; start: the first free position.
+    ids: T token ids; grids: (1, h, w) of each image in them, in patches, of which merge x merge
+    become one token; start: the first free position.
     -> positions (3, T), the next free position: the `start` of the chunk that follows.
     """
     out = torch.empty(3, len(ids), dtype=torch.long)
-    t = 0
+    t = 0                                                               # tokens done so far
     for grid in grids:
         end = ids.index(image_token, t)
         out[:, t:end] = torch.arange(start, start + end - t)            # the text before the image
@@ -138,22 +139,22 @@ def mrope(ids, grids, image_token, start=0, merge=2):
         out[1, end:t] = start + torch.arange(h).repeat_interleave(w)
         out[2, end:t] = start + torch.arange(w).repeat(h)
         start += max(h, w)
-    end = start + len(ids) - t
-    out[:, t:] = torch.arange(start, end)                               # the text after all images
-    return out, end
+    after = start + len(ids) - t
+    out[:, t:] = torch.arange(start, after)                             # the text after all images
+    return out, after
 
 
 def rope_axes(sections, interleaved):
-    """Which of the three positions of a token turns each rotary frequency -> (d / 2,).
+    """Which of a token's three positions each rotary frequency uses: 0, 1 or 2 -> (d / 2,).
 
-    sections: how many frequencies belong to time, row and column.
+    sections: how many frequencies belong to time (0), row (1) and column (2).
     """
     time, row, column = sections
     axes = torch.zeros(time + row + column, dtype=torch.long)
-    if interleaved:                                     # Qwen3-VL
+    if interleaved:                                     # Qwen3-VL: 0 1 2 0 1 2 ... 0 0 0
         axes[1:3 * row:3] = 1
         axes[2:3 * column:3] = 2
-    else:
+    else:                                               # 0 0 0 ... 1 1 1 ... 2 2 2
         axes[time:time + row] = 1
         axes[time + row:] = 2
     return axes
@@ -163,9 +164,10 @@ def rotate(x, cos, sin):
     """Rotary embedding: each pair (a, b) = (x[i], x[i + d / 2]) is turned by its angle.
 
     The result is (a cos - b sin, b cos + a sin). x (B, T, heads, d); cos and sin (B, T, 1, d) hold
-    every angle twice, sin with a minus in its first half.
+    every angle twice, sin with a minus in its first half (see `VLM.rope`).
     """
-    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
+    swapped = x.roll(x.shape[-1] // 2, -1)              # (b, a)
+    return torch.addcmul(x * cos, swapped, sin)         # x * cos + swapped * sin
 
 
 def rms_norm(x, norm):
@@ -176,7 +178,7 @@ def rms_norm(x, norm):
 # the model
 
 class VLM:
-    """A vision-language model, its tokenizer and its image processor, behind one small surface."""
+    """A vision-language model, its tokenizer and its image processor behind one interface."""
 
     shares_prompts = False                              # does the cache hold a group's prompt once?
 
@@ -190,33 +192,35 @@ class VLM:
         self.device = model.device
         self.dtype = model.dtype
         self.qwen3 = model.config.model_type.startswith("qwen3")
-        token = tokenizer.convert_tokens_to_ids
-        self.im_start = token("<|im_start|>")
-        self.im_end = token("<|im_end|>")
-        self.image_token = token("<|image_pad|>")
-        self.vision_start = token("<|vision_start|>")
-        self.vision_end = token("<|vision_end|>")
+        id_of = tokenizer.convert_tokens_to_ids
+        self.im_start = id_of("<|im_start|>")
+        self.im_end = id_of("<|im_end|>")
+        self.image_token = id_of("<|image_pad|>")
+        self.vision_start = id_of("<|vision_start|>")
+        self.vision_end = id_of("<|vision_end|>")
         image_tokens = [self.image_token, self.vision_start, self.vision_end]
         self.never_sampled = torch.tensor(image_tokens, device=self.device)
         sections = model.config.text_config.rope_parameters["mrope_section"]
         self.axes = rope_axes(sections, interleaved=self.qwen3).to(self.device)
-        self.factor = processor.patch_size * processor.merge_size   # fed sides are multiples of it
+        self.factor = processor.patch_size * processor.merge_size   # side of a token in pixels
         self.known_ids = {}                             # text: its ids
-        self.work = {"tokens": 0, "patches": 0}         # prefilled, and seen by the vision tower
+        self.work = {"tokens": 0, "patches": 0}         # counts: tokens prefilled, patches encoded
         self.model.requires_grad_(True)
         self.model.model.visual.requires_grad_(False)   # tower and merger, as in both papers
 
     @property
     def toy_side(self):
-        """Side of a toy scene in pixels: four times what is fed, which hides the fine patterns."""
-        return 4 * int(self.spec.max_pixels ** 0.5) // self.factor * self.factor
+        """Side of a toy scene: 4 times the side fed, so that only a crop shows fine patterns."""
+        side = 4 * int(self.spec.max_pixels ** 0.5)
+        return side // self.factor * self.factor
 
     # ---- images
 
     def view(self, source, index=0, box=None, fed=None):
-        """PIL image -> View of spec.min_pixels to max_pixels, unless `fed` gives its size.
+        """PIL image, or a box of it -> View, which resizes it to `fed` = (width, height).
 
-        Sides are multiples of `factor`. Raises ValueError for an image too narrow to be fed.
+        Without `fed`: sides are multiples of `factor`, the area is spec.min_pixels to max_pixels.
+        index: number of the prompt image. Raises ValueError for an image too narrow to be fed.
         """
         if fed is None:
             largest = self.spec.max_pixels
@@ -237,7 +241,7 @@ class VLM:
         vision.patchify(self, view)
 
     def encode(self, views, grad=False, max_patches=65536):
-        """Fill the features of the views that have none: what the vision tower makes of them."""
+        """Run the vision tower on the views that have no features, and store these in them."""
         self.work["patches"] += vision.encode(self, views, grad, max_patches)
 
     # ---- text
@@ -301,8 +305,8 @@ class VLM:
     def forward(self, ids, positions, views, cache=None):
         """Hidden states (B, T, D) of ids (B, T) at positions (3, B, T).
 
-        views: those of all rows in reading order, with features. Attention is causal, and rows are
-        padded on the right, where no token of the row sees the padding.
+        views: the encoded views of row 0, then of row 1, ... Attention is causal and padding stands
+        on the right, so no token sees it. cache: keys and values of earlier tokens, or None.
         """
         lm = self.model.model.language_model
         h = lm.embed_tokens(ids)                                                # (B, T, D)
@@ -323,8 +327,9 @@ class VLM:
 
     def rope(self, positions, dtype):
         """positions (3, B, T) -> cos, sin (B, T, 1, d), as `rotate` takes them."""
-        position = positions.float()[self.axes].permute(1, 2, 0)[:, :, None]    # (B, T, 1, d / 2)
-        angle = position * self.model.model.language_model.rotary_emb.inv_freq
+        chosen = positions.float()[self.axes]           # (d / 2, B, T): one for each frequency
+        inv_freq = self.model.model.language_model.rotary_emb.inv_freq          # (d / 2,)
+        angle = chosen.permute(1, 2, 0)[:, :, None] * inv_freq                  # (B, T, 1, d / 2)
         cos = angle.cos().to(dtype)
         sin = angle.sin().to(dtype)
         return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
@@ -332,13 +337,13 @@ class VLM:
     def logits(self, h):
         """Hidden states (..., D) -> logits (..., V) in fp32.
 
-        Image tokens get no probability, in sampling and in training alike: one written in a turn
-        would claim features that no image has.
+        Image tokens get probability 0, in sampling and in training alike: a sampled one would stand
+        for an image that does not exist.
         """
         return self.model.lm_head(h).float().index_fill_(-1, self.never_sampled, -1e9)
 
     def pad(self, chunks, starts, views):
-        """B lists of ids, their first positions, their views -> tensors, padded on the right.
+        """Pad B lists of ids on the right. starts: their first positions; views: of all, in order.
 
         -> ids (B, T), positions (3, B, T), list of the B positions that follow.
         """
@@ -348,16 +353,17 @@ class VLM:
         after = []
         grids = iter([v.grid for v in views])
         for b, chunk in enumerate(chunks):
-            own = [next(grids) for _ in range(chunk.count(self.vision_start))]
+            own_grids = [next(grids) for _ in range(chunk.count(self.vision_start))]
+            own_positions, end = mrope(chunk, own_grids, self.image_token, starts[b])
             ids[b, :len(chunk)] = torch.tensor(chunk)
-            positions[:, b, :len(chunk)], end = mrope(chunk, own, self.image_token, starts[b])
+            positions[:, b, :len(chunk)] = own_positions
             after.append(end)
         return ids.to(self.device), positions.to(self.device), after
 
     # ---- sampling
 
     def new_cache(self, rows):
-        """An empty cache of so many rows."""
+        """A cache of `rows` empty rows."""
         layers = self.model.model.language_model.layers
         heads = self.model.config.text_config.num_key_value_heads
         empty = torch.zeros(rows, heads, 0, layers[0].self_attn.head_dim, dtype=self.dtype,
@@ -371,7 +377,7 @@ class VLM:
 
         chunks: B lists of ids of any lengths; positions: the B next positions; views: those of the
         chunks, row by row. Nothing that is in the cache already is computed again.
-        -> logits after the last token of each row (B, V), list of the B positions that follow.
+        -> logits (B, V) after each chunk (useless after an empty one), list of B next positions.
         """
         self.encode(views)
         self.work["tokens"] += sum(len(chunk) for chunk in chunks)
@@ -388,11 +394,12 @@ class VLM:
     def decode_step(self, cache, tokens, positions, live):
         """Append one token to every row of the cache -> logits (B, V). `cache.reserve` comes first.
 
-        tokens, positions, live (B,) stay on the device, without waiting for it. A row that is not
-        live keeps its length: what is written there is overwritten by its next token.
+        tokens, positions, live (B,) are tensors on the device; nothing here waits for the GPU. A
+        row that is not live keeps its length, so its next token overwrites what is written now.
         """
         cache.place(1)
-        h = self.forward(tokens[:, None], positions.expand(3, -1)[:, :, None], [], cache)
+        positions = positions.expand(3, -1)[:, :, None]                         # (3, B, 1)
+        h = self.forward(tokens[:, None], positions, [], cache)                 # (B, 1, D)
         cache.advance(live)
         return self.logits(h[:, 0])
 
@@ -427,7 +434,7 @@ class VLM:
     def score_tokens(self, hidden, targets, temperature, chunk):
         """hidden (M, D), targets (M,) -> log-probabilities of the targets, entropies (M,).
 
-        Only sampled positions meet the vocabulary, `chunk` at a time, and are computed again in the
+        Logits are computed for sampled tokens only, `chunk` of them at a time, and once more in the
         backward pass: all logits of one ViGoRL step would be hundreds of gigabytes.
         """
         logprobs = []
@@ -442,13 +449,14 @@ class VLM:
         return torch.cat(logprobs), torch.cat(entropies)
 
     def score_chunk(self, hidden, targets, temperature):
+        """`score_tokens` for m tokens at once. No gradient flows through the entropy."""
         logprobs = F.log_softmax(self.logits(hidden).div_(temperature), -1)     # (m, V)
         with torch.no_grad():
             entropy = -logprobs.exp().mul_(logprobs).sum(-1)
         return logprobs.gather(1, targets[:, None])[:, 0], entropy
 
     def micro_batches(self, episodes, max_tokens=4096):
-        """Split into parts of at most max_tokens tokens. A memory knob: gradients do not change."""
+        """Split into parts of at most max_tokens tokens. Saves memory; gradients do not change."""
         return parts.padded_parts(episodes, max_tokens)
 
     def parameters(self):
@@ -456,22 +464,19 @@ class VLM:
         return [p for p in self.model.parameters() if p.requires_grad]
 
     def save(self, folder, **card):
-        """Write a checkpoint beside `folder` -> its path; run.replace_folder gives it its name.
+        """Write a checkpoint to folder + ".tmp" -> that path, for run.replace_folder to rename.
 
-        transformers can read it too: safetensors, tokenizer, processor, and vlm.json, which says
-        which model this is and how it writes coordinates.
+        transformers can read it too: safetensors, tokenizer, processor. `card` becomes vlm.json,
+        which says which model this is and how it writes coordinates.
         """
-        spec = asdict(replace(self.spec, path="."))
+        spec = asdict(replace(self.spec, path="."))     # "." because the folder may be moved
         card = {"name": self.name, **spec, **card}
         return weights.write_files(folder, (self.model, self.tokenizer, self.processor), card)
 
 
 def all_views(episodes):
-    """The views of all episodes, in reading order."""
-    views = []
-    for e in episodes:
-        views += e.views
-    return views
+    """The views of the first episode, of the second, ... in one list."""
+    return [view for e in episodes for view in e.views]
 
 
 def scatter(values, mask):
@@ -484,9 +489,10 @@ def scatter(values, mask):
 
 def load(name, device="auto", dtype="auto", max_pixels=0, recompute=False, quiet=False,
          vlm_class=VLM):
-    """A name of MODELS or a checkpoint folder -> VLM. Ends with one clear line if that fails.
+    """A name of MODELS or a checkpoint folder -> VLM. If that fails, exits with one line.
 
     max_pixels: largest area of a prompt image as fed; 0: the model's default.
+    recompute: gradient checkpointing. quiet: print nothing. vlm_class: VLM or a subclass.
     """
     name, spec = weights.find_model(name)
     device = weights.pick_device(device)

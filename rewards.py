@@ -382,7 +382,7 @@ def grounded(turn_text, frames):
 class Bonuses:
     """What vigorl-zoom pays in addition to A and F."""
     min_distance: float = 10.0  # least distance of distinct points, in the model's coordinates
-    distinct: float = 0.2       # reward for each further distinct point; 0: none
+    distinct: float = 0.0       # reward for each further distinct point (ViGoRL: 0.2)
     tool: float = 0.0           # reward for a right answer after a zoom that worked (DeepEyes: 1.2)
 
 

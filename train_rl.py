@@ -32,7 +32,7 @@ import grpo
 import rewards
 import train_sft
 import zoom_rollout
-from appendix import files, memory, metrics, ranks, recipes, rl_options, rl_run, run
+from appendix import faults, memory, metrics, ranks, recipes, rl_options, rl_run, run
 from appendix.optimizer import AdamW
 from model import is_tiny
 
@@ -435,7 +435,7 @@ def main():
         run.refuse_to_overwrite(folder, rl_run.RESULTS, cfg.fresh, "continue it with --resume, ")
     rl_run.check_config(cfg, num_blind_prompts(cfg, cfg.num_prompts))
     rows = data.read_jsonl(cfg.data, cfg.images or None) if cfg.data else []
-    files.check_images(rows)
+    faults.check_samples(rows)
     state = rl_run.resumable(os.path.join(folder, "checkpoint"), cfg) if cfg.resume else None
     vlm = rl_run.load_policy(cfg)
     plan = rl_run.memory_plan(vlm, cfg)

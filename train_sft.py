@@ -34,7 +34,7 @@ from tqdm import tqdm
 import data
 import rewards
 import zoom_rollout
-from appendix import files, memory, prefix, ranks, run
+from appendix import faults, files, memory, prefix, ranks, run
 from appendix.optimizer import AdamW
 from appendix.split import hold_out
 from model import is_tiny
@@ -173,23 +173,8 @@ def oracle(vlm, sample, rng, max_zooms=3):
     Its form is right, its behaviour is not: that is left for RL to find. In every task but `search`
     one trace in three guesses: it answers with a random object or option.
     """
-    task = sample.category[0]
-    if task == "search":
-        return oracle_of_search(vlm, sample, rng, max_zooms)
-    objects = sample.meta["scenes"][0]["objects"]
-    view = vlm.view(sample.images[0])
-    if task == "relation":
-        a, b = [object_in(e["box"], objects) for e in sample.meta["evidence"]]
-        guess = rng.random() < 0.33
-        option = rng.choice(sample.options) if guess else sample.options[sample.answer]
-        thought = f"The {a['name']} is at {near(a, view, rng)}. "
-        thought += f"The {b['name']} is at {near(b, view, rng)}."
-        return [f"<think> {thought} </think>\n<answer> {option} </answer>"]
-    if task == "point":
-        o = rng.choice(objects) if rng.random() < 0.33 else objects[0]
-        thought = f"The {o['name']} is at {near(o, view, rng)}."
-        return [f"<think> {thought} </think>\n<answer> {near(o, view, rng)} </answer>"]
-    return oracle_of_boxes(vlm, sample, rng)
+    write = ORACLES[sample.category[0]]
+    return write(vlm, sample, rng, max_zooms)
 
 
 def oracle_of_search(vlm, sample, rng, max_zooms):
@@ -226,7 +211,26 @@ def oracle_of_search(vlm, sample, rng, max_zooms):
     return turns
 
 
-def oracle_of_boxes(vlm, sample, rng):
+def oracle_of_relation(vlm, sample, rng, max_zooms):
+    objects = sample.meta["scenes"][0]["objects"]
+    view = vlm.view(sample.images[0])
+    a, b = [object_in(e["box"], objects) for e in sample.meta["evidence"]]
+    guess = rng.random() < 0.33
+    option = rng.choice(sample.options) if guess else sample.options[sample.answer]
+    thought = f"The {a['name']} is at {near(a, view, rng)}. "
+    thought += f"The {b['name']} is at {near(b, view, rng)}."
+    return [f"<think> {thought} </think>\n<answer> {option} </answer>"]
+
+
+def oracle_of_point(vlm, sample, rng, max_zooms):
+    objects = sample.meta["scenes"][0]["objects"]
+    view = vlm.view(sample.images[0])
+    o = rng.choice(objects) if rng.random() < 0.33 else objects[0]
+    thought = f"The {o['name']} is at {near(o, view, rng)}."
+    return [f"<think> {thought} </think>\n<answer> {near(o, view, rng)} </answer>"]
+
+
+def oracle_of_boxes(vlm, sample, rng, max_zooms):
     """Tasks whose answer is a box in one of several images."""
     target = sample.targets[0]
     view = vlm.view(sample.images[target["image"]])
@@ -236,6 +240,10 @@ def oracle_of_boxes(vlm, sample, rng):
     where = f" image {target['image'] + 1}:" if sample.meta.get("name_image") else ""
     answer = f"{where} {box_text(data.object_box(o), view)}"
     return [f"<think> {o['name']} </think>\n<answer>{answer} </answer>"]
+
+
+ORACLES = {"search": oracle_of_search, "relation": oracle_of_relation, "point": oracle_of_point,
+           "boxes": oracle_of_boxes, "find": oracle_of_boxes, "video": oracle_of_boxes}
 
 
 def object_in(box, objects):
@@ -415,7 +423,7 @@ def main():
         run.fail("the oracle knows the toy world only: --data needs --traces mcts, teacher or "
                  "FILE.jsonl")
     rows = data.read_jsonl(cfg.data, cfg.images or None) if cfg.data else []
-    files.check_images(rows)
+    faults.check_samples(rows)
     style = data.PROMPT_STYLES[recipe_of(cfg)]
     vlm = prefix.load_vlm(cfg.model, plain=cfg.plain, max_pixels=cfg.max_pixels,
                           recompute=cfg.recompute)

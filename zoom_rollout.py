@@ -5,10 +5,10 @@
     prompt -> turn -> crop -> turn -> crop -> ... -> turn with the answer
 
 A turn is written by `sample_turn`, a crop comes from `env_step`, `unfold` alternates the two.
-Sampling is written by hand: a cache in place of transformers' `generate`. The prompt, its image
-above all, runs through the model once for its whole group, and a new turn runs only the tokens of
-the observation. Tokens in, tokens out: what was sampled is never decoded and encoded again, and
-`completion_mask` records who wrote each token.
+Sampling is written out here, with a cache, in place of transformers' `generate`. A prompt with its
+image runs through the model once for its whole group, and before a new turn only the tokens of the
+observation do. Tokens in, tokens out: what was sampled is never decoded and encoded again, and
+`completion_mask` records which tokens the policy chose.
 
 Left out of ViGoRL: sampling a turn again after a call that cannot be read (the paper's code goes on
 from a broken prompt); the red dot on web crops; the filter of prompts by length in characters.
@@ -53,23 +53,23 @@ class Episode:
     sample: data.Sample
     ids: list = field(default_factory=list)             # all tokens: prompt, turns, observations
     completion_mask: list = field(default_factory=list) # True where the policy chose the token
-    logprobs: list = field(default_factory=list)        # the sampler's, of these tokens; else 0.0
+    logprobs: list = field(default_factory=list)        # of tokens the policy chose; else 0.0
     views: list = field(default_factory=list)           # model.View, in the order of their tokens
     turns: list = field(default_factory=list)
     finish_reason: str = ""                 # "answer", "no_action", "invalid" or "length"
-    frames: list = field(default_factory=list)          # per prompt image: (sx, sy, width, height)
+    frames: list = field(default_factory=list)  # per prompt image: (*view.scale, width, height)
     reward_components: dict = field(default_factory=dict)       # rewards.score(...)
     advantage: float = 0.0
     behaviour: dict = field(default_factory=dict)       # counts, by appendix/analysis.py
     token_texts: list = field(default_factory=list)     # tokens as text, for the report
-    shown_as: dict = field(default_factory=dict)        # settings of its crops, for the report
+    shown_as: dict = field(default_factory=dict)        # how crops were made, for the report
 
     @property
     def text(self):
         return "\n".join(t.text for t in self.turns)
 
     def append_sampled(self, ids, logprobs=None):
-        """Append tokens that the policy chose, the end-of-turn token included."""
+        """Append tokens that the policy chose, <|im_end|> included."""
         self.ids += ids
         self.completion_mask += [True] * len(ids)
         self.logprobs += logprobs or [0.0] * len(ids)
@@ -82,12 +82,12 @@ class Episode:
         self.views += views
 
     def append_turn(self, turn, finish_reason=""):
-        """Record a turn whose tokens are there already. finish_reason: why it is the last one."""
+        """Record a turn whose tokens are appended already. finish_reason: why it is the last."""
         self.turns.append(turn)
         self.finish_reason = finish_reason
 
     def copy(self):
-        """An episode that goes on from here by itself. The views and their features are shared."""
+        """A copy that can be continued separately. It shares the views and their features."""
         return Episode(self.sample, list(self.ids), list(self.completion_mask), list(self.logprobs),
                        list(self.views), list(self.turns), frames=self.frames)
 
@@ -102,7 +102,7 @@ class RolloutConfig:
     temperature: float = 1.0            # sampling temperature; 0: the most probable token
     crop_from: str = "source"           # source of crops: stored image, or "seen": the fed copy
     seed: int = 0                       # random seed of the sampled tokens
-    max_batch_tokens: int = 262_144     # cache slots at a time (3B: 36 kB each)
+    max_batch_tokens: int = 262_144     # cache slots at a time (3B model: 36 kB each)
     graphs: bool = False                # CUDA graphs while decoding
 
     @property
@@ -140,9 +140,10 @@ def begin(vlm, sample, style="zoom", views=None):
 def crop(vlm, view, x, y, crop_from="source", black=False):
     """The tool: a square window of spec.window source pixels around source pixel (x, y) -> View.
 
-    The window is moved inside the image where it would stick out (ViGoRL clips it and then squashes
-    what is left), and fed at spec.crop_side pixels a side. It begins at a multiple of 4 pixels: so
-    the toy world's fine patterns look the same in every crop, which a small model learns fast.
+    Where the window would stick out, it is moved inside the image (ViGoRL clips it and then
+    squashes what is left). It is fed at spec.crop_side pixels a side. It begins at a multiple of 4
+    pixels, except at the right and lower edge of an image: so the toy world's fine patterns look
+    the same in every crop, which a small model learns fast.
 
     crop_from "source": cut from the image as stored, so that a zoom brings new pixels; "seen": from
     the copy that the model was fed, as in the paper's training code. black: the control that shows
@@ -176,8 +177,9 @@ def fed_length(vlm, length):
 
 def read_call(text):
     """The first tool call of a turn -> ((x, y), None), or (None, what was wrong with it)."""
-    unreadable = None, "The tool call could not be read."
-    body, closed, _ = text.partition("<tool_call>")[2].partition("</tool_call>")
+    unreadable = (None, "The tool call could not be read.")
+    after_tag = text.partition("<tool_call>")[2]
+    body, closed, _ = after_tag.partition("</tool_call>")
     if not closed:
         return unreadable
     try:
@@ -206,10 +208,11 @@ def finish_reason(text, ended, zooms_left):
 
 
 def env_step(vlm, episode, text, ended, zooms_left, forced=False, config=RolloutConfig()):
-    """The environment's move after the turn `text`, whose tokens the episode holds already.
+    """What the environment does after the turn `text`, whose tokens the episode holds already.
 
-    Records the turn; ends the episode or appends the observation, up to the open header of the next
-    turn. ended: did the turn end by itself? forced: does its text open with data.FORCE?
+    It records the turn. Then the episode is over, or it appends the observation and the header of
+    the next turn. ended: did the turn end with <|im_end|>? forced: does it open with data.FORCE?
+    zooms_left: tool calls allowed, the one in this turn included.
     -> (ids appended, their new views), or None if the episode is over.
     """
     reason = finish_reason(text, ended, zooms_left)
@@ -233,14 +236,14 @@ def env_step(vlm, episode, text, ended, zooms_left, forced=False, config=Rollout
         new_views = [shown]
         message = vlm.chat("user", data.OBSERVE[0], shown, data.OBSERVE[1])
     ids = vlm.ids("\n") + message + vlm.chat("assistant", open=True)
-    if zooms_left == 1:                                 # the next turn must answer
+    if zooms_left == 1:                                 # that was the last: now it must answer
         ids = ids + vlm.ids(data.FORCE)
     episode.append_given(ids, new_views)
     return ids, new_views
 
 
 def replay(vlm, sample, texts, style="zoom", max_zooms=3):
-    """A trace (the assistant's turns as text) -> the Episode that would have produced it."""
+    """The assistant's turns as texts -> the Episode in which the policy writes just these."""
     can_zoom = style == "zoom"
     if texts[0].startswith(data.FORCE):                 # a trace in which no zoom was allowed
         max_zooms = 0
@@ -263,16 +266,16 @@ def replay(vlm, sample, texts, style="zoom", max_zooms=3):
 def sample_tokens(logits, u, temperature):
     """Inverse transform sampling: logits (B, V), u (B,) uniform -> tokens (B,), logprobs (B,).
 
-    One uniform number, fixed before the rollout begins, decides each token of each episode: which
-    other rows still run changes nothing. No top-p or top-k: the trainer could not reproduce the
-    log-probabilities.
+    Each token of each episode has a uniform number of its own, drawn before the rollout begins. So
+    it does not matter which other rows still run. No top-p or top-k: the trainer could not
+    reproduce the log-probabilities.
     """
     p = torch.softmax(logits / (temperature or 1.0), -1)                                # (B, V)
     if temperature == 0:
         tokens = p.argmax(-1)
     else:
         total = p.cumsum(-1, dtype=torch.double)                                        # (B, V)
-        level = u[:, None] * total[:, -1:]
+        level = u[:, None] * total[:, -1:]              # choose the first token with total > level
         tokens = torch.searchsorted(total, level, right=True)[:, 0]
         tokens = tokens.clamp(max=logits.shape[1] - 1)
     return tokens, p.gather(1, tokens[:, None])[:, 0].log()
@@ -294,10 +297,10 @@ def sample_turn(vlm, cache, logits, positions, u, options):
     logits (B, V) of the first token; positions: B next positions; u (B, max_new_tokens) uniform.
     -> ids and logprobs, a list per row, and the position of each row's last token. That token
     (mostly <|im_end|>, which is sampled, counted and trained like any other) is not in the cache
-    yet: it goes in with what follows it.
+    yet: the caller adds it together with what follows it.
 
     A row that has ended waits for the others, until no more than `patience` rows still write. Those
-    are left in the middle of their turn.
+    are left in the middle of their turn. What a waiting row samples is dropped (`written`).
     """
     device = vlm.device
     B = len(positions)
@@ -308,8 +311,8 @@ def sample_turn(vlm, cache, logits, positions, u, options):
     logprobs = torch.zeros(B, n, device=device)
     written = torch.zeros(B, dtype=torch.long, device=device)
     live = torch.ones(B, dtype=torch.bool, device=device)
-    # Everything stays on the device. To ask whether all rows have ended waits for a GPU, so there
-    # the question comes every 8 tokens.
+    # Everything stays on the device. To find out whether all rows have ended, the CPU must wait
+    # for the GPU. So on a GPU that is checked every 8 tokens only.
     check_every = 8 if device.type == "cuda" else 1
     cache.reserve(n)
     decode_step = decoder(vlm, cache, B, options.graphs)
@@ -341,7 +344,7 @@ def decoder(vlm, cache, rows, graphs):
 
 
 def first_of_each(values, lengths):
-    """values (B, n) -> a list per row, of its first lengths[b] values."""
+    """values (B, n) -> B lists: the first lengths[b] values of row b."""
     return [row[:length] for row, length in zip(values.tolist(), lengths)]
 
 
@@ -376,7 +379,7 @@ def rollout(vlm, samples, group_size=1, config=RolloutConfig(), first_sample=0, 
     u = u[before:]                                      # (P * G, turns, tokens of a turn)
     for first, last in parts.rollout_parts(vlm, prompts, group_size, config):
         first_prompt = first // group_size
-        last_prompt = (last - 1) // group_size
+        last_prompt = (last - 1) // group_size          # included; `last` is not
         group = [i // group_size - first_prompt for i in range(first, last)]
         unfold(vlm, prompts[first_prompt:last_prompt + 1], group, episodes[first:last],
                u[first:last], config)
@@ -387,15 +390,15 @@ def rollout(vlm, samples, group_size=1, config=RolloutConfig(), first_sample=0, 
 class Row:
     """An episode that is still running; a row of the cache holds its tokens."""
     episode: Episode
-    u: torch.Tensor                 # (turns, tokens of a turn): the numbers that decide its tokens
-    written: int = 0                # tokens of the present turn
+    u: torch.Tensor                 # (turns, tokens of a turn): uniform, one for each token
+    written: int = 0                # tokens of the present turn so far
 
     def append(self, ids, logprobs):
         self.episode.append_sampled(ids, logprobs)
         self.written += len(ids)
 
     def next_numbers(self):
-        """The uniform numbers of this turn, those of the tokens to come in front."""
+        """The uniform numbers of this turn, shifted so that the next token's comes first."""
         return self.u[len(self.episode.turns)].roll(-self.written)
 
     def take_turn(self, ended, vlm):
@@ -406,9 +409,9 @@ class Row:
 
 
 def unfold(vlm, prompts, group, episodes, u, config):
-    """Run B episodes, which hold their prompts, to their ends.
+    """Run B episodes, which begin as copies of their prompts, to their ends.
 
-    group: the prompt of each; u (B, turns, tokens of a turn).
+    group: B indices into prompts; u (B, turns, tokens of a turn): uniform numbers.
     """
     # The prompts run through the model once; then every episode gets a row of its own.
     cache = vlm.new_cache(len(prompts))
@@ -424,24 +427,25 @@ def unfold(vlm, prompts, group, episodes, u, config):
     rows = [Row(episode, numbers) for episode, numbers in zip(episodes, u)]
 
     while True:
-        # Every row writes, until most have ended their turns.
+        # Every row writes, until nearly all have ended their turns.
         ids, logprobs, positions = sample_rows(vlm, cache, logits, positions, rows, config)
 
-        # The environment answers those that have ended; some episodes are over.
+        # The environment responds to turns that have ended; some episodes are over.
         going_on = []                                   # rows of the cache that stay
         chunks = []                                     # what each of them reads next
         new_views = []
         for b, row in enumerate(rows):
             row.append(ids[b], logprobs[b])
-            answer = answer_row(vlm, row, config)
-            if answer is not None:
+            response = respond(vlm, row, config)
+            if response is not None:
+                observation, crops = response
                 going_on.append(b)
-                chunks.append(ids[b][-1:] + answer[0])  # its last token is not in the cache yet
-                new_views += answer[1]
+                chunks.append(ids[b][-1:] + observation)        # the last token is not cached yet
+                new_views += crops
         if not going_on:
             return
 
-        # The rows that go on read what they were answered.
+        # The rows that go on read their chunks.
         rows = [rows[b] for b in going_on]
         positions = [positions[b] for b in going_on]
         cache = cache.select_rows(torch.tensor(going_on, device=vlm.device))
@@ -449,7 +453,7 @@ def unfold(vlm, prompts, group, episodes, u, config):
 
 
 def sample_rows(vlm, cache, logits, positions, rows, config):
-    """`sample_turn` for rows of which some may be in the middle of their turn."""
+    """`sample_turn` for rows some of which may be in the middle of their turn."""
     budgets = [config.max_new_tokens - row.written for row in rows]
     options = TurnOptions(max(budgets), config.temperature, budgets, patience=len(rows) // 8,
                           graphs=config.graphs)
@@ -457,10 +461,10 @@ def sample_rows(vlm, cache, logits, positions, rows, config):
     return sample_turn(vlm, cache, logits, positions, u, options)
 
 
-def answer_row(vlm, row, config):
-    """`env_step` if the row's turn is over -> (ids, views) to read; None if the episode is over.
+def respond(vlm, row, config):
+    """The environment's response to a row -> (ids, views), or None if the episode is over.
 
-    A row that is still writing reads nothing and goes on beside the others.
+    It is that of `env_step` if the turn is over, and empty if the row is still writing.
     """
     episode = row.episode
     ended = episode.ids[-1] == vlm.im_end
@@ -480,9 +484,9 @@ def answer_row(vlm, row, config):
 def naive_work(vlm, episodes):
     """What a sampler without a cache across turns would have run -> {"tokens", "patches"}.
 
-    It sends the whole conversation again each turn, for every member of a group, as TRL and both
-    papers' code do. tokens are prefilled, patches are seen by the vision tower; `vlm.work` counts
-    what this sampler ran.
+    Such a sampler runs the whole conversation again each turn, for every member of a group, as TRL
+    and both papers' code do. tokens: prefilled; patches: seen by the vision tower. `vlm.work` has
+    the same counts for our sampler.
     """
     work = {"tokens": 0, "patches": 0}
     for episode in episodes:

@@ -9,7 +9,7 @@ import json
 import os
 
 import data
-from appendix import benchmarks, convert, run
+from appendix import benchmarks, convert, faults, run
 from appendix.files import DataError, check_writable
 
 
@@ -125,7 +125,7 @@ def write_gold(out, samples):
     path = os.path.splitext(out)[0] + ".gold.jsonl"
     with open(path, "w", encoding="utf-8") as f:
         for s in samples:
-            if not convert.why_unscorable(s):
+            if not faults.why_unscorable(s):
                 f.write(json.dumps({"id": s.id, "text": convert.gold_prediction(s)}) + "\n")
     print("to see the gold answers scored: "
           f"python evaluate.py --data {out} --predictions {path}")

@@ -41,12 +41,6 @@ def load_samples(cfg):
     else:
         title = f"toy {cfg.task}, {cfg.difficulty}"
         samples = data.toy(cfg.task, "test", cfg.n or 200, cfg.seed, cfg.difficulty)
-    known = set()
-    for s in samples:                                   # a saved row is found by the sample's id
-        if s.id in known:
-            raise DataError(f"the data holds the id {s.id!r} twice; "
-                            "every sample needs an id of its own")
-        known.add(s.id)
     # Toy options are shuffled already, and predictions answer the options as published.
     shuffle = cfg.shuffle and cfg.data and not cfg.predictions
     if cfg.circular or shuffle:

@@ -3,16 +3,20 @@
 Bad input ends in one line, a DataError: which file, which row, what was found, what was expected.
 Most functions take `where`, the beginning of such a message: "file.jsonl, line 7: ".
 """
+import hashlib
 import io
 import json
 import os
 from concurrent.futures import ThreadPoolExecutor
 
-from PIL import Image
+import numpy as np
+from PIL import Image, ImageOps
 from tqdm import tqdm
 
 # A screenshot of several screens is legitimate, a decompression bomb is not.
 Image.MAX_IMAGE_PIXELS = 200_000_000
+ORIENTATION = 0x0112            # EXIF: how a camera was held
+SIDEWAYS = (5, 6, 7, 8)         # the values that swap width and height
 
 
 class DataError(ValueError):
@@ -34,20 +38,46 @@ def open_image(source, where="", size_only=False, check=False):
     try:
         with Image.open(io.BytesIO(source) if is_bytes else source) as im:
             size = im.size
+            if im.getexif().get(ORIENTATION) in SIDEWAYS:
+                size = size[::-1]
             if check:
                 im.draft("L", (im.width // 8, im.height // 8))
                 im.load()
             if size_only:
                 return size
             im.load()                       # a truncated file fails here, not during the run
-            if im.mode in ("RGBA", "LA", "P"):
-                im = on_white(im)
-            return im.convert("RGB")
+            return as_rgb(ImageOps.exif_transpose(im))
     except FileNotFoundError:
         raise DataError(f"{where}{name} does not exist") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
         raise DataError(f"{where}{name} cannot be read ({e}); "
                         "expected a whole PNG or JPEG file") from None
+
+
+def as_rgb(im):
+    """A PIL image of any mode -> RGB. Raises ValueError for numbers of an unknown range."""
+    if im.mode in ("RGBA", "LA", "PA", "P"):
+        im = on_white(im)
+    elif im.mode == "F" or im.mode.startswith("I"):     # gray, as floats or long integers
+        im = as_gray(im)
+    return im.convert("RGB")
+
+
+def as_gray(im):
+    """Gray values of 0 to 1 (floats), 0 to 255 or 0 to 65,535 -> mode "L".
+
+    16-bit files are 0 to 65,535, however dark they are.
+    """
+    values = np.asarray(im, dtype=np.float64)
+    low, high = values.min(), values.max()
+    if not 0 <= low <= high <= 65535:                   # nan, too
+        raise ValueError(f"its gray values go from {low:g} to {high:g}, beyond 0 to 65535")
+    most = 255.0
+    if im.mode.startswith("I") or high > 255:
+        most = 65535.0
+    elif high <= 1:
+        most = 1.0
+    return Image.fromarray((values / most * 255).round().astype(np.uint8))
 
 
 def on_white(im):
@@ -63,6 +93,22 @@ def sample_image(sample, i):
     if isinstance(source, Image.Image):
         return source
     return open_image(source, f"sample {sample.id}: ")
+
+
+def digest(sample):
+    """A short text that differs between samples of other images, words, options or right answers.
+
+    What is kept of an earlier run is found by it, because two files may share their ids.
+    """
+    h = hashlib.blake2b(digest_size=12)
+    words = [sample.question, sample.options, sample.answer, sample.targets]
+    h.update(json.dumps(words).encode())
+    for source in sample.images:
+        if isinstance(source, str):
+            with open(source, "rb") as f:
+                source = f.read()
+        h.update(source if isinstance(source, bytes) else source.tobytes())
+    return h.hexdigest()
 
 
 def check_images(samples):

@@ -93,13 +93,13 @@ def step_metrics(log, batch, reward, advantages, weights):
     if "iou" in components:
         # share of box prompts whose group has a mean IoU above 0.7, between, below 0.3
         row |= difficulty_shares(group_means(seeing, "iou", cfg.group_size))
-    for name in ("grounded", "distinct", "iou", "curiosity", "overlong"):
-        # grounded: share of turns whose thought names points, all inside the image; near 1
-        # distinct: mean bonus for points at least 10 pixels apart
-        # iou: mean IoU of box answers; should rise
-        # curiosity, overlong: mean bonus of the flag of that name
-        if name in components:
-            row[name] = component_mean(seeing, name)
+    # "grounded": share of turns whose thought names points, all inside the image; near 1
+    # "distinct": mean bonus for points at least 10 pixels apart
+    # "iou": mean IoU of box answers; should rise
+    # "wrong_format": share of answers that cannot be read; near 0
+    # "curiosity", "overlong": mean bonus of the flag of that name; any part that a reader adds
+    for name in components.keys() - row.keys() - {"hidden"}:
+        row[name] = component_mean(seeing, name)
     if cfg.difficulty_weight != "none":
         # mean difficulty weight of a prompt
         row["weight"] = weights.sum().item(), len(weights)

@@ -27,8 +27,8 @@ place of P * G * (S + T). With S = 300, G = 8, T = 100 that is 2.9 times fewer.
 `SharedCache` does the first (Hydragen, arXiv 2402.05099, splits attention the same way), `Packed`
 does the second. tests/test_prefix.py holds both to the results of the plain version.
 
-Shapes:  P prompts   S slots of the longest prompt   B rows   T slots of the longest row
-         G rows of the largest group   N tokens of a packed row   M sampled tokens
+Shapes:  P prompts   S slots of the longest prompt   B rows   T slots of the longest row, without
+         its prompt   G rows of the largest group   N tokens of a packed row   M sampled tokens
          H query heads   K key and value heads   R = H / K   d width of a head
 """
 import torch
@@ -45,14 +45,16 @@ class PromptCache(model.KVCache):
     """The plain cache, whose rows other rows may continue without copying them."""
 
     def branch(self, group):
-        """A cache of B empty rows that continue the rows group (B,) of this one."""
+        """A cache of B empty rows; row b continues row group[b] of this one."""
         return self.resume([None] * len(group), group)
 
     def resume(self, kept, group):
-        """`branch` with rows that hold tokens already: each what SharedCache.keep_row returned.
+        """`branch` with rows that hold tokens already.
 
-        kept: B lists of a (keys, values) per layer, or None for a row that is empty.
+        kept: B results of SharedCache.keep_row, each a list of (keys, values), one per layer; None
+        for a row that is empty.
         """
+        # row[0][0]: the keys of the first layer (K, T, d)
         lengths = [row[0][0].shape[1] if row else 0 for row in kept]
         keys = []
         values = []
@@ -72,14 +74,15 @@ class SharedCache(model.KVCache):
 
     One softmax runs over the scores of both. The scores of the prompt are computed per group: the
     queries of its rows, side by side, are multiplied with one copy of the prompt's keys. For this
-    every prompt has G places, and a row takes one of its prompt's.
+    every prompt has G places, and each of its rows takes one. With group = [0, 1, 0, 0] and G = 3,
+    the rows take places 0, 3, 1, 2; places 4 and 5 stay free.
     """
 
     def __init__(self, prompts, group, keys, values, lengths):
         super().__init__(keys, values, lengths)
         self.prompts = prompts                          # PromptCache of P rows
         self.group = group                              # (B,) prompt of each row
-        self.bias = None                                # (B, 1, 1, S + T) for the softmax
+        self.bias = None                # (B, 1, 1, S + T) added to scores: 0 if seen, else -1e9
         # Rows of a group take its places in order.
         order = torch.arange(len(group), device=group.device)
         same_group = group[:, None] == group
@@ -116,17 +119,21 @@ class SharedCache(model.KVCache):
     def attend_one_token(self, q, keys, values, prompt_keys, prompt_values):
         """A decoding step: the prompt's keys and values are read once per group."""
         q = q[:, 0].unflatten(1, (keys.shape[1], -1)) * q.shape[-1] ** -0.5         # (B, K, R, d)
-        prompt_scores = self.to_rows(self.to_prompts(q) @ prompt_keys.mT)           # (B, K, R, S)
+        group_scores = self.to_prompts(q) @ prompt_keys.mT                      # (P, K, G * R, S)
+        prompt_scores = self.to_rows(group_scores)                                  # (B, K, R, S)
         own_scores = q @ keys.mT                                                    # (B, K, R, T)
         scores = torch.cat([prompt_scores, own_scores], -1).float() + self.bias
         weights = scores.softmax(-1).to(values.dtype)
         prompt_weights, own_weights = weights.split([prompt_keys.shape[2], keys.shape[2]], -1)
-        from_prompt = self.to_rows(self.to_prompts(prompt_weights) @ prompt_values)  # (B, K, R, d)
-        out = own_weights @ values + from_prompt
+        from_prompt = self.to_prompts(prompt_weights) @ prompt_values           # (P, K, G * R, d)
+        out = own_weights @ values + self.to_rows(from_prompt)                      # (B, K, R, d)
         return out.flatten(1, 2)[:, None]                                           # (B, 1, H, d)
 
     def attend_chunk(self, q, keys, values, prompt_keys, prompt_values):
-        """An observation: enough work to pay for a copy of the prompt, one group at a time."""
+        """Several tokens per row. Each row gets a copy of its prompt, one group at a time.
+
+        This is rare (once per observation), and with many new tokens the copy costs little.
+        """
         out = torch.empty_like(q)
         for p, rows in self.rows_of.items():
             copies = (len(rows), -1, -1, -1)
@@ -171,27 +178,27 @@ class SharedCache(model.KVCache):
 # training: a group as one row
 
 class Packed:
-    """Episodes to train on, as one row without padding; in place of a cache it answers attention.
+    """Episodes to train on, as one row without padding. `forward` takes it in place of a cache.
 
         [prompt A][rest of 0][rest of 1][rest of 2][prompt B][rest of 3][rest of 4][rest of 5]
 
-    All of a layer works token by token and does not care who stands where, except for attention: a
-    prompt sees itself, the rest of an episode sees its prompt and itself.
+    Only attention depends on which tokens belong together; the rest of a layer works on each token
+    alone. In `attend` a prompt sees itself, the rest of an episode sees its prompt and itself.
     """
 
     def __init__(self, ids, positions, views, groups, predictors, targets):
         self.ids = ids                                  # (1, N)
         self.positions = positions                      # (3, 1, N)
         self.views = views                              # in the order of their tokens
-        self.groups = groups                        # [(tokens of prompt, [tokens of each rest])]
-        self.predictors = predictors                # (M,) where the sampled tokens are predicted
+        self.groups = groups                        # [(length of prompt, [length of each rest])]
+        self.predictors = predictors                # (M,) index of the token before a sampled one
         self.targets = targets                      # (M,) the sampled tokens, episode by episode
-        self.sizes = []                             # tokens of prompt, rests, prompt, rests, ...
-        self.places = []                                # per group: see `padded_places`
-        for prompt, rests in groups:
-            self.sizes += [prompt, sum(rests)]
-            self.places.append(torch.tensor(padded_places(rests), dtype=torch.long,
-                                            device=ids.device))
+        self.sizes = []                             # lengths of prompt, rests, prompt, rests, ...
+        self.rest_indices = []                      # per group: see `padded_indices`
+        for prompt_length, rest_lengths in groups:
+            self.sizes += [prompt_length, sum(rest_lengths)]
+            indices = padded_indices(rest_lengths)
+            self.rest_indices.append(torch.tensor(indices, dtype=torch.long, device=ids.device))
 
     def attend(self, layer, q, k, v):
         """Attention of all tokens: q (1, N, H, d), k and v (1, N, K, d) -> like q."""
@@ -199,31 +206,31 @@ class Packed:
         k = k[0].split(self.sizes)
         v = v[0].split(self.sizes)
         out = []
-        for g, (_, rests) in enumerate(self.groups):
+        for g, (_, rest_lengths) in enumerate(self.groups):     # parts 2g and 2g + 1 of q, k, v
             prompt_q = heads_first(q[2 * g])                                        # (1, H, S, d)
             prompt_k = heads_first(k[2 * g])                                        # (1, K, S, d)
             prompt_v = heads_first(v[2 * g])
             x = F.scaled_dot_product_attention(prompt_q, prompt_k, prompt_v, is_causal=True,
                                                enable_gqa=True)
             out.append(x[0].transpose(0, 1))
-            if rests:
+            if rest_lengths:
                 own = (q[2 * g + 1], k[2 * g + 1], v[2 * g + 1])
                 out.append(self.attend_rests(g, *own, prompt_k, prompt_v))
         return torch.cat(out)[None]
 
     def attend_rests(self, g, q, k, v, prompt_k, prompt_v):
         """The rests of group g, n tokens in all: q (n, H, d), k and v (n, K, d) -> like q."""
-        rests = self.groups[g][1]
-        places = self.places[g]
-        q = padded(q, places, rests)                                                # (G, H, T, d)
-        own_k = padded(k, places, rests)                                            # (G, K, T, d)
-        own_v = padded(v, places, rests)
-        copies = (len(rests), -1, -1, -1)
+        rest_lengths = self.groups[g][1]
+        indices = self.rest_indices[g]
+        q = padded(q, indices, rest_lengths)                                        # (G, H, T, d)
+        own_k = padded(k, indices, rest_lengths)                                    # (G, K, T, d)
+        own_v = padded(v, indices, rest_lengths)
+        copies = (len(rest_lengths), -1, -1, -1)
         k = torch.cat([prompt_k.expand(copies), own_k], 2)                      # (G, K, S + T, d)
         v = torch.cat([prompt_v.expand(copies), own_v], 2)
-        mask = causal_lower_right(q.shape[2], k.shape[2])                           # sees all of S
+        mask = causal_lower_right(q.shape[2], k.shape[2])       # rest token t sees slots to S + t
         x = F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True)
-        return x.transpose(1, 2).flatten(0, 1).index_select(0, places)                  # (n, H, d)
+        return x.transpose(1, 2).flatten(0, 1).index_select(0, indices)                 # (n, H, d)
 
 
 def heads_first(x):
@@ -231,28 +238,28 @@ def heads_first(x):
     return x[None].transpose(1, 2)
 
 
-def padded_places(lengths):
-    """Where the tokens of rows of these lengths stand once the rows are padded to the longest."""
-    places = []
+def padded_indices(lengths):
+    """The index of each token once rows of these lengths are padded: [2, 3] -> [0, 1, 3, 4, 5]."""
+    indices = []
     for row, length in enumerate(lengths):
         start = row * max(lengths)
-        places += range(start, start + length)
-    return places
+        indices += range(start, start + length)
+    return indices
 
 
-def padded(x, places, lengths):
+def padded(x, indices, lengths):
     """Rows of these lengths without padding (n, heads, d) -> padded (G, heads, T, d)."""
-    blank = x.new_zeros(len(lengths) * max(lengths), *x.shape[1:])
-    return blank.index_copy(0, places, x).unflatten(0, (len(lengths), -1)).transpose(1, 2)
+    blank = x.new_zeros(len(lengths) * max(lengths), *x.shape[1:])              # (G * T, heads, d)
+    return blank.index_copy(0, indices, x).unflatten(0, (len(lengths), -1)).transpose(1, 2)
 
 
 class PrefixVLM(model.VLM):
-    """model.VLM with the two halves of this file in place of the plain ones."""
+    """model.VLM that samples with SharedCache and trains on a Packed row."""
 
     shares_prompts = True
 
     def new_cache(self, rows):
-        """An empty cache of so many rows, which `branch` continues without copies."""
+        """A cache of `rows` empty rows, which `branch` continues without copies."""
         plain = super().new_cache(rows)
         return PromptCache(plain.keys, plain.values, plain.lengths)
 
@@ -267,11 +274,10 @@ class PrefixVLM(model.VLM):
         return model.scatter(logprobs, mask), model.scatter(entropy, mask), mask
 
     def group_by_prompt(self, episodes):
-        """Which episodes continue the same prompt: equal ids up to the first sampled token, and the
-        very same views?
+        """Find the episodes that continue the same prompt -> [(length of prompt, their indices)].
 
-        -> [(tokens of the prompt, indices of its episodes)]. An episode that shares its prompt with
-        no other counts as a prompt from end to end.
+        The same prompt: equal ids up to the first sampled token, and the very same View objects.
+        An episode that shares its prompt with no other counts as a prompt from end to end.
         """
         groups = {}
         for b, e in enumerate(episodes):
@@ -284,8 +290,10 @@ class PrefixVLM(model.VLM):
             groups.setdefault(key, []).append(b)
         out = []
         for (prompt, *_), members in groups.items():
-            alone = len(members) == 1
-            out.append((len(episodes[members[0]].ids) if alone else len(prompt), members))
+            length = len(prompt)
+            if len(members) == 1:
+                length = len(episodes[members[0]].ids)
+            out.append((length, members))
         return out
 
     def micro_batches(self, episodes, max_tokens=4096):
@@ -295,17 +303,17 @@ class PrefixVLM(model.VLM):
         """
         parts = []
         room = 0                                        # tokens left in the last part
-        for prompt, members in self.group_by_prompt(episodes):
-            to_pay = prompt                             # by the first episode of it in a part
+        for prompt_length, members in self.group_by_prompt(episodes):
+            prompt_cost = prompt_length                 # 0 once the last part holds the prompt
             for b in members:
-                rest = len(episodes[b].ids) - prompt
-                if not parts or to_pay + rest > room:
+                rest_length = len(episodes[b].ids) - prompt_length
+                if not parts or prompt_cost + rest_length > room:
                     parts.append([])
                     room = max_tokens
-                    to_pay = prompt
+                    prompt_cost = prompt_length
                 parts[-1].append(episodes[b])
-                room -= to_pay + rest
-                to_pay = 0
+                room -= prompt_cost + rest_length
+                prompt_cost = 0
         return parts
 
     def pack(self, episodes):
@@ -314,38 +322,41 @@ class PrefixVLM(model.VLM):
         positions = []                                  # tensors (3, n)
         views = []
         groups = []
-        places = [None] * len(episodes)                 # of each episode's tokens in the row
-        for prompt, members in self.group_by_prompt(episodes):
-            prompt_places = list(range(len(ids), len(ids) + prompt))
-            rests = []
+        indices = [None] * len(episodes)                # of each episode's tokens in the row
+        for prompt_length, members in self.group_by_prompt(episodes):
+            prompt_indices = list(range(len(ids), len(ids) + prompt_length))
+            rest_lengths = []
             for b in members:
                 e = episodes[b]
                 grids = [view.grid for view in e.views]
                 own_positions, _ = model.mrope(e.ids, grids, self.image_token)      # (3, tokens)
-                num_views = e.ids[:prompt].count(self.vision_start)
+                num_views = e.ids[:prompt_length].count(self.vision_start)
                 if b == members[0]:
-                    ids += e.ids[:prompt]
-                    positions.append(own_positions[:, :prompt])
+                    ids += e.ids[:prompt_length]
+                    positions.append(own_positions[:, :prompt_length])
                     views += e.views[:num_views]
-                rest = e.ids[prompt:]
-                places[b] = prompt_places + list(range(len(ids), len(ids) + len(rest)))
+                rest = e.ids[prompt_length:]
+                indices[b] = prompt_indices + list(range(len(ids), len(ids) + len(rest)))
                 ids += rest
-                positions.append(own_positions[:, prompt:])
+                positions.append(own_positions[:, prompt_length:])
                 views += e.views[num_views:]
-                rests.append(len(rest))
-            groups.append((prompt, rests if len(members) > 1 else []))
-        predictors, sampled = sampled_places(episodes, places)
+                rest_lengths.append(len(rest))
+            groups.append((prompt_length, rest_lengths if len(members) > 1 else []))
+        predictors, sampled = sampled_indices(episodes, indices)
         ids = torch.tensor(ids, device=self.device)
         positions = torch.cat(positions, 1).to(self.device)
         return Packed(ids[None], positions[:, None], views, groups, predictors.to(self.device),
                       ids[sampled.to(self.device)])
 
 
-def sampled_places(episodes, places):
-    """Where the tokens that predict the sampled ones stand, and these themselves: two (M,)."""
+def sampled_indices(episodes, indices):
+    """Indices in the packed row -> (M,) of the token before each sampled one, (M,) of the latter.
+
+    indices: for each episode, the indices of its tokens.
+    """
     predictors = []
     sampled = []
-    for e, own in zip(episodes, places):
+    for e, own in zip(episodes, indices):
         for t, chosen in enumerate(e.completion_mask):
             if chosen:
                 predictors.append(own[t - 1])
@@ -355,6 +366,6 @@ def sampled_places(episodes, places):
 
 def load_vlm(name, plain=False, device="auto", dtype="auto", max_pixels=0, recompute=False,
              quiet=False):
-    """model.load -> PrefixVLM, or, if plain, model.VLM."""
+    """`model.load` for a PrefixVLM, or for a model.VLM if plain."""
     vlm_class = model.VLM if plain else PrefixVLM
     return model.load(name, device, dtype, max_pixels, recompute, quiet, vlm_class)

@@ -205,7 +205,8 @@ def stop_if_nothing_succeeds(episodes, step):
     form = sum(e.reward_components["format"] for e in episodes) / len(episodes)
     run.fail(f"none of the {rollouts:.0f} rollouts of the first step has any success, so there is "
              f"nothing to reinforce (each group's advantages are 0). Mean format {form:.2f}. "
-             "Warm-start on traces (--traces), or take easier questions.")
+             "Warm-start on traces (--traces) or on more of them (--sft-n, --sft-epochs), or take "
+             "easier questions.")
 
 
 class RunLog:

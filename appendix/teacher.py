@@ -79,7 +79,7 @@ def teacher_traces(vlm, cfg, style, questions=None, side=data.SIDE, log=""):
     jobs = []
     for s in samples:
         for k in range(cfg.chains):
-            key = f"{s.id}/chain{k}/{cfg.seed}"
+            key = f"{s.id}/{files.digest(s)}/chain{k}/{cfg.seed}"
             jobs.append((key, views[s.id], TEACH.format(**fields[s.id])))
     replies = teacher.ask(jobs, cfg.temperature)
     usable, lost = sort_replies(samples, views, replies, cfg.chains)
@@ -131,7 +131,7 @@ def judge_chains(teacher, samples, views, fields, usable, seed):
     for s in rivals:
         chains = [f"[{k}] {reply.thought}" for k, reply in enumerate(usable[s.id], 1)]
         text = JUDGE.format(**fields[s.id], chains="\n".join(chains))
-        jobs.append((f"{s.id}/judge/{seed}", views[s.id], text))
+        jobs.append((f"{s.id}/{files.digest(s)}/judge/{seed}", views[s.id], text))
     for s, verdict in zip(rivals, teacher.ask(jobs, temperature=0.0)):
         number = re.search(r"\d{1,9}", verdict)
         if number and 1 <= int(number[0]) <= len(usable[s.id]):         # else the first one stays

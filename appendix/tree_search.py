@@ -227,7 +227,7 @@ def search_traces(vlm, cfg, style, questions=None, side=data.SIDE, log=""):
     check_searchable(vlm, style, cfg)
     if within == "zoom":
         cfg = replace(cfg, depth=min(cfg.depth, cfg.max_zooms))
-    trees = kept_trees(log, search_settings(vlm, cfg, within))          # {sample id: tree}
+    trees = kept_trees(log, search_settings(vlm, cfg, within))          # {digest: tree}
     traces = []
     counts = {"trees": 0, "solved": 0, "tokens_computed": 0, "tokens_naive": 0, "seconds": 0.0}
     began = time.time()
@@ -238,11 +238,12 @@ def search_traces(vlm, cfg, style, questions=None, side=data.SIDE, log=""):
         batch = next_batch(cfg, questions, side, number, len(traces))
         if not batch:
             break
-        new = [s for s in batch if s.id not in trees]
+        digests = [files.digest(sample) for sample in batch]
+        new = [s for s, digest in zip(batch, digests) if digest not in trees]
         if new:
             trees |= grow_trees(vlm, new, within, cfg, log, counts)
-        for sample in batch:
-            chains = linearise(trees[sample.id], cfg)
+        for sample, digest in zip(batch, digests):
+            chains = linearise(trees[digest], cfg)
             counts["trees"] += 1
             counts["solved"] += any(chain.kind == "direct" for chain in chains)
             for chain in chains:
@@ -282,14 +283,17 @@ def next_batch(cfg, questions, side, number, num_traces):
 
 
 def grow_trees(vlm, samples, style, cfg, log, counts):
-    """Search, log and count -> {sample id: tree}."""
+    """Search, log and count -> {digest of the sample: tree}."""
     roots, sampler = tree_search(vlm, samples, style, cfg, cfg.seed)
     counts["tokens_computed"] += sampler.computed
     counts["tokens_naive"] += sampler.naive
-    trees = [outline(root) for root in roots]
+    trees = {}
+    for sample, root in zip(samples, roots):
+        digest = files.digest(sample)
+        trees[digest] = {"digest": digest, **outline(root)}
     if log:
-        run.append_rows(log, trees)
-    return {tree["id"]: tree for tree in trees}
+        run.append_rows(log, trees.values())
+    return trees
 
 
 def search_settings(vlm, cfg, style):
@@ -300,7 +304,7 @@ def search_settings(vlm, cfg, style):
 
 
 def kept_trees(log, settings):
-    """The trees of an earlier, interrupted search with the same settings -> {sample id: tree}.
+    """The trees of an earlier, interrupted search with the same settings -> {digest: tree}.
 
     The first line of the log holds the settings; the log is begun if there is none.
     """
@@ -314,4 +318,4 @@ def kept_trees(log, settings):
     if not rows or rows[0].get("search") != settings:
         raise files.DataError(f"{log} holds trees that were searched with other settings or "
                               "weights; remove it, or choose another --name")
-    return {row["id"]: row for row in rows[1:]}
+    return {row.get("digest"): row for row in rows[1:]}

@@ -51,8 +51,8 @@ def write_trees_page(path, log, samples, most=40):
     album = page.Album()
     trees = []
     for _, row in files.read_rows(log):
-        if row.get("id") in samples and len(trees) < most:
-            _, view = samples[row["id"]]
+        sample, view = samples.get(row.get("id"), (None, None))
+        if sample and row.get("digest") == files.digest(sample) and len(trees) < most:
             trees.append(show_tree(album, row, view))
     page.write_html(path, "trees.html", "trees.css", trees=trees)
 

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 import data
-from appendix import benchmarks, files
+from appendix import benchmarks, faults, files
 from conftest import check_mutation, names
 
 N = 60
@@ -360,6 +360,54 @@ def test_bad_file(folder, text, expected):
         data.read_jsonl(path)
     assert str(e.value).startswith(path) and expected in str(e.value)
 
+def test_all_faults_are_in_one_list(folder):
+    """Bug: a file with ten faults is mended ten times. A twin id is a fault: traces and saved rows are found by it."""
+    path = write(folder, GOOD, {**GOOD, "id": "y", "answer": 7}, GOOD, {**GOOD, "id": "z", "question": None})
+    with pytest.raises(data.DataError) as e:
+        data.read_jsonl(path)
+    lines = str(e.value).splitlines()
+    assert lines[0] == f"3 rows of {path} are wrong:" and len(lines) == 4
+    assert "line 2: answer is 7" in lines[1] and "line 3: the id 'x' is that of an earlier row" in lines[2] and "line 4: field 'question'" in lines[3]
+    many = write(folder, *[{**GOOD, "id": str(i), "answer": 7} for i in range(50)])
+    with pytest.raises(data.DataError) as e:
+        data.read_jsonl(many)
+    assert str(e.value).count("\n") == 21 and "and 30 more" in str(e.value)
+
+def test_rows_without_an_id_get_one(folder):
+    """Bug: their id was the path and line on this machine."""
+    nameless = {k: v for k, v in GOOD.items() if k != "id"}
+    assert [s.id for s in data.read_jsonl(write(folder, nameless, "", {**GOOD, "id": 0}, nameless))] == ["rows.jsonl:1", "0", "rows.jsonl:3"]
+
+BOX = {"id": "b", "images": ["a.png"], "question": "Where?", "answer_type": "box", "targets": [{"image": 0, "box": [10, 10, 50, 50]}]}
+
+@pytest.mark.parametrize("row, said", [
+    ({**BOX, "targets": [{"image": 0, "box": [150, 10, 250, 50]}]}, "leaves its image, which is 200 x 100"),
+    ({**BOX, "targets": [{"image": 0, "box": [50, 50, 10, 10]}]}, "inverted or empty"),
+    ({**BOX, "answer_type": "point", "targets": [{"image": 0, "box": [50, 50, 10, 10]}]}, "inverted or empty"),
+    ({**GOOD, "options": ["left", "Left "]}, "read the same"), ({**GOOD, "options": ["left", ""]}, "its gold"),
+    ({**GOOD, "answer_type": "text", "answer": [" "], "options": []}, "its gold"),
+])
+def test_rows_that_cannot_be_right_are_refused(folder, row, said):
+    """Bug: --data trained on what `convert --check` refuses."""
+    faults.check_samples(data.read_jsonl(write(folder, GOOD, BOX)))
+    with pytest.raises(data.DataError, match=said) as e:
+        faults.check_samples(data.read_jsonl(write(folder, row)))
+    assert "\n" not in str(e.value) and f"sample {row['id']}: " in str(e.value)
+    twice = write(folder, {**row, "id": "one"}, {**row, "id": "two"})
+    with pytest.raises(data.DataError, match="2 rows cannot be used:\n  sample one: .*\n  sample two: "):
+        faults.check_samples(data.read_jsonl(twice))
+    faults.check_samples(data.read_jsonl(write(folder, {**row, "meta": {"published_wrong": "so"}})))
+
+def test_digest_tells_questions_apart(folder):
+    """Bug: trees and paid replies of another file were used again, because the ids were alike."""
+    sample = data.read_jsonl(write(folder, GOOD))[0]
+    changes = [dict(question="What?"), dict(options=["left", "up"]), dict(answer=0), dict(images=[str(folder / "b.png")]),
+               dict(targets=[{"image": 0, "box": [1, 2, 3, 4]}])]
+    digests = {files.digest(dataclasses.replace(sample, **change)) for change in [{}, *changes]}
+    assert len(digests) == 6 and files.digest(dataclasses.replace(sample, id="another", category=["x"])) in digests
+    toy = data.toy("search", "train", 2)
+    assert files.digest(toy[0]) == files.digest(data.toy("search", "train", 1)[0]) != files.digest(toy[1])
+
 def test_no_file(folder):
     """Bug: as above, for files that are not there, not text or not a list."""
     (folder / "binary.jsonl").write_bytes(b"\x89PNG\xff\xfe")
@@ -394,6 +442,39 @@ def test_broken_image(folder, kind):
             pass
     with pytest.raises(data.DataError, match="^sample two: image .* does not exist"):
         files.sample_image(data.Sample("two", [str(folder / "gone.png")], "", "text"), 0)
+
+@pytest.mark.parametrize("values, kind, seen", [
+    (np.array([[0, 257 * 10, 257 * 200, 65535]], np.uint16), "png", [0, 10, 200, 255]),         # Bug: all but black became white
+    (np.array([[0, 257 * 10]], np.uint16), "png", [0, 10]),                                     # dark, but of 16 bits all the same
+    (np.array([[0, 0.5, 1]], np.float32), "tiff", [0, 128, 255]),                               # Bug: black
+    (np.array([[0, 100, 200]], np.float32), "tiff", [0, 100, 200]),
+    (np.array([[0, 65535]], np.int32), "tiff", [0, 255]),
+])
+def test_gray_of_any_range(folder, values, kind, seen):
+    path = str(folder / f"deep.{kind}")
+    Image.fromarray(values).save(path)
+    assert [p[0] for p in np.asarray(files.open_image(path)).tolist()[0]] == seen
+
+@pytest.mark.parametrize("value", [-5.0, 1e6, float("nan")])
+def test_gray_of_no_known_range_is_refused(folder, value):
+    path = str(folder / "deep.tiff")
+    Image.fromarray(np.array([[0, value]], np.float32)).save(path)
+    with pytest.raises(data.DataError, match="its gray values go from .* beyond 0 to 65535"):
+        files.open_image(path)
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_turned_photo_stands_upright(folder, orientation):
+    """Bug: EXIF's rotation was ignored, so boxes and picture did not fit."""
+    from PIL import ImageOps
+    image = Image.new("RGB", (40, 20), "white")
+    image.paste("red", (0, 0, 10, 10))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    image.save(folder / "photo.png", exif=exif)
+    path = str(folder / "photo.png")
+    want = ImageOps.exif_transpose(Image.open(path))
+    assert files.open_image(path).tobytes() == want.tobytes() and files.open_image(path, size_only=True) == want.size
+    assert (want.size == (20, 40)) == (orientation > 4)
 
 def test_transparency(folder):
     """Bug: transparent pixels turn black (a black screenshot)."""
@@ -446,7 +527,7 @@ MUTATIONS = [
     ("appendix.files:open_image", "(OSError, SyntaxError, ValueError, Image.DecompressionBombError)", "(SyntaxError, Image.DecompressionBombError)",
      test_broken_image, dict(kind="jpeg")),
     ("data:toy", "draw_scene(scene)", "draw_scene(scenes[0])", test_pictures, {}),
-    ("appendix.files:open_image", "im.mode in ('RGBA', 'LA', 'P')", "False", test_transparency, {}),
+    ("appendix.files:as_rgb", "im.mode in ('RGBA', 'LA', 'PA', 'P')", "False", test_transparency, {}),
 ]
 
 @pytest.mark.parametrize("target, old, new, test, arguments", MUTATIONS, ids=names(MUTATIONS))

@@ -382,7 +382,7 @@ def test_wrong_use_is_one_line(bench, capsys):
     data.write_jsonl(str(folder / "bench.jsonl"), [choice("c1", "a.png"), choice("c1", "b.png")])
     with pytest.raises(SystemExit):
         run([])
-    assert "holds the id 'c1' twice" in capsys.readouterr().err
+    assert "bench.jsonl, line 2: the id 'c1' is that of an earlier row" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kind, text, right, unreadable", [

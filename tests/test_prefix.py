@@ -238,14 +238,14 @@ MUTATIONS = [
     (f"{PACKED}.attend_rests", "prompt_k.expand(copies)", "prompt_k.detach().expand(copies)", test_shared_equals_plain, dict(recompute=False)),
     (f"{PACKED}.attend_rests", "prompt_v.expand(copies)", "prompt_v.detach().expand(copies)", test_shared_equals_plain, dict(recompute=False)),
     (f"{PREFIX}.pack", "views += e.views[num_views:]", "views += e.views", test_shared_equals_plain, dict(recompute=False)),
-    (f"{PREFIX}.pack", "positions.append(own_positions[:, prompt:])", "positions.append(own_positions[:, :len(rest)])", test_shared_equals_plain, dict(recompute=False)),
-    (f"{PREFIX}.pack", "prompt_places + list(range(len(ids), len(ids) + len(rest)))", "list(range(prompt_places[0], prompt_places[0] + len(e.ids)))",
+    (f"{PREFIX}.pack", "positions.append(own_positions[:, prompt_length:])", "positions.append(own_positions[:, :len(rest)])", test_shared_equals_plain, dict(recompute=False)),
+    (f"{PREFIX}.pack", "prompt_indices + list(range(len(ids), len(ids) + len(rest)))", "list(range(prompt_indices[0], prompt_indices[0] + len(e.ids)))",
      test_shared_equals_plain, dict(recompute=False)),
-    ("appendix.prefix:sampled_places", "predictors.append(own[t - 1])", "predictors.append(own[t])", test_shared_equals_plain, dict(recompute=False)),
+    ("appendix.prefix:sampled_indices", "predictors.append(own[t - 1])", "predictors.append(own[t])", test_shared_equals_plain, dict(recompute=False)),
     (f"{PREFIX}.group_by_prompt", "(tuple(prompt), *map(id, views))", "(tuple(prompt),)", test_what_counts_as_shared, {}),
-    (f"{PREFIX}.micro_batches", "not parts or to_pay + rest > room", "not parts or to_pay + rest >= room", test_micro_batches, {}),
-    (f"{PREFIX}.micro_batches", "room -= to_pay + rest", "room -= rest", test_micro_batches, {}),
-    (f"{PREFIX}.micro_batches", "to_pay = 0", "pass", test_micro_batches, {}),
+    (f"{PREFIX}.micro_batches", "not parts or prompt_cost + rest_length > room", "not parts or prompt_cost + rest_length >= room", test_micro_batches, {}),
+    (f"{PREFIX}.micro_batches", "room -= prompt_cost + rest_length", "room -= rest_length", test_micro_batches, {}),
+    (f"{PREFIX}.micro_batches", "prompt_cost = 0", "pass", test_micro_batches, {}),
 ]
 
 @pytest.mark.parametrize("target, old, new, test, arguments", MUTATIONS, ids=names(MUTATIONS))

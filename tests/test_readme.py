@@ -183,7 +183,7 @@ def test_metrics(models):
     levels = {"easy", "medium", "hard"}
     for key in keys - composed - levels - {"step"}:
         assert f'"{key}"' in source, key
-        assert re.search(rf'#[^\n]*\n(?:[^#\n]*\n)?[^#\n]*"{key}"', source) or re.search(rf"# {key}:", source), f"{key} has no comment"
+        assert re.search(rf'#[^\n]*\n(?:[^#\n]*\n)?[^#\n]*"{key}"', source) or re.search(rf"# \"?{key}\"?[:,]", source), f"{key} has no comment"
 
 # -----------------------------------------------------------------------------
 # the house

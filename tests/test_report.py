@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 import evaluate
-from appendix import card, page, report, trees_page
+from appendix import card, files, page, report, trees_page
 from conftest import check_mutation, names
 from data import Sample
 from test_evaluate import EVIL, choice, episode, photo, point, zoomed
@@ -246,8 +246,9 @@ def test_trees_are_drawn(models, tmp_path):
     from test_search import ASKED, WORKED
     vlm = models["qwen2.5"]
     log, path = tmp_path / "trees.jsonl", tmp_path / "trees.html"
-    evil = {**WORKED, "id": ASKED[0].id, "question": "<script>alert(1)</script>", "options": ["<b>"]}
-    log.write_text(json.dumps({"search": {}}) + "\n" + json.dumps(evil) + "\n")
+    evil = {**WORKED, "id": ASKED[0].id, "digest": files.digest(ASKED[0]), "question": "<script>alert(1)</script>", "options": ["<b>"]}
+    other = {**evil, "digest": "that of another file's question with this id"}
+    log.write_text("".join(json.dumps(row) + "\n" for row in ({"search": {}}, other, evil)))
     trees_page.write_trees_page(str(path), str(log), {ASKED[0].id: (ASKED[0], vlm.view(ASKED[0].images[0]))})
     text = path.read_text()
     assert "<script" not in text and "&lt;script&gt;" in text and "&lt;b&gt;" in text and "default-src 'none'" in text

@@ -43,6 +43,7 @@ def answer(said, think="so"):
 
 def reward_of(sample, turns, recipe, **options):
     turns = turns if isinstance(turns, list) else [say(turns)]
+    options.setdefault("bonuses", Bonuses(distinct=0.2))
     return score(sample, "\n".join(turn.text for turn in turns), turns, recipe, **options)
 
 def is_right(sample, said, **options):
@@ -470,7 +471,7 @@ def test_distinct_bonus_is_not_paid_for_a_broken_format():
 def test_distinct_bonus_knobs():
     turns = [look(0, 0), look(30, 0), RIGHT]
     assert reward_of(POINT, turns, "vigorl-zoom", bonuses=Bonuses(distinct=0))["reward"] == pytest.approx(1)
-    assert reward_of(POINT, turns, "vigorl-zoom", bonuses=Bonuses(min_distance=31))["distinct"] == 0
+    assert reward_of(POINT, turns, "vigorl-zoom", bonuses=Bonuses(min_distance=31, distinct=0.2))["distinct"] == 0
 
 def test_right_always_beats_wrong():
     """Bug: a wrong answer with 4 distinct crops (0.64) out-scored a right one with a broken format (0.60)."""

@@ -5,7 +5,7 @@ into the code, one at a time, and requires the named test to fail.
 
 Most trees here are scripted: a stand-in for the sampler says what each step is, so that every count is known.
 """
-import json, math
+import dataclasses, json, math
 from types import SimpleNamespace
 from unittest import mock
 
@@ -418,6 +418,10 @@ def test_a_killed_search_loses_no_finished_tree(models, tmp_path, monkeypatch):
     assert [(t.sample.id, t.turns) for t in resumed] == [(t.sample.id, t.turns) for t in whole]
     with open(log) as f:
         assert f.read().startswith("".join(lines)) and len(tree_search.kept_trees(log, json.loads(lines[0])["search"])) == 6
+    asked.clear()
+    two = [dataclasses.replace(s, question="Another?") for s in data.toy("search", "train", 2, f"sft{cfg.seed}/0", "easy")]
+    assert [t.sample.question for t in tree_search.search_traces(vlm, cfg, "zoom", two, log=log)[0]] == ["Another?"] * 2
+    assert asked == [every[:2]]                         # Bug: trees of another file's questions, whose ids are the same, were used
     with pytest.raises(data.DataError, match="other settings"):
         run(log, train_sft.Config(n=6, trees=2, seed=1, difficulty="easy", exploration=9.0))
 
@@ -493,7 +497,7 @@ MUTATIONS = [  # where, old code, new code, the test that must fail, its argumen
     ("appendix.chains:to_turns", "point is not None and has_room and is_far(point, called, min_distance)", "point is not None and is_far(point, called, min_distance)",
      test_to_turns, {}),
     ("appendix.chains:to_turns", "calls.insert(place, calls.pop(0))", "calls.pop(0)", test_reorder, {}),
-    ("appendix.tree_search:search_traces", "[s for s in batch if s.id not in trees]", "batch", test_a_killed_search_loses_no_finished_tree, {}),
+    ("appendix.tree_search:search_traces", "[s for s, digest in zip(batch, digests) if digest not in trees]", "batch", test_a_killed_search_loses_no_finished_tree, {}),
     ("appendix.tree_search:kept_trees", "run.cut_torn_line(log)", "pass", test_a_killed_search_loses_no_finished_tree, {}),
     ("appendix.tree_search:kept_trees", 'rows[0].get("search") != settings', "False", test_a_killed_search_loses_no_finished_tree, {}),
 ]

@@ -165,8 +165,8 @@ def fresh(vlm):
     return prefix.PrefixVLM(copy.deepcopy(vlm.model), vlm.tokenizer, vlm.processor, vlm.name, vlm.spec)
 
 def score(sample, text, *more, real=rewards.score, **options):
-    """In the place of rewards.score: a number that the episode's own text decides."""
-    v = zlib.crc32(text.encode()) % 4 / 3
+    """In the place of rewards.score: a number that the episode's own text decides; the fourth prompt's are all equal."""
+    v = 0.5 if sample.id.endswith("3") else zlib.crc32(text.encode()) % 4 / 3
     return {**real(sample, text, *more, **options), "reward": v, "accuracy": float(v > 0.5)}
 
 def one_step(vlm, micro_tokens=10 ** 6, prompts=5, group_size=4, **flags):
@@ -183,7 +183,7 @@ def one_step(vlm, micro_tokens=10 ** 6, prompts=5, group_size=4, **flags):
     moment = torch.cat([optimizer.opt.state[m]["exp_avg"].flatten() for m in optimizer.masters])
     return moment[::29].tolist(), metrics, [(e.sample.id, e.ids) for e in episodes]
 
-EVERYTHING = dict(seed=2, prompts=6, group_size=2, aggregate="sequence", kl_coef=0.1, papo_coef=0.1, num_minibatches=2, resample=2, difficulty_weight="exp",
+EVERYTHING = dict(group_size=2, aggregate="sequence", kl_coef=0.1, papo_coef=0.1, num_minibatches=2, resample=2, difficulty_weight="exp",
                   difficulty_normalize=True)
 
 @pytest.mark.parametrize("flags", [dict(), EVERYTHING], ids=["default", "everything"])

@@ -508,7 +508,7 @@ MUTATIONS = [
     (TURN, "live & ~ended & (written < budgets)", "live & (written < budgets)", test_only_chosen_tokens_are_trained, {}),
     ("zoom_rollout:Row.next_numbers", "self.u[len(self.episode.turns)]", "self.u[0]", test_only_chosen_tokens_are_trained, {}),
     ("zoom_rollout:Row.next_numbers", "self.u[len(self.episode.turns)].roll(-self.written)", "self.u[len(self.episode.turns)]", test_parts_and_stragglers, {}),
-    (UNFOLD, "ids[b][-1:] + answer[0]", "answer[0] or ids[b][-1:]", test_sampler_equals_trainer, {}),
+    (UNFOLD, "ids[b][-1:] + observation", "observation or ids[b][-1:]", test_sampler_equals_trainer, {}),
     (UNFOLD, "[positions[b] for b in going_on]", "positions[:len(going_on)]", test_sampler_equals_trainer, {}),
     (UNFOLD, "torch.tensor(going_on, device=vlm.device)", "torch.arange(len(going_on), device=vlm.device)", test_sampler_equals_trainer, {}),
     (TURN, "positions = positions + live", "positions = positions + 1", test_sampler_equals_trainer, {}),
