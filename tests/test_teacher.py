@@ -84,8 +84,7 @@ def test_the_filters_count_what_they_drop(models):
 def test_numbers_without_end_are_no_crash(models):
     """Bug: a number of 309 digits in a chain, or of 5,000 in a verdict, ended the run; and the reply was kept, so it did for ever."""
     huge = think(f"At ({'9' * 400}, 4). At (3, 4).", RIGHT)
-    replies = iter([huge, think("At (5, 6).", RIGHT), "9" * 5000])
-    with Server(lambda text: next(replies)) as server:
+    with Server(lambda text: "9" * 5000 if "chains of reasoning" in text else huge) as server:
         found, _ = teacher.teacher_traces(models["qwen2.5"], config(server.url, chains=2), "zoom", ASKED[:1])
     assert len(found) == 1 and "[3, 4]" in found[0].turns[0]
 
