@@ -4,6 +4,7 @@
     python -m appendix.speed train              # the update, and a whole step
     python -m appendix.speed search             # tree search against single paths
     python -m appendix.speed plan --model qwen2.5-vl-3b     # memory of a model, without having it
+    python -m appendix.speed gpu                # everything that a GPU can tell, in nine minutes
 
     python -m appendix.speed rollout --prompts 2 --image-tokens 1024 --new-tokens 64
     python -m appendix.speed train --model mid --prompts 2 --image-tokens 1024 --new-tokens 96
@@ -24,7 +25,8 @@ gradients relative to the largest gradient. Then a whole GRPO step of one turn, 
 Without `--micro-tokens` the update is one pass, so that peaks can be compared, and the step has the
 micro-batches of train_rl.py.
 
-search: see speed_search.py. plan: the parts of memory.memory_plan for two cards.
+search: see speed_search.py. gpu: see speed_gpu.py. plan: the parts of memory.memory_plan for two
+cards.
 
 Where TRL is installed (see speed_trl.py), rollout and train measure it too. Without it, rollout
 leaves its fields out and train writes null.
@@ -32,13 +34,14 @@ leaves its fields out and train writes null.
 import argparse
 import importlib.util
 import json
+import sys
 from functools import partial
 
 import torch
 
 import train_rl
 import zoom_rollout
-from appendix import memory, ranks, run, speed_peers, speed_search, speed_setup, speed_train
+from appendix import memory, run, speed_gpu, speed_peers, speed_search, speed_setup, speed_train
 from appendix.speed_setup import Load, Rounds
 
 # Two settings of `plan`.
@@ -132,26 +135,9 @@ def bandwidth_fraction(vlm, episodes, load, seconds):
     episodes: one of each prompt, since the group shares the prompt's slots. A turn in the middle of
     its decoding has half its tokens. seconds: those of the whole rollout.
     """
-    text = vlm.model.config.text_config
-    decoder = vlm.model.model.language_model
-    weights = sum(p.numel() for p in decoder.layers.parameters()) + vlm.model.lm_head.weight.numel()
-    head_dim = decoder.layers[0].self_attn.head_dim
-    per_slot = 2 * text.num_hidden_layers * text.num_key_value_heads * head_dim
     slots = sum(len(e.ids) for e in episodes) + load.sampled_tokens / 2
-    bytes_per_step = (weights + per_slot * slots) * vlm.model.dtype.itemsize
-    return bytes_per_step * load.turn_tokens / seconds / copy_bandwidth(vlm.device)
-
-
-def copy_bandwidth(device):
-    """Bytes per second of a large copy, counted once for the read and once for the write."""
-    source = torch.empty(2 ** 30, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    best = 0.0
-    for _ in range(10):
-        began = ranks.synchronized_time()
-        target.copy_(source)
-        best = max(best, 2 * source.numel() / (ranks.synchronized_time() - began))
-    return best
+    needed = speed_setup.decode_bytes(vlm, slots) * load.turn_tokens
+    return needed / seconds / speed_setup.copy_bandwidth(vlm.device)
 
 
 def compare_trl_generation(vlm, load, num_rounds):
@@ -197,10 +183,12 @@ def parse(argv=None):
     parser = run.Parser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("what", choices=["rollout", "train", "search", "plan"])
+    add("what", choices=["rollout", "train", "search", "plan", "gpu"])
     add("--model", default="tiny", help="name of a model, or checkpoint folder")
     add("--random", action="store_true", help="random weights in the shape of --model")
     add("--device", default="auto", help="cpu or cuda")
+    add("--shape", default="", choices=["", *speed_gpu.SHAPE_NAMES],
+        help="shape of the random weights; empty: the largest that fits (gpu)")
     add("--prompts", type=int, default=16, help="prompts (search: questions of each kind)")
     add("--group", type=int, default=8, help="episodes per prompt")
     add("--image-tokens", type=int, default=0, help="tokens of an image; 0: the model's default")
@@ -226,20 +214,21 @@ def parse(argv=None):
 
 def rounded(result):
     """Numbers with three digits, for the JSON line."""
-    short = {}
-    for key, value in result.items():
-        short[key] = float(f"{value:.3g}") if isinstance(value, float) else value
-    return short
+    if isinstance(result, dict):
+        return {key: rounded(value) for key, value in result.items()}
+    return float(f"{result:.3g}") if isinstance(result, float) else result
 
 
 COMMANDS = {"rollout": measure_rollout, "train": speed_train.train, "search": speed_search.search,
-            "plan": plan}
+            "plan": plan, "gpu": speed_gpu.gpu}
 
 
 def main():
     args = parse()
     result = COMMANDS[args.what](args)
     print(json.dumps(rounded(result)))
+    if result.get("failed"):                            # parts of `gpu`
+        sys.exit(1)
 
 
 if __name__ == "__main__":

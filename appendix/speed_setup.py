@@ -17,7 +17,8 @@ import model
 import zoom_rollout
 from appendix import prefix, ranks, run
 
-# Text models as published. "mid" is ours: a size between the tiny model and a released one.
+# Text models as published, and two of ours: "qwen2.5-vl-3b-short", and "mid", a size between the
+# tiny model and a released one.
 TEXT_SIZES = {
     "qwen2.5-vl-3b": dict(
         hidden_size=2048, intermediate_size=11008, num_hidden_layers=36, num_attention_heads=16,
@@ -25,6 +26,10 @@ TEXT_SIZES = {
     "qwen2.5-vl-7b": dict(
         hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28,
         num_key_value_heads=4, vocab_size=152064, tie_word_embeddings=False),
+    # The layers of the 3B, but a quarter of them: for a card on which the 3B does not fit.
+    "qwen2.5-vl-3b-short": dict(
+        hidden_size=2048, intermediate_size=11008, num_hidden_layers=9, num_attention_heads=16,
+        num_key_value_heads=2, vocab_size=151936, tie_word_embeddings=True),
     "mid": dict(
         hidden_size=512, intermediate_size=1536, num_hidden_layers=8, num_attention_heads=8,
         num_key_value_heads=2, tie_word_embeddings=True),
@@ -41,8 +46,8 @@ VISION_SIZE = dict(
 class EndlessVLM(prefix.PrefixVLM):
     """A policy that cannot end its turn, so that every turn has the same number of tokens."""
 
-    def __init__(self, net, tokenizer, processor, name, spec):
-        super().__init__(net, tokenizer, processor, name, spec)
+    def __init__(self, net, tokenizer, processor, name, spec, recompute=False):
+        super().__init__(net, tokenizer, processor, name, spec, recompute)
         end = torch.tensor([self.im_end], device=self.device)
         self.never_sampled = torch.cat([self.never_sampled, end])
 
@@ -79,7 +84,7 @@ def random_weights(name, device):
         net = transformers.Qwen2_5_VLForConditionalGeneration._from_config(
             config, attn_implementation="sdpa")
         torch.set_default_dtype(torch.float32)
-    spec = model.MODELS.get(name, tiny.spec)
+    spec = model.MODELS.get(name.removesuffix("-short"), tiny.spec)
     return prefix.PrefixVLM(net, tiny.tokenizer, tiny.processor, name, spec)
 
 
@@ -115,9 +120,9 @@ def toy_questions(vlm, n, image_tokens):
     image_tokens > 0: scenes are enlarged to that many image tokens; speed does not depend on what
     they show.
     """
-    samples = data.toy("search", "test", n, 0, side=vlm.toy_side)
     if image_tokens == 0:
-        return vlm, samples
+        return vlm, data.toy("search", "test", n, 0, side=vlm.toy_side)
+    samples = data.toy("search", "test", n, 0)
     side = round(image_tokens ** 0.5) * vlm.factor
     enlarged = []
     for sample in samples:
@@ -207,6 +212,31 @@ def add_crops(vlm, cache, episodes, positions, rng):
         chunks.append([last] + ids)
         crops.append(crop)
     return vlm.prefill(cache, chunks, positions, crops)
+
+
+# --------------------------------------------------------------------------------------------------
+# bandwidth
+
+def decode_bytes(vlm, slots):
+    """Bytes that a decoding step must read: the text model's weights, and `slots` of the cache."""
+    text = vlm.model.config.text_config
+    decoder = vlm.model.model.language_model
+    weights = sum(p.numel() for p in decoder.layers.parameters()) + vlm.model.lm_head.weight.numel()
+    head_dim = decoder.layers[0].self_attn.head_dim
+    per_slot = 2 * text.num_hidden_layers * text.num_key_value_heads * head_dim
+    return (weights + per_slot * slots) * vlm.model.dtype.itemsize
+
+
+def copy_bandwidth(device, size=2 ** 30):
+    """Bytes per second of a copy of `size` bytes, counted once for the read, once for the write."""
+    source = torch.empty(size, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    best = 0.0
+    for _ in range(10):
+        began = ranks.synchronized_time()
+        target.copy_(source)
+        best = max(best, 2 * source.numel() / (ranks.synchronized_time() - began))
+    return best
 
 
 # --------------------------------------------------------------------------------------------------

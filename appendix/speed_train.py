@@ -27,7 +27,8 @@ def train(args):
     """-> the fields of the JSON line; prints as it goes."""
     vlm = speed_setup.load_model(args)
     vlm, samples = speed_setup.toy_questions(vlm, args.prompts, args.image_tokens)
-    endless = speed_setup.share_weights(vlm, speed_setup.EndlessVLM)
+    endless = speed_setup.share_weights(
+        vlm, speed_setup.EndlessVLM, recompute=args.recompute)
     load = Load(samples, args.group, args.turns, args.new_tokens // args.turns)
     rollouts = Rounds(clock_of(vlm.device))
     for _ in range(2):                                  # the first one warms up
@@ -63,7 +64,8 @@ def compare_updates(vlm, episodes, args, rolling):
     for r in range(args.rounds + 1):                    # the first round warms up
         for name, way in ways.items():
             peak = PeakBytes(vlm.device)
-            rounds.time(name, partial(backward, way, episodes, advantages, args.micro_tokens))
+            rounds.time(name, partial(
+                policy_backward, way, episodes, advantages, args.micro_tokens))
             peaks[name].append(peak.since_begin())
             if r == 0:
                 gradients[name] = [p.grad.float().cpu() for p in vlm.parameters()]
@@ -167,17 +169,22 @@ class FixedQuestions:
         return self.samples
 
 
+def one_turn_config(load, args):
+    """The settings of a step of one turn."""
+    return train_rl.Config(
+        recipe="vigorl", num_prompts=len(load.samples), group_size=load.group,
+        max_new_tokens=load.turn_tokens, offload=args.offload,
+        micro_tokens=args.micro_tokens or train_rl.Config.micro_tokens)
+
+
 class OurSteps:
     """Our GRPO steps, one for each call of next()."""
 
-    def __init__(self, vlm, load, args):
+    def __init__(self, vlm, samples, cfg):
         self.vlm = vlm                                  # an EndlessVLM
-        self.cfg = train_rl.Config(
-            recipe="vigorl", num_prompts=len(load.samples), group_size=load.group,
-            max_new_tokens=load.turn_tokens,
-            micro_tokens=args.micro_tokens or train_rl.Config.micro_tokens)
-        self.questions = FixedQuestions(load.samples)
-        self.optimizer = AdamW(vlm.parameters(), 1e-6, offload=args.offload)
+        self.cfg = cfg                                  # train_rl.Config
+        self.questions = FixedQuestions(samples)
+        self.optimizer = AdamW(vlm.parameters(), 1e-6, offload=cfg.offload)
         self.rewards = partial(draw_rewards, random.Random(0))
         self.rounds = Rounds(clock_of(vlm.device))
         self.row = {}                                   # metrics of the last step
@@ -187,7 +194,7 @@ class OurSteps:
         with mock.patch.object(train_rl, "score_episodes", self.rewards):
             self.row, self.episodes = self.rounds.time("ours", self.step)
         for e in self.episodes:
-            assert sum(e.completion_mask) == self.cfg.max_new_tokens
+            assert sum(e.completion_mask) == train_rl.episode_limit(self.cfg)
 
     def step(self, number):
         return train_rl.train_step(
@@ -202,7 +209,7 @@ def draw_rewards(rng, episodes, cfg):
 
 def compare_steps(vlm, load, args):
     """Whole steps of one turn, ours and TRL's in alternation -> fields of the result."""
-    ours = OurSteps(vlm, load, args)
+    ours = OurSteps(vlm, load.samples, one_turn_config(load, args))
     rounds = ours.rounds
     if vlm.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
