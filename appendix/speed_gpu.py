@@ -518,7 +518,7 @@ def measure_step(bench, found):
             torch.cuda.reset_peak_memory_stats()
         steps.next()
         note_step(bench, steps, found)
-        print_step(found)
+        show_step(found)
 
 
 def note_step(bench, steps, found):
@@ -541,7 +541,7 @@ def note_step(bench, steps, found):
     found["seconds_of_128_prompts"] = found["step_seconds"] * 128 / steps.cfg.num_prompts
 
 
-def print_step(found):
+def show_step(found):
     work = (f"{found['prompts']} x {found['group']} episodes of "
             f"{found['episode_tokens']:,.0f} tokens")
     parts = [f"{name} {found[f'{name}_seconds']:.1f}" for name in ("rollout", "reward", "update")]
