@@ -85,6 +85,13 @@ def endless(bench, found):
         except Exception:
             pass
 
+def test_ours_outlives_the_peer(monkeypatch, capsys):
+    """Claim: where `generate` lacks memory, our own rollouts have been measured."""
+    monkeypatch.setattr(speed_gpu.speed_peers, "generate_turns", lambda vlm, load, r: no_memory(None, {}))
+    status, result, out = run("gpu --shape tiny --device cpu", monkeypatch, capsys)
+    assert status == 1 and set(result["failed"]) == {"rollout"}
+    assert all(result["parts"]["rollout"][f"ours_tokens_per_second_{setting}"] > 0 for setting in ("cudnn", "no_cudnn"))
+
 def wrong(bench, found):
     raise SystemExit(2)
 
