@@ -183,9 +183,12 @@ def run_parts(bench, parts):
 
 
 def run_part(part, bench, found):
-    """Run one part within its seconds -> why it did not come to its end; "" if it did."""
+    """Run one part within its seconds -> why it did not come to its end; "" if it did.
+
+    cuDNN's attention, which builds a plan for every new shape, is off unless the part turns it on.
+    """
     try:
-        with time_limit(part.seconds):
+        with time_limit(part.seconds), cudnn_attention(False):
             part.measure(bench, found)
     except OutOfTime:
         return "its time was over"

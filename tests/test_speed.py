@@ -107,6 +107,21 @@ def test_what_a_failure_leaves(monkeypatch, capsys):
     notes = [line for line in out.splitlines() if line.startswith("Not finished after")]
     assert len(notes) == 3 and "Tried to allocate 2 GiB" in notes[1] and "its time was over" in notes[2]
 
+def test_cudnn_is_off_and_on_again(monkeypatch):
+    """Claim: cuDNN's attention is off in a part unless it turns it on; afterwards the setting is as before, even after an error."""
+    seen = []
+
+    def look(bench, found):
+        seen.append(torch.backends.cuda.cudnn_sdp_enabled())
+        with speed_gpu.cudnn_attention(True):
+            seen.append(torch.backends.cuda.cudnn_sdp_enabled())
+            raise ValueError
+    for before in (True, False):
+        with speed_gpu.cudnn_attention(before):
+            assert "ValueError" in speed_gpu.run_part(speed_gpu.Part("p", 5, look), None, {})
+            assert torch.backends.cuda.cudnn_sdp_enabled() == before
+    assert seen == [False, True] * 2
+
 def test_without_a_model(monkeypatch, capsys):
     """Claim: where the model cannot be made, its parts say so, and what was measured before stands."""
     break_parts(monkeypatch, model=no_memory)
