@@ -2,14 +2,14 @@
 Do the comparisons of appendix/speed.py run, and does `speed gpu` keep what it measured when a part fails? Numbers of seconds are not
 tested, because machines differ; what they are made of is.
 """
-import json, os, subprocess, sys, time
+import contextlib, json, os, sys, time, types
 
 import pytest
 import torch
 
-import train_rl, zoom_rollout
-from appendix import speed, speed_gpu, speed_setup, speed_train
-from conftest import ROOT, check_mutation, close, names
+import zoom_rollout
+from appendix import graphs, speed, speed_gpu, speed_setup
+from conftest import check_mutation, close, names
 
 A_CUDA_TEST = "import pytest\n\n@pytest.mark.cuda\ndef test_it():\n    pass\n"
 
@@ -191,6 +191,40 @@ def test_every_turn_zooms(models):
         p.data.copy_(w)
     assert [(len(e.turns), len(e.views), sum(e.completion_mask), e.finish_reason) for e in steps.episodes] == [(3, 3, 9, "answer")] * 4
     assert all(t.crop for e in steps.episodes for t in e.turns[:-1]) and zoom_rollout.env_step.__name__ == "env_step"
+
+def bench_on_a_cpu():
+    bench = speed_gpu.Bench("cpu", speed_gpu.TINY)
+    speed_gpu.make_model(bench, {})
+    return bench
+
+def test_graphs_without_a_gpu(monkeypatch):
+    """Claim: the part about graphs decodes through the captured step (here: one that stands for it) and through the plain one."""
+    captured = []
+
+    def capture(vlm, cache, rows):
+        captured.append(rows)
+        return lambda *inputs: vlm.decode_step(cache, *inputs)
+    monkeypatch.setattr(graphs, "captured_decode_step", capture)
+    found = {}
+    speed_gpu.measure_graphs(bench_on_a_cpu(), found)
+    assert len(captured) == 2 + 3 and set(captured) == {4}                      # two turns of the decoding, three rounds
+    close(found["ratio"], found["graphs_tokens_per_second"] / found["eager_tokens_per_second"], 0.5)
+
+def test_kernels_per_step(monkeypatch):
+    """Claim: launches and waits of the runtime are counted, copies and the kernels themselves are not; the prompt's share is taken off."""
+    tokens = []
+
+    @contextlib.contextmanager
+    def profile(activities):
+        events = lambda: [types.SimpleNamespace(key=key, count=n) for key, n in (
+            ("cudaLaunchKernel", 100 + 5 * tokens[-1]), ("cuLaunchKernelEx", 10 + tokens[-1]), ("cudaLaunchKernelExC", 2 * tokens[-1]),
+            ("cudaStreamSynchronize", 3 + tokens[-1] // 8), ("void gemm_kernel", 7 * tokens[-1]), ("cudaMemcpyAsync", tokens[-1]))]
+        yield types.SimpleNamespace(key_averages=events)
+    monkeypatch.setattr(torch.profiler, "profile", profile)
+    monkeypatch.setattr(speed_setup, "our_turns", lambda vlm, load, seed: tokens.append(load.turn_tokens))
+    found = {}
+    speed_gpu.count_kernels(bench_on_a_cpu(), found)
+    assert found == {"kernels_per_step": 8, "waits_per_step": 1 / 8}
 
 # -----------------------------------------------------------------------------
 # do the tests bite?
