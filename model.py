@@ -29,7 +29,7 @@ os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 import transformers
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
-from appendix import parts, vision, weights
+from appendix import attention, parts, vision, weights
 from appendix.vision import View
 from appendix.weights import MODELS, Spec, card_of, is_tiny
 
@@ -58,7 +58,7 @@ class KVCache:
         self.size = 0                                   # slots that are attended to now
         self.capacity = 0                               # slots that `reserve` made room for
         self.slots = None                               # (B, n) where the new tokens go
-        self.mask = None                                # (B, n, size) what they see
+        self.mask = None                                # (B, 1, n, size) what they see
 
     def reserve(self, n):
         """Make room for n more tokens in each row. Only this method waits for the GPU (`int`)."""
@@ -66,22 +66,23 @@ class KVCache:
         self.capacity = self.size + n
         missing = self.capacity - self.keys[0].shape[2]
         if missing > 0:
-            self.keys = [F.pad(block, (0, 0, 0, missing)) for block in self.keys]
-            self.values = [F.pad(block, (0, 0, 0, missing)) for block in self.values]
+            for i in range(len(self.keys)):             # block by block, so that the old ones go
+                self.keys[i] = F.pad(self.keys[i], (0, 0, 0, missing))
+                self.values[i] = F.pad(self.values[i], (0, 0, 0, missing))
 
     def place(self, n):
         """Give the next n tokens of every row their slots."""
-        self.size = min(self.size + n, self.capacity)
+        is_first = self.size == 0                       # then they see themselves, without a mask
         device = self.lengths.device
+        self.size = min(self.size + n, self.capacity)
         self.slots = self.lengths[:, None] + torch.arange(n, device=device)
-        self.mask = torch.arange(self.size, device=device) <= self.slots[:, :, None]
+        if not is_first:
+            self.mask = torch.arange(self.size, device=device) <= self.slots[:, None, :, None]
 
     def attend(self, layer, q, k, v):
         """Attention of n new tokens per row: q (B, n, H, d), k and v (B, n, K, d) -> like q."""
         keys, values = self.store(layer, k, v)
-        mask = self.mask[:, None]
-        out = F.scaled_dot_product_attention(q.transpose(1, 2), keys, values, mask, enable_gqa=True)
-        return out.transpose(1, 2)
+        return attention.attend(q.transpose(1, 2), keys, values, self.mask).transpose(1, 2)
 
     def store(self, layer, k, v):
         """Write k and v into the new tokens' slots -> all keys and values (B, K, size, d)."""
@@ -93,20 +94,26 @@ class KVCache:
     def advance(self, counts):
         """Count the new tokens. counts (B,): how many of each row's are real and not padding."""
         self.lengths += counts
+        self.slots = None
+        self.mask = None                                # may be large
 
     def use_whole_capacity(self):
         """Attend to all reserved slots from now on, so that shapes no longer change."""
         self.size = self.capacity
 
-    def copy_rows(self, index):
-        """-> keys, values, lengths of the rows index (b,)."""
+    def rows(self, index):
+        """-> keys, values, lengths of the rows index (b,), copied; those of a slice are shared."""
         keys = [block[index] for block in self.keys]
         values = [block[index] for block in self.values]
         return keys, values, self.lengths[index]
 
     def select_rows(self, index):
         """A cache of the rows index (b,), copied."""
-        return type(self)(*self.copy_rows(index))
+        return type(self)(*self.rows(index))
+
+    def part(self, rows):
+        """A cache of the slice `rows`, which shares this one's memory: `reserve` it first."""
+        return type(self)(*self.rows(rows))
 
     def branch(self, group):
         """A cache of B rows; row b continues row group[b] of this one. Here: copies of them."""
@@ -281,24 +288,23 @@ class VLM:
 
         h (B, T, D); rope: see `rotate`; cache: keys and values of earlier tokens, or None.
         """
-        attention = layer.self_attn
+        attn = layer.self_attn
         mlp = layer.mlp
         x = rms_norm(h, layer.input_layernorm)
-        q = attention.q_proj(x).unflatten(-1, (-1, attention.head_dim))         # (B, T, H, d)
-        k = attention.k_proj(x).unflatten(-1, (-1, attention.head_dim))         # (B, T, K, d)
-        v = attention.v_proj(x).unflatten(-1, (-1, attention.head_dim))         # (B, T, K, d)
+        q = attn.q_proj(x).unflatten(-1, (-1, attn.head_dim))         # (B, T, H, d)
+        k = attn.k_proj(x).unflatten(-1, (-1, attn.head_dim))         # (B, T, K, d)
+        v = attn.v_proj(x).unflatten(-1, (-1, attn.head_dim))         # (B, T, K, d)
         if self.qwen3:
-            q = rms_norm(q, attention.q_norm)
-            k = rms_norm(k, attention.k_norm)
+            q = rms_norm(q, attn.q_norm)
+            k = rms_norm(k, attn.k_norm)
         q = rotate(q, *rope)
         k = rotate(k, *rope)
         if cache is None:
-            x = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2),
-                                               v.transpose(1, 2), is_causal=True, enable_gqa=True)
+            x = attention.attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
             x = x.transpose(1, 2)
         else:
             x = cache.attend(i, q, k, v)
-        h = h + attention.o_proj(x.flatten(2))
+        h = h + attn.o_proj(x.flatten(2))
         x = rms_norm(h, layer.post_attention_layernorm)
         return h + mlp.down_proj(F.silu(mlp.gate_proj(x)) * mlp.up_proj(x))
 

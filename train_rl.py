@@ -101,6 +101,7 @@ class Config:
 
     # memory and speed; none of these changes a result
     max_batch_tokens: int = 262144  # cache slots of a rollout part (3B: 36 kB each)
+    prefill_tokens: int = 16384 # tokens of prompts or observations in one forward pass
     graphs: bool = False        # CUDA graphs while decoding (not yet run on a GPU)
     micro_tokens: int = 4096    # tokens per forward and backward pass
     recompute: bool = False     # recomputed layers in the backward pass: less memory, more time
@@ -116,7 +117,7 @@ class Config:
 # Fields that must be above 0.
 POSITIVE = ("num_prompts", "group_size", "num_minibatches", "max_new_tokens", "temperature",
             "save_every", "sft_n", "sft_batch", "sft_epochs", "eval_n", "max_batch_tokens",
-            "micro_tokens")
+            "prefill_tokens", "micro_tokens")
 
 
 # --------------------------------------------------------------------------------------------------

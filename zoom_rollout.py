@@ -103,6 +103,7 @@ class RolloutConfig:
     crop_from: str = "source"           # source of crops: stored image, or "seen": the fed copy
     seed: int = 0                       # random seed of the sampled tokens
     max_batch_tokens: int = 262_144     # cache slots at a time (3B model: 36 kB each)
+    prefill_tokens: int = 16_384        # tokens of prompts or observations in one forward pass
     graphs: bool = False                # CUDA graphs while decoding
 
     @property
@@ -420,7 +421,8 @@ def unfold(vlm, prompts, group, episodes, u, config):
     for prompt in prompts:
         chunks.append(prompt.ids)
         views += prompt.views
-    logits, positions = vlm.prefill(cache, chunks, [0] * len(prompts), views)
+    logits, positions = parts.prefill(
+        vlm, cache, chunks, [0] * len(prompts), views, config.prefill_tokens)
     cache = cache.branch(torch.tensor(group, device=vlm.device))
     logits = logits[group]
     positions = [positions[p] for p in group]
@@ -449,7 +451,8 @@ def unfold(vlm, prompts, group, episodes, u, config):
         rows = [rows[b] for b in going_on]
         positions = [positions[b] for b in going_on]
         cache = cache.select_rows(torch.tensor(going_on, device=vlm.device))
-        logits, positions = vlm.prefill(cache, chunks, positions, new_views)
+        logits, positions = parts.prefill(
+            vlm, cache, chunks, positions, new_views, config.prefill_tokens)
 
 
 def sample_rows(vlm, cache, logits, positions, rows, config):

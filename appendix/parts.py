@@ -2,6 +2,7 @@
 
 Plain rows are counted here. appendix/prefix.py counts episodes that share their prompt.
 """
+import torch
 
 
 def rollout_parts(vlm, prompts, group_size, config):
@@ -45,3 +46,41 @@ def padded_parts(episodes, max_tokens):
             longest = len(e.ids)
         parts[-1].append(e)
     return parts
+
+
+def prefill(vlm, cache, chunks, positions, views, max_tokens=16384):
+    """`vlm.prefill` a few rows at a time: at most max_tokens tokens, padding included, or one row.
+
+    Takes and gives what vlm.prefill does.
+    """
+    slices = row_slices(chunks, max_tokens)
+    if len(slices) == 1:
+        return vlm.prefill(cache, chunks, positions, views)
+    cache.reserve(max(len(chunk) for chunk in chunks))  # before its parts share its memory
+    logits = []
+    after = []
+    first_view = 0
+    for rows in slices:
+        part = chunks[rows]
+        last_view = first_view + sum(chunk.count(vlm.vision_start) for chunk in part)
+        part_logits, part_after = vlm.prefill(
+            cache.part(rows), part, positions[rows], views[first_view:last_view])
+        logits.append(part_logits)
+        after += part_after
+        first_view = last_view
+    return torch.cat(logits), after
+
+
+def row_slices(chunks, max_tokens):
+    """Cut rows of new tokens into slices of at most max_tokens tokens, the padding included."""
+    first = 0
+    longest = 0                                         # tokens of the longest row from `first` on
+    slices = []
+    for b, chunk in enumerate(chunks):
+        longest = max(longest, len(chunk))
+        if b > first and longest * (b + 1 - first) > max_tokens:
+            slices.append(slice(first, b))
+            first = b
+            longest = len(chunk)
+    slices.append(slice(first, len(chunks)))
+    return slices

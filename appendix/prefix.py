@@ -32,10 +32,9 @@ Shapes:  P prompts   S slots of the longest prompt   B rows   T slots of the lon
          H query heads   K key and value heads   R = H / K   d width of a head
 """
 import torch
-import torch.nn.functional as F
-from torch.nn.attention.bias import causal_lower_right
 
 import model
+from appendix import attention
 
 
 # --------------------------------------------------------------------------------------------------
@@ -69,6 +68,34 @@ class PromptCache(model.KVCache):
         return SharedCache(self, group, keys, values, torch.tensor(lengths, device=group.device))
 
 
+class PromptRow:
+    """Prompts one after the other, without padding. `forward` takes it in place of a PromptCache.
+
+        [prompt A ..................][prompt B .........]
+
+    Each prompt sees itself; its keys and values go into its row of the cache.
+    """
+
+    def __init__(self, cache, lengths):
+        self.cache = cache                              # PromptCache of P empty rows
+        self.lengths = lengths                          # P numbers of tokens, N in all
+
+    def attend(self, layer, q, k, v):
+        """Attention of all tokens: q (1, N, H, d), k and v (1, N, K, d) -> like q."""
+        q = q[0].split(self.lengths)
+        k = k[0].split(self.lengths)
+        v = v[0].split(self.lengths)
+        out = []
+        for p, length in enumerate(self.lengths):
+            own_k = heads_first(k[p])                                               # (1, K, n, d)
+            own_v = heads_first(v[p])
+            self.cache.keys[layer][p, :, :length] = own_k[0]
+            self.cache.values[layer][p, :, :length] = own_v[0]
+            x = attention.attend(heads_first(q[p]), own_k, own_v)                   # (1, H, n, d)
+            out.append(x[0].transpose(0, 1))
+        return torch.cat(out)[None]
+
+
 class SharedCache(model.KVCache):
     """What B rows hold beyond their prompts. A new token sees its row's prompt, then its row.
 
@@ -82,7 +109,6 @@ class SharedCache(model.KVCache):
         super().__init__(keys, values, lengths)
         self.prompts = prompts                          # PromptCache of P rows
         self.group = group                              # (B,) prompt of each row
-        self.bias = None                # (B, 1, 1, S + T) added to scores: 0 if seen, else -1e9
         # Rows of a group take its places in order.
         order = torch.arange(len(group), device=group.device)
         same_group = group[:, None] == group
@@ -98,14 +124,21 @@ class SharedCache(model.KVCache):
             self.rows_of[p] = (group == p).nonzero()[:, 0]
 
     def place(self, n):
-        """Give the next n tokens of every row their slots."""
+        """Give the next n tokens of every row their slots.
+
+        The mask is bool (B, 1, n, S + T); for one token it is what is added to the scores.
+        """
         super().place(n)
-        prompt_slots = self.prompts.keys[0].shape[2]
-        slots = torch.arange(prompt_slots, device=self.lengths.device)
-        in_prompt = slots < self.prompts.lengths[self.group, None]                      # (B, S)
-        in_prompt = in_prompt[:, None].expand(-1, n, -1)
-        self.mask = torch.cat([in_prompt, self.mask], 2)                            # (B, n, S + T)
-        self.bias = ~self.mask[:, None] * -1e9 if n == 1 else None
+        device = self.lengths.device
+        in_row = self.mask                                                          # (B, 1, n, T)
+        if in_row is None:                              # all rows are empty
+            in_row = torch.ones(n, n, dtype=torch.bool, device=device).tril()
+        slots = torch.arange(self.prompts.keys[0].shape[2], device=device)              # (S,)
+        in_prompt = slots < self.prompts.lengths[self.group, None, None, None]      # (B, 1, 1, S)
+        B = len(self.group)
+        self.mask = torch.cat([in_prompt.expand(B, 1, n, -1), in_row.expand(B, 1, n, -1)], 3)
+        if n == 1:
+            self.mask = ~self.mask * -1e9
 
     def attend(self, layer, q, k, v):
         """Attention of n new tokens per row: q (B, n, H, d), k and v (B, n, K, d) -> like q."""
@@ -122,7 +155,7 @@ class SharedCache(model.KVCache):
         group_scores = self.to_prompts(q) @ prompt_keys.mT                      # (P, K, G * R, S)
         prompt_scores = self.to_rows(group_scores)                                  # (B, K, R, S)
         own_scores = q @ keys.mT                                                    # (B, K, R, T)
-        scores = torch.cat([prompt_scores, own_scores], -1).float() + self.bias
+        scores = torch.cat([prompt_scores, own_scores], -1).float() + self.mask
         weights = scores.softmax(-1).to(values.dtype)
         prompt_weights, own_weights = weights.split([prompt_keys.shape[2], keys.shape[2]], -1)
         from_prompt = self.to_prompts(prompt_weights) @ prompt_values           # (P, K, G * R, d)
@@ -139,9 +172,7 @@ class SharedCache(model.KVCache):
             copies = (len(rows), -1, -1, -1)
             all_keys = torch.cat([prompt_keys[p].expand(copies), keys[rows]], 2)
             all_values = torch.cat([prompt_values[p].expand(copies), values[rows]], 2)
-            mask = self.mask[rows][:, None]
-            x = F.scaled_dot_product_attention(q[rows].transpose(1, 2), all_keys, all_values, mask,
-                                               enable_gqa=True)
+            x = attention.attend(q[rows].transpose(1, 2), all_keys, all_values, self.mask[rows])
             out[rows] = x.transpose(1, 2)
         return out
 
@@ -157,13 +188,17 @@ class SharedCache(model.KVCache):
         x = x.unflatten(2, (self.group_size, -1)).transpose(1, 2).flatten(0, 1)
         return x if self.in_order else x[self.place_of_row]
 
+    def part(self, rows):
+        """See model.KVCache.part."""
+        return SharedCache(self.prompts, self.group[rows], *self.rows(rows))
+
     def select_rows(self, index):
         """A cache of the rows index (b,), copied. Prompts that no row continues are dropped."""
         used, group = self.group[index].unique(return_inverse=True)
         prompts = self.prompts
         if len(used) < len(prompts.lengths):
             prompts = prompts.select_rows(used)
-        return SharedCache(prompts, group, *self.copy_rows(index))
+        return SharedCache(prompts, group, *self.rows(index))
 
     def keep_row(self, row):
         """A copy of what a row holds beyond its prompt: per layer (keys, values) (K, T, d)."""
@@ -210,8 +245,7 @@ class Packed:
             prompt_q = heads_first(q[2 * g])                                        # (1, H, S, d)
             prompt_k = heads_first(k[2 * g])                                        # (1, K, S, d)
             prompt_v = heads_first(v[2 * g])
-            x = F.scaled_dot_product_attention(prompt_q, prompt_k, prompt_v, is_causal=True,
-                                               enable_gqa=True)
+            x = attention.attend(prompt_q, prompt_k, prompt_v)
             out.append(x[0].transpose(0, 1))
             if rest_lengths:
                 own = (q[2 * g + 1], k[2 * g + 1], v[2 * g + 1])
@@ -228,8 +262,7 @@ class Packed:
         copies = (len(rest_lengths), -1, -1, -1)
         k = torch.cat([prompt_k.expand(copies), own_k], 2)                      # (G, K, S + T, d)
         v = torch.cat([prompt_v.expand(copies), own_v], 2)
-        mask = causal_lower_right(q.shape[2], k.shape[2])       # rest token t sees slots to S + t
-        x = F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True)
+        x = attention.attend_continued(q, k, v)                 # rest token t sees slots to S + t
         return x.transpose(1, 2).flatten(0, 1).index_select(0, indices)                 # (n, H, d)
 
 
@@ -262,6 +295,34 @@ class PrefixVLM(model.VLM):
         """A cache of `rows` empty rows, which `branch` continues without copies."""
         plain = super().new_cache(rows)
         return PromptCache(plain.keys, plain.values, plain.lengths)
+
+    @torch.no_grad()
+    def prefill(self, cache, chunks, positions, views=()):
+        """See model.VLM.prefill. New prompts run as one row, without padding."""
+        if not isinstance(cache, PromptCache):
+            return super().prefill(cache, chunks, positions, views)
+        lengths = [len(chunk) for chunk in chunks]
+        cache.reserve(max(lengths))
+        if cache.size > 0:                              # these are no new prompts
+            return super().prefill(cache, chunks, positions, views)
+        self.encode(views)
+        self.work["tokens"] += sum(lengths)
+        ids = []
+        rope_positions = []                             # tensors (3, n)
+        after = []
+        grids = iter([view.grid for view in views])
+        for chunk, start in zip(chunks, positions):
+            own_grids = [next(grids) for _ in range(chunk.count(self.vision_start))]
+            own_positions, end = model.mrope(chunk, own_grids, self.image_token, start)
+            ids += chunk
+            rope_positions.append(own_positions)
+            after.append(end)
+        ids = torch.tensor([ids], device=self.device)                                   # (1, N)
+        rope_positions = torch.cat(rope_positions, 1)[:, None].to(self.device)          # (3, 1, N)
+        h = self.forward(ids, rope_positions, views, PromptRow(cache, lengths))[0]      # (N, D)
+        lengths = torch.tensor(lengths, device=self.device)                             # (P,)
+        cache.advance(lengths)
+        return self.logits(h[lengths.cumsum(0) - 1]), after
 
     def logprobs(self, episodes, temperature=1.0, chunk=1024):
         """See model.VLM.logprobs. A prompt that several episodes continue is computed once."""

@@ -17,7 +17,7 @@ import torch
 import data
 import rewards
 import zoom_rollout
-from appendix import files, prefix
+from appendix import files, parts, prefix
 from appendix.chains import points_in, to_turns
 from appendix.endpoint import Endpoint
 from zoom_rollout import Trace, TurnOptions
@@ -245,7 +245,7 @@ class LocalModel:
             random_numbers.append(
                 torch.rand(self.max_tokens, generator=generator, dtype=torch.double))
         cache = vlm.new_cache(len(jobs))
-        logits, positions = vlm.prefill(cache, chats, [0] * len(jobs), all_views)
+        logits, positions = parts.prefill(vlm, cache, chats, [0] * len(jobs), all_views)
         u = torch.stack(random_numbers).to(vlm.device)                      # (B, max_tokens)
         options = TurnOptions(self.max_tokens, temperature)
         turns, _, _ = zoom_rollout.sample_turn(vlm, cache, logits, positions, u, options)

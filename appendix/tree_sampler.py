@@ -16,6 +16,7 @@ import torch
 import data
 import rewards
 import zoom_rollout
+from appendix import parts
 from appendix.chains import points_in
 from zoom_rollout import Episode, TurnOptions
 
@@ -77,8 +78,8 @@ class Sampler:
         episodes = [zoom_rollout.begin(vlm, s, style) for s in samples]
         views = [view for e in episodes for view in e.views]
         self.prompts = vlm.new_cache(len(samples))
-        logits, positions = vlm.prefill(
-            self.prompts, [e.ids for e in episodes], [0] * len(samples), views)
+        logits, positions = parts.prefill(
+            vlm, self.prompts, [e.ids for e in episodes], [0] * len(samples), views)
         self.prompt_paths = []                          # the paths of the roots
         for i, e in enumerate(episodes):
             self.prompt_paths.append(Path(i, e, logits=logits[i], position=positions[i]))
@@ -204,7 +205,8 @@ class Sampler:
             views += new_views
             self.computed += len(ids)
         cache = cache.select_rows(torch.tensor(rows, device=self.vlm.device))
-        logits, positions = self.vlm.prefill(cache, chunks, [positions[b] for b in rows], views)
+        logits, positions = parts.prefill(
+            self.vlm, cache, chunks, [positions[b] for b in rows], views)
         for i, b in enumerate(rows):
             new_paths[b].hold(cache.keep_row(i), logits[i], positions[i])
 

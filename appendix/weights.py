@@ -12,7 +12,7 @@ import transformers
 from safetensors import SafetensorError
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from appendix import run
+from appendix import attention, run
 
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -78,8 +78,13 @@ def pick_device(device):
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
         run.fail(f"unknown device {device!r}; expected cpu, cuda or cuda:N")
-    if device != "cpu" and not torch.cuda.is_available():
+    if device == "cpu":
+        return device
+    if not torch.cuda.is_available():
         run.fail(f"device {device}: torch sees no CUDA GPU here")
+    if ":" in device:                                   # so that graphs, clock and peak memory
+        torch.cuda.set_device(device)                   # mean this GPU and not the first
+    attention.prefer_kernels_without_plans()
     return device
 
 

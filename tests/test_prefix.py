@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import data, model, zoom_rollout
-from appendix import prefix
+from appendix import parts, prefix
 from conftest import check_mutation, close, names
 from test_model import SIZES, batch, encoded, picture, plainly
 from zoom_rollout import Episode, RolloutConfig, TurnOptions
@@ -45,6 +45,28 @@ def test_shared_prompt_equals_own(vlm64, float64, group, keep):
     """Bug: a prompt that is attended to once for its group weighs too much or too little, or is another group's."""
     for own, once in zip(*shared(vlm64, group, keep)):
         close(once.softmax(-1), own.softmax(-1), 1e-9)
+
+@pytest.mark.parametrize("plain", [True, False], ids=["plain", "prefix"])
+@torch.no_grad()
+def test_long_prefill_in_parts(vlm64, float64, plain, monkeypatch):
+    """Bug: a part of the rows gets another part's images or positions, or writes into a copy of the cache; more tokens than allowed run
+    at once. Prompts, then chunks of other lengths, in one pass and in parts; a row that is longer is a part by itself."""
+    one, sizes = plainly(vlm64, plain), []
+    forward, episodes, said = one.forward, encoded(one, batch(one)), [[5] * n for n in (3, 1, 9, 4, 2, 7)]
+    monkeypatch.setattr(one, "forward", lambda ids, *more: (sizes.append(ids.numel()), forward(ids, *more))[1])
+    views, longest = [v for e in episodes for v in e.views], max(len(e.ids) for e in episodes)
+    found = []
+    for bound in (10 ** 9, 2 * longest, 13, 1):
+        sizes.clear()
+        cache = one.new_cache(5)
+        logits, after = parts.prefill(one, cache, [e.ids for e in episodes], [0] * 5, views, bound)
+        rows = cache.branch(torch.tensor(group := [0, 1, 1, 2, 3, 4]))
+        again, ends = parts.prefill(one, rows, said, [after[g] for g in group], (), bound)
+        assert len(sizes) == {10 ** 9: 2, 2 * longest: 3, 13: 9, 1: 11}[bound] and all(n <= max(bound, longest) for n in sizes)
+        found.append((logits, again, after, ends))
+    for logits, again, after, ends in found[1:]:
+        close(logits.softmax(-1), found[0][0].softmax(-1), 1e-9), close(again.softmax(-1), found[0][1].softmax(-1), 1e-9)
+        assert (after, ends) == found[0][2:]
 
 @torch.no_grad()
 def test_kept_rows_resume(vlm64, float64):
@@ -220,21 +242,29 @@ MUTATIONS = [
     (f"{SHARED}.to_rows", "x if self.in_order else x[self.place_of_row]", "x[:len(self.place_of_row)]", test_shared_prompt_equals_own, SHRINKS),
     (f"{SHARED}.select_rows", "prompts.select_rows(used)", "prompts", test_shared_prompt_equals_own, dict(group=[0, 0, 0, 1, 2, 2], keep=[5, 1])),
     (f"{SHARED}.to_prompts", "not self.in_order", "len(x) != self.num_places", test_shared_prompt_equals_own, MIXED),
-    (f"{SHARED}.place", "slots < self.prompts.lengths[self.group, None]", "slots <= self.prompts.lengths[self.group, None]",
+    (f"{SHARED}.place", "slots < self.prompts.lengths[self.group, None, None, None]", "slots <= self.prompts.lengths[self.group, None, None, None]",
      test_shared_prompt_equals_own, SHRINKS),
     (f"{SHARED}.__init__", "(same_group & earlier).sum(1)", "(same_group & earlier).sum(1) // 2", test_shared_prompt_equals_own, WHOLE),
-    (f"{SHARED}.attend_one_token", "torch.cat([prompt_scores, own_scores], -1).float() + self.bias", "torch.cat([prompt_scores, own_scores], -1).float()",
+    (f"{SHARED}.attend_one_token", "torch.cat([prompt_scores, own_scores], -1).float() + self.mask", "torch.cat([prompt_scores, own_scores], -1).float()",
      test_shared_prompt_equals_own, WHOLE),
     (f"{SHARED}.attend_chunk", "prompt_values[p].expand(copies)", "prompt_values[0].expand(copies)", test_shared_prompt_equals_own, WHOLE),
-    (f"{SHARED}.attend_chunk", "self.mask[rows][:, None]", "self.mask[:len(rows)][:, None]", test_shared_prompt_equals_own, SHRINKS),
+    (f"{SHARED}.attend_chunk", "self.mask[rows]", "self.mask[:len(rows)]", test_shared_prompt_equals_own, SHRINKS),
     ("model:VLM.decode_step", "cache.advance(live)", "pass", test_shared_prompt_equals_own, WHOLE),
+    (f"{SHARED}.place", "torch.ones(n, n, dtype=torch.bool, device=device).tril()", "torch.ones(n, n, dtype=torch.bool, device=device)", test_shared_prompt_equals_own, WHOLE),
+    (f"{SHARED}.part", "self.group[rows]", "0 * self.group[rows]", test_long_prefill_in_parts, dict(plain=False)),
+    ("appendix.prefix:PromptRow.attend", "self.cache.values[layer][p, :, :length] = own_v[0]", "self.cache.values[layer][0, :, :length] = own_v[0]", test_shared_prompt_equals_own, WHOLE),
+    (f"{PREFIX}.prefill", "lengths.cumsum(0) - 1", "lengths.cumsum(0) - lengths", test_rollouts_are_the_same, dict(config=RolloutConfig(max_new_tokens=5, zoom="off"))),
+    ("appendix.parts:prefill", "positions[rows]", "positions[:len(part)]", test_long_prefill_in_parts, dict(plain=True)),
+    ("appendix.parts:prefill", "cache.reserve(max(len(chunk) for chunk in chunks))", "cache.reserve(1)", test_long_prefill_in_parts, dict(plain=True)),
+    ("appendix.parts:row_slices", "longest * (b + 1 - first) > max_tokens", "longest * (b - first) > max_tokens", test_long_prefill_in_parts, dict(plain=True)),
     (f"{SHARED}.select_rows", "if len(used) < len(prompts.lengths): prompts = prompts.select_rows(used)", "group = self.group[index]", test_a_prompt_is_kept_once, {}),
     (f"{SHARED}.keep_row", "(keys[row, :, :n].clone(), values[row, :, :n].clone())", "(keys[row, :, :n - 1].clone(), values[row, :, :n - 1].clone())",
      test_kept_rows_resume, {}),
     ("appendix.prefix:PromptCache.resume", "values[layer][b, :, :lengths[b]] = row[layer][1]", "values[layer][0, :, :lengths[b]] = row[layer][1]",
      test_kept_rows_resume, {}),
     ("model:KVCache.branch", "self.select_rows(group)", "self.select_rows(0 * group)", test_rollouts_are_the_same, dict(config=RolloutConfig(max_new_tokens=5, zoom="off"))),
-    (f"{PACKED}.attend_rests", "causal_lower_right(q.shape[2], k.shape[2])", "None", test_shared_equals_plain, dict(recompute=False)),
+    (f"{PACKED}.attend_rests", "attention.attend_continued(q, k, v)", "attention.attend(q, k, v)", test_shared_equals_plain, dict(recompute=False)),
+    ("appendix.attention:attend_continued", "causal_lower_right(q.shape[2], k.shape[2])", "None", test_shared_equals_plain, dict(recompute=False)),
     (f"{PACKED}.attend_rests", "prompt_k.expand(copies)", "prompt_k.detach().expand(copies)", test_shared_equals_plain, dict(recompute=False)),
     (f"{PACKED}.attend_rests", "prompt_v.expand(copies)", "prompt_v.detach().expand(copies)", test_shared_equals_plain, dict(recompute=False)),
     (f"{PREFIX}.pack", "views += e.views[num_views:]", "views += e.views", test_shared_equals_plain, dict(recompute=False)),
