@@ -107,17 +107,21 @@ class KVCache:
         values = [block[index] for block in self.values]
         return keys, values, self.lengths[index]
 
-    def select_rows(self, index):
-        """A cache of the rows index (b,), copied."""
-        return type(self)(*self.rows(index))
-
     def part(self, rows):
         """A cache of the slice `rows`, which shares this one's memory: `reserve` it first."""
         return type(self)(*self.rows(rows))
 
     def branch(self, group):
         """A cache of B rows; row b continues row group[b] of this one. Here: copies of them."""
-        return self.select_rows(group)
+        return type(self)(*self.rows(group))
+
+    def keep_rows(self, index):
+        """Only the rows index (b,) stay, in that order; slots that none of them uses go, too."""
+        self.lengths = self.lengths[index]
+        size = int(self.lengths.max())
+        for i in range(len(self.keys)):                 # block by block, as in `reserve`
+            self.keys[i] = self.keys[i][index, :, :size]
+            self.values[i] = self.values[i][index, :, :size]
 
 
 # --------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from a broken prompt); the red dot on web crops; the filter of prompts by length
 Shapes:  P prompts   G episodes per prompt   B rows, one per running episode   V vocabulary
 """
 import json
+from collections import deque
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -23,7 +24,8 @@ import torch
 from PIL import Image
 
 import data
-from appendix import files, parts
+from appendix import files
+from appendix.running import Running
 
 
 # --------------------------------------------------------------------------------------------------
@@ -102,7 +104,7 @@ class RolloutConfig:
     temperature: float = 1.0            # sampling temperature; 0: the most probable token
     crop_from: str = "source"           # source of crops: stored image, or "seen": the fed copy
     seed: int = 0                       # random seed of the sampled tokens
-    max_batch_tokens: int = 262_144     # cache slots at a time (3B model: 36 kB each)
+    max_batch_tokens: int = 262_144     # slots of the cache (3B model: 36 kB each)
     prefill_tokens: int = 16_384        # tokens of prompts or observations in one forward pass
     graphs: bool = False                # CUDA graphs while decoding
 
@@ -378,21 +380,28 @@ def rollout(vlm, samples, group_size=1, config=RolloutConfig(), first_sample=0, 
     u = torch.rand(before + len(episodes), config.zoom_limit + 1, config.max_new_tokens,
                    dtype=torch.double, generator=torch.Generator().manual_seed(config.seed))
     u = u[before:]                                      # (P * G, turns, tokens of a turn)
-    for first, last in parts.rollout_parts(vlm, prompts, group_size, config):
-        first_prompt = first // group_size
-        last_prompt = (last - 1) // group_size          # included; `last` is not
-        group = [i // group_size - first_prompt for i in range(first, last)]
-        unfold(vlm, prompts[first_prompt:last_prompt + 1], group, episodes[first:last],
-               u[first:last], config)
+    rows = []
+    for i, episode in enumerate(episodes):
+        rows.append(Row(episode, prompts[i // group_size], u[i]))
+    unfold(vlm, rows, config)
     return episodes
 
 
-@dataclass
+@dataclass(eq=False)
 class Row:
     """An episode that is still running; a row of the cache holds its tokens."""
     episode: Episode
+    prompt: Episode                 # what it begins with, the same object for the whole group
     u: torch.Tensor                 # (turns, tokens of a turn): uniform, one for each token
     written: int = 0                # tokens of the present turn so far
+    prompt_copy: int = 0            # number of the copy of its prompt in the cache; 0: not there
+
+    def continues(self, prompt_copy):
+        self.prompt_copy = prompt_copy
+
+    def own_tokens(self):
+        """How many tokens stand behind its prompt."""
+        return len(self.episode.ids) - len(self.prompt.ids)
 
     def append(self, ids, logprobs):
         self.episode.append_sampled(ids, logprobs)
@@ -409,59 +418,40 @@ class Row:
         return vlm.text(ids[:-1] if ended else ids)
 
 
-def unfold(vlm, prompts, group, episodes, u, config):
-    """Run B episodes, which begin as copies of their prompts, to their ends.
+def unfold(vlm, rows, config):
+    """Run the episodes of all rows to their ends, as many at a time as the cache has room for."""
+    waiting = deque(rows)
+    running = Running(vlm, config)
+    while waiting or running.rows:
+        # Rows begin as far as there is room. A prompt runs through the model once for its group.
+        running.admit(waiting)
 
-    group: B indices into prompts; u (B, turns, tokens of a turn): uniform numbers.
-    """
-    # The prompts run through the model once; then every episode gets a row of its own.
-    cache = vlm.new_cache(len(prompts))
-    chunks = []
-    views = []
-    for prompt in prompts:
-        chunks.append(prompt.ids)
-        views += prompt.views
-    logits, positions = parts.prefill(
-        vlm, cache, chunks, [0] * len(prompts), views, config.prefill_tokens)
-    cache = cache.branch(torch.tensor(group, device=vlm.device))
-    logits = logits[group]
-    positions = [positions[p] for p in group]
-    rows = [Row(episode, numbers) for episode, numbers in zip(episodes, u)]
-
-    while True:
         # Every row writes, until nearly all have ended their turns.
-        ids, logprobs, positions = sample_rows(vlm, cache, logits, positions, rows, config)
+        ids, logprobs, positions = sample_rows(vlm, running, config)
 
         # The environment responds to turns that have ended; some episodes are over.
-        going_on = []                                   # rows of the cache that stay
-        chunks = []                                     # what each of them reads next
-        new_views = []
-        for b, row in enumerate(rows):
-            row.append(ids[b], logprobs[b])
+        responses = []
+        for row, own_ids, own_logprobs in zip(running.rows, ids, logprobs):
+            row.append(own_ids, own_logprobs)
             response = respond(vlm, row, config)
             if response is not None:
                 observation, crops = response
-                going_on.append(b)
-                chunks.append(ids[b][-1:] + observation)        # the last token is not cached yet
-                new_views += crops
-        if not going_on:
-            return
+                response = own_ids[-1:] + observation, crops    # the last token is not cached yet
+            responses.append(response)
 
-        # The rows that go on read their chunks.
-        rows = [rows[b] for b in going_on]
-        positions = [positions[b] for b in going_on]
-        cache = cache.select_rows(torch.tensor(going_on, device=vlm.device))
-        logits, positions = parts.prefill(
-            vlm, cache, chunks, positions, new_views, config.prefill_tokens)
+        # The rows that go on read the responses.
+        running.go_on(responses, positions, waiting)
 
 
-def sample_rows(vlm, cache, logits, positions, rows, config):
-    """`sample_turn` for rows some of which may be in the middle of their turn."""
+def sample_rows(vlm, running, config):
+    """`sample_turn` for running rows, some of which may be in the middle of their turn."""
+    rows = running.rows
     budgets = [config.max_new_tokens - row.written for row in rows]
-    options = TurnOptions(max(budgets), config.temperature, budgets, patience=len(rows) // 8,
+    n = min(max(budgets), running.round_tokens)
+    options = TurnOptions(n, config.temperature, budgets, patience=len(rows) // 8,
                           graphs=config.graphs)
-    u = torch.stack([row.next_numbers() for row in rows]).to(vlm.device)
-    return sample_turn(vlm, cache, logits, positions, u, options)
+    u = torch.stack([row.next_numbers()[:n] for row in rows]).to(vlm.device)
+    return sample_turn(vlm, running.cache, running.logits, running.positions, u, options)
 
 
 def respond(vlm, row, config):

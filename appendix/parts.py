@@ -1,35 +1,20 @@
-"""How much runs at a time: parts of a rollout, micro-batches. Results do not depend on it.
+"""How much runs at a time: parts of a prefill, micro-batches. Results do not depend on it.
 
 Plain rows are counted here. appendix/prefix.py counts episodes that share their prompt.
 """
 import torch
 
 
-def rollout_parts(vlm, prompts, group_size, config):
-    """Cut a rollout of P * G episodes into parts whose cache fits into config.max_batch_tokens.
-
-    prompts: P episodes; config: zoom_rollout.RolloutConfig. A prompt counts once for its group if
-    vlm.shares_prompts, else once per row. An episode that does not fit is a part by itself.
-    -> [(first, last)] into the episodes, last excluded.
-    """
+def most_slots(vlm, config):
+    """Cache slots that an episode of zoom_rollout.RolloutConfig may need beyond its prompt."""
     crop_tokens = (vlm.spec.crop_side // vlm.factor) ** 2 + 64          # and the text around it
     turn_tokens = (config.zoom_limit + 1) * config.max_new_tokens
-    growth = turn_tokens + config.zoom_limit * crop_tokens              # of one episode, at most
-    parts = []
-    first = 0
-    size = 0                                            # cache slots of the part from `first` on
-    for i in range(len(prompts) * group_size):
-        prompt = len(prompts[i // group_size].ids)
-        new_prompt = i == first or i % group_size == 0 or not vlm.shares_prompts
-        cost = growth + prompt if new_prompt else growth
-        if i > first and size + cost > config.max_batch_tokens:
-            parts.append((first, i))
-            first = i
-            size = 0
-            cost = growth + prompt
-        size += cost
-    parts.append((first, len(prompts) * group_size))
-    return parts
+    return turn_tokens + config.zoom_limit * crop_tokens
+
+
+def padded_tokens(chunks):
+    """Tokens of rows that are padded to the longest."""
+    return len(chunks) * max((len(chunk) for chunk in chunks), default=0)
 
 
 def padded_parts(episodes, max_tokens):

@@ -32,6 +32,7 @@ Shapes:  P prompts   S slots of the longest prompt   B rows   T slots of the lon
          H query heads   K key and value heads   R = H / K   d width of a head
 """
 import torch
+import torch.nn.functional as F
 
 import model
 from appendix import attention
@@ -107,9 +108,12 @@ class SharedCache(model.KVCache):
 
     def __init__(self, prompts, group, keys, values, lengths):
         super().__init__(keys, values, lengths)
+        self.assign(prompts, group)
+
+    def assign(self, prompts, group):
+        """Say which prompt each row continues: the rows of a group take its places in order."""
         self.prompts = prompts                          # PromptCache of P rows
         self.group = group                              # (B,) prompt of each row
-        # Rows of a group take its places in order.
         order = torch.arange(len(group), device=group.device)
         same_group = group[:, None] == group
         earlier = order[:, None] > order
@@ -192,13 +196,22 @@ class SharedCache(model.KVCache):
         """See model.KVCache.part."""
         return SharedCache(self.prompts, self.group[rows], *self.rows(rows))
 
-    def select_rows(self, index):
-        """A cache of the rows index (b,), copied. Prompts that no row continues are dropped."""
+    def keep_rows(self, index):
+        """See model.KVCache.keep_rows. Prompts that no row continues are dropped, too."""
+        super().keep_rows(index)
         used, group = self.group[index].unique(return_inverse=True)
         prompts = self.prompts
-        if len(used) < len(prompts.lengths):
-            prompts = prompts.select_rows(used)
-        return SharedCache(prompts, group, *self.rows(index))
+        if len(used) < len(prompts.lengths):            # a copy: others may continue the old one
+            prompts = PromptCache(list(prompts.keys), list(prompts.values), prompts.lengths)
+            prompts.keep_rows(used)
+        self.assign(prompts, group)
+
+    def join(self, other):
+        """Add the rows of another cache behind those of this one, and its prompts."""
+        group = torch.cat([self.group, other.group + len(self.prompts.lengths)])
+        stack_rows(self, other)
+        stack_rows(self.prompts, other.prompts)
+        self.assign(self.prompts, group)
 
     def keep_row(self, row):
         """A copy of what a row holds beyond its prompt: per layer (keys, values) (K, T, d)."""
@@ -207,6 +220,17 @@ class SharedCache(model.KVCache):
         for keys, values in zip(self.keys, self.values):
             kept.append((keys[row, :, :n].clone(), values[row, :, :n].clone()))
         return kept
+
+
+def stack_rows(cache, other):
+    """Add the rows of `other` to `cache`, in place, block by block."""
+    cache.lengths = torch.cat([cache.lengths, other.lengths])
+    slots = max(cache.keys[0].shape[2], other.keys[0].shape[2])
+    for blocks, more in ((cache.keys, other.keys), (cache.values, other.values)):
+        for i, (block, rows) in enumerate(zip(blocks, more)):
+            block = F.pad(block, (0, 0, 0, slots - block.shape[2]))
+            rows = F.pad(rows, (0, 0, 0, slots - rows.shape[2]))
+            blocks[i] = torch.cat([block, rows])
 
 
 # --------------------------------------------------------------------------------------------------

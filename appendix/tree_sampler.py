@@ -204,7 +204,7 @@ class Sampler:
             chunks.append([turns[b][-1], *ids])
             views += new_views
             self.computed += len(ids)
-        cache = cache.select_rows(torch.tensor(rows, device=self.vlm.device))
+        cache.keep_rows(torch.tensor(rows, device=self.vlm.device))
         logits, positions = parts.prefill(
             self.vlm, cache, chunks, [positions[b] for b in rows], views)
         for i, b in enumerate(rows):

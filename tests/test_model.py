@@ -412,7 +412,7 @@ MUTATIONS = [
     ("model:KVCache.reserve", "F.pad(self.keys[i], (0, 0, 0, missing))", "F.pad(self.keys[i], (0, 0, missing, 0))", test_cached_equals_one_shot, dict(plain=True)),
     ("model:KVCache.store", "self.values[layer][rows, :, self.slots] = v", "self.values[layer][rows, :, self.slots] = k",
      test_cached_equals_one_shot, dict(plain=True)),
-    ("model:KVCache.branch", "self.select_rows(group)", "self.select_rows(group.sort()[0])", test_decoding_equals_prefill, dict(plain=True, group=[2, 0, 2, 0, 1, 0])),
+    ("model:KVCache.branch", "self.rows(group)", "self.rows(group.sort()[0])", test_decoding_equals_prefill, dict(plain=True, group=[2, 0, 2, 0, 1, 0])),
     ("model:VLM.decode_step", "cache.advance(live)", "pass", test_decoding_equals_prefill, dict(plain=True, group=[0, 0, 1, 1, 2, 2])),
     ("model:VLM.decode_step", "cache.advance(live)", "cache.advance(torch.ones_like(live))", test_decoding_equals_prefill, dict(plain=True, group=[0, 0, 1, 1, 2, 2])),
     ("model:VLM.prefill", "cache.advance(lengths)", "cache.advance(ids.shape[1] + 0 * lengths)", test_cached_equals_one_shot, dict(plain=True)),

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 import data, model, rewards, zoom_rollout
-from appendix import files, graphs, parts
+from appendix import files, graphs, running
 from conftest import all_in_float64, check_mutation, close, names
 from test_model import plainly
 from zoom_rollout import RolloutConfig, TurnOptions
@@ -352,27 +352,27 @@ def test_rollout_equals_naive(vlm64, float64, plain, monkeypatch):
     assert len({len(e.turns) for e in fast}) > 1
     assert [e.ids for e in fast] == [e.ids for e in slow]
 
-def test_parts_and_stragglers(vlm, monkeypatch):
-    """Claim: a batch that does not fit runs in parts (of several groups, of one, of one row), and rows in the middle of a turn go
-    on beside the others: the tokens are the same, and their log-probabilities."""
+def test_stragglers(vlm, monkeypatch):
+    """Claim: rows in the middle of a turn go on beside others that read an observation; how many tokens a round has does not show: the
+    tokens are the same, and their log-probabilities."""
     oblige(vlm, monkeypatch)
-    prefill, prompts, kinds = vlm.prefill, [], set()
+    prefill, kinds = vlm.prefill, set()
     def watched(cache, chunks, *rest):
-        prompts.extend([len(chunks)] if chunks[0][0] == vlm.im_start else [])
         kinds.update((c[0] == vlm.im_end, len(c) == 1) for c in chunks)             # an observation; a row still writing
         return prefill(cache, chunks, *rest)
 
     monkeypatch.setattr(vlm, "prefill", watched)
-    samples = data.toy("search", "train", 4, 7)
-    length, growth = max(len(zoom_rollout.begin(vlm, s).ids) for s in samples), 12 + (vlm.spec.crop_side // vlm.factor) ** 2 + 64
-    for bound, want in ((10 ** 9, [4]), (2 * (length + 6 * growth) + 1, [2, 2]), (length + 6 * growth, [1] * 4), (1, [1] * 24)):
-        prompts.clear()
-        run = zoom_rollout.rollout(vlm, samples, 6, RolloutConfig(max_zooms=1, max_new_tokens=6, seed=2, max_batch_tokens=bound))
-        assert prompts == want
-        first = run if bound == 10 ** 9 else first
-        assert [(e.ids, e.completion_mask, e.finish_reason) for e in run] == [(e.ids, e.completion_mask, e.finish_reason) for e in first]
-        close([lp for e in run for lp in e.logprobs], [lp for e in first for lp in e.logprobs], 1e-4)
-    assert (True, False) in kinds and (False, True) in kinds and len({len(e.turns) for e in first}) == 2
+    samples, runs = data.toy("search", "train", 4, 7), []
+    for tokens in (256, 4, 1):
+        monkeypatch.setattr(running, "ROUND_TOKENS", tokens)
+        runs.append(zoom_rollout.rollout(vlm, samples, 6, RolloutConfig(max_zooms=1, max_new_tokens=6, seed=2)))
+        assert_same(runs[-1], runs[0])
+    assert (True, False) in kinds and (False, True) in kinds and len({len(e.turns) for e in runs[0]}) == 2
+
+def assert_same(run, first):
+    assert [(e.ids, e.completion_mask, e.finish_reason) for e in run] == [(e.ids, e.completion_mask, e.finish_reason) for e in first]
+    assert [len(e.views) for e in run] == [len(e.views) for e in first]
+    close([lp for e in run for lp in e.logprobs], [lp for e in first for lp in e.logprobs], 1e-4)
 
 def test_ranks_sample_the_same(vlm):
     """Bug: a rank's share of the prompts gets other random numbers than in a single process."""
@@ -380,15 +380,6 @@ def test_ranks_sample_the_same(vlm):
     whole = zoom_rollout.rollout(vlm, samples, 2, config)
     shares = zoom_rollout.rollout(vlm, samples[:1], 2, config) + zoom_rollout.rollout(vlm, samples[1:], 2, config, first_sample=1)
     assert [e.ids for e in shares] == [e.ids for e in whole]
-
-def test_parts_of_a_plain_cache(vlm):
-    """Bug: a plain cache, in which every row holds its own prompt, is counted as if the group shared it."""
-    prompts = [zoom_rollout.begin(vlm, s) for s in data.toy("search", "train", 2, 7)]
-    config = RolloutConfig(max_zooms=0, max_new_tokens=6, max_batch_tokens=6 * (max(len(e.ids) for e in prompts) + 6))     # six rows with their prompts
-    found = {one.shares_prompts: parts.rollout_parts(one, prompts, 8, config) for one in (vlm, plainly(vlm))}
-    assert len(found[True]) < len(found[False]) == 3 and found[False][0] == (0, 6)
-    for cut in found.values():
-        assert [i for first, last in cut for i in range(first, last)] == list(range(16))
 
 def test_stop_tokens_and_patience(vlm):
     """Bug: a token that tree search asks for does not end its row; a row with a smaller budget writes on; all wait for the last."""
@@ -507,19 +498,17 @@ MUTATIONS = [
     ("zoom_rollout:Episode.append_given", "[False] * len(ids)", "[True] * len(ids)", test_only_chosen_tokens_are_trained, {}),
     (TURN, "live & ~ended & (written < budgets)", "live & (written < budgets)", test_only_chosen_tokens_are_trained, {}),
     ("zoom_rollout:Row.next_numbers", "self.u[len(self.episode.turns)]", "self.u[0]", test_only_chosen_tokens_are_trained, {}),
-    ("zoom_rollout:Row.next_numbers", "self.u[len(self.episode.turns)].roll(-self.written)", "self.u[len(self.episode.turns)]", test_parts_and_stragglers, {}),
-    (UNFOLD, "ids[b][-1:] + observation", "observation or ids[b][-1:]", test_sampler_equals_trainer, {}),
-    (UNFOLD, "[positions[b] for b in going_on]", "positions[:len(going_on)]", test_sampler_equals_trainer, {}),
-    (UNFOLD, "torch.tensor(going_on, device=vlm.device)", "torch.arange(len(going_on), device=vlm.device)", test_sampler_equals_trainer, {}),
+    ("zoom_rollout:Row.next_numbers", "self.u[len(self.episode.turns)].roll(-self.written)", "self.u[len(self.episode.turns)]", test_stragglers, {}),
+    (UNFOLD, "(own_ids[-1:] + observation, crops)", "(observation or own_ids[-1:], crops)", test_sampler_equals_trainer, {}),
+    ("appendix.running:Running.go_on", "[positions[b] for b in staying]", "positions[:len(staying)]", test_sampler_equals_trainer, {}),
+    ("appendix.running:Running.go_on", "torch.tensor(staying, device=self.vlm.device)", "torch.arange(len(staying), device=self.vlm.device)", test_sampler_equals_trainer, {}),
     (TURN, "positions = positions + live", "positions = positions + 1", test_sampler_equals_trainer, {}),
-    ("zoom_rollout:Row.append", "self.written += len(ids)", "self.written += 1", test_parts_and_stragglers, {}),
+    ("zoom_rollout:Row.append", "self.written += len(ids)", "self.written += 1", test_stragglers, {}),
     ("zoom_rollout:Row.take_turn", "self.written = 0", "pass", test_stops_and_turns, {}),
-    (TURN, "live & ~ended & (written < budgets)", "live & ~ended", test_parts_and_stragglers, {}),
+    (TURN, "live & ~ended & (written < budgets)", "live & ~ended", test_stragglers, {}),
     (TURN, "options.stop_tokens is not None", "False", test_stop_tokens_and_patience, {}),
     (TURN, "live.sum() <= options.patience", "live.sum() == 0", test_stop_tokens_and_patience, {}),
-    (ROLLOUT, "u[first:last]", "u[:last - first]", test_parts_and_stragglers, {}),
-    ("appendix.parts:rollout_parts", "cost = growth + prompt if new_prompt else growth", "cost = growth", test_parts_and_stragglers, {}),
-    ("appendix.parts:rollout_parts", "i == first or i % group_size == 0 or not vlm.shares_prompts", "i == first or i % group_size == 0", test_parts_of_a_plain_cache, {}),
+    (ROLLOUT, "u[i]", "u[0]", test_seed, {}),
     (ROLLOUT, "u = u[before:]", "u = u[:len(episodes)]", test_ranks_sample_the_same, {}),
     ("zoom_rollout:finish_reason", 'if not ended: return "length"', "pass", test_stops_and_turns, {}),
     ("zoom_rollout:finish_reason", '"" if zooms_left else "invalid"', '""', test_stops_and_turns, {}),
