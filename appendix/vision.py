@@ -2,8 +2,8 @@
 
     box of the source image -> resized image -> patches -> the vision tower -> N image tokens
 
-The tower itself is transformers' own. What stands around it saves time and memory: an image is kept
-as bytes until the tower takes it, several are resized at once, each is encoded once.
+The tower itself is in appendix/tower.py. What stands around it saves time and memory: an image is
+kept as bytes until the tower takes it, several are resized at once, each is encoded once.
 
 `vlm` is a model.VLM.
 
@@ -14,6 +14,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from PIL import Image
+
+from appendix.tower import run_tower
 
 
 class View:
@@ -131,13 +133,11 @@ def encode_batch(vlm, views, grad):
         for view, pixels in zip(new, images):
             patchify(vlm, view, pixels)
     patches = torch.cat([view.patches for view in views])
-    grids = torch.tensor([view.grid for view in views]).to(vlm.device)
+    grids = [view.grid for view in views]
     with torch.set_grad_enabled(grad):
-        out = vlm.model.model.get_image_features(pixel_values(vlm, patches), grids,
-                                                 return_dict=True)
-    deep = list(out.deepstack_features) if vlm.qwen3 else []            # one entry per early layer
-    if deep and torch.is_tensor(deep[0]):               # transformers 5.17 leaves them in one piece
-        sizes = [view.tokens() for view in views]
-        deep = [layer.split(sizes) for layer in deep]
+        tokens, deep = run_tower(vlm.model.model.visual, pixel_values(vlm, patches), grids)
+    sizes = [view.tokens() for view in views]
+    tokens = tokens.split(sizes)
+    deep = [layer.split(sizes) for layer in deep]       # one entry per early layer
     for i, view in enumerate(views):
-        view.set_features(out.pooler_output[i], [layer[i] for layer in deep])
+        view.set_features(tokens[i], [layer[i] for layer in deep])

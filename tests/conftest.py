@@ -76,6 +76,8 @@ def models64(models):
         for m in net.modules():
             if type(m).__name__.endswith("RMSNorm"):
                 m.forward = types.MethodType(lambda m, x: torch.nn.functional.rms_norm(x, x.shape[-1:], m.weight, m.variance_epsilon), m)
+        if hasattr(net.model.visual, "pos_embed"):             # transformers stretches them in float32; test_tower.py tests them
+            net.model.visual.pos_embed.weight.data.zero_()
         out[family] = prefix.PrefixVLM(net, single.tokenizer, single.processor, single.name, single.spec)
         assert out[family].dtype == torch.float64
     return out

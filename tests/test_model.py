@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 import data, model, zoom_rollout
-from appendix import run
+from appendix import run, vision
 from conftest import check_mutation, close, names
 from zoom_rollout import Episode
 
@@ -303,12 +303,10 @@ def test_encode_in_parts(vlm):
     """Bug: an image depends on those encoded with it; a view twice in the list is encoded twice; one with features again."""
     views = [vlm.view(picture(size, i), i) for i, size in enumerate(SIZES)]
     together = [vlm.view(picture(size, i), i) for i, size in enumerate(SIZES)]
-    calls, run = [], vlm.model.model.get_image_features
-    vlm.model.model.get_image_features = lambda p, *a, **k: calls.append(len(p)) or run(p, *a, **k)
-    try:
+    calls, run = [], vision.run_tower
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(vision, "run_tower", lambda tower, p, grids: calls.append(len(p)) or run(tower, p, grids))
         vlm.encode([views[0]]), vlm.encode(views + views, max_patches=70), vlm.encode(views), vlm.encode(together)
-    finally:
-        del vlm.model.model.get_image_features
     patches = [math.prod(v.grid) for v in views]
     assert sum(calls[:-1]) == sum(patches) == calls[-1] and len(calls) > 3 and max(calls[:-1]) <= max(70, *patches)
     for a, b in zip(views, together):

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 import data, model, rewards, zoom_rollout
-from appendix import files, graphs, running
+from appendix import files, graphs, running, vision
 from conftest import all_in_float64, check_mutation, close, names
 from test_model import plainly
 from zoom_rollout import RolloutConfig, TurnOptions
@@ -92,8 +92,8 @@ class Story:
 
 def make_story(vlm):
     with pytest.MonkeyPatch.context() as patch:
-        encoded, run = [], vlm.model.model.get_image_features
-        patch.setattr(vlm.model.model, "get_image_features", lambda p, *a, **k: encoded.append(len(p)) or run(p, *a, **k))
+        encoded, run = [], vision.run_tower
+        patch.setattr(vision, "run_tower", lambda tower, p, grids: encoded.append(len(p)) or run(tower, p, grids))
         samples = ask()
         episodes, said = tell(vlm, samples, SCRIPT, patch, temperature=0.8)
         vlm.logprobs(episodes)
