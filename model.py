@@ -57,7 +57,8 @@ class KVCache:
         self.lengths = lengths                          # (B,) tokens in each row
         self.size = 0                                   # slots that are attended to now
         self.capacity = 0                               # slots that `reserve` made room for
-        self.slots = None                               # (B, n) where the new tokens go
+        self.row_numbers = None                         # (B, 1) and
+        self.slots = None                               # (B, n): where the new tokens go
         self.mask = None                                # (B, 1, n, size) what they see
 
     def reserve(self, n):
@@ -75,6 +76,7 @@ class KVCache:
         is_first = self.size == 0                       # then they see themselves, without a mask
         device = self.lengths.device
         self.size = min(self.size + n, self.capacity)
+        self.row_numbers = torch.arange(len(self.lengths), device=device)[:, None]
         self.slots = self.lengths[:, None] + torch.arange(n, device=device)
         if not is_first:
             self.mask = torch.arange(self.size, device=device) <= self.slots[:, None, :, None]
@@ -86,7 +88,7 @@ class KVCache:
 
     def store(self, layer, k, v):
         """Write k and v into the new tokens' slots -> all keys and values (B, K, size, d)."""
-        rows = torch.arange(len(k), device=k.device)[:, None]
+        rows = self.row_numbers
         self.keys[layer][rows, :, self.slots] = k       # indexed so, a block is (B, n, K, d)
         self.values[layer][rows, :, self.slots] = v
         return self.keys[layer][:, :, :self.size], self.values[layer][:, :, :self.size]

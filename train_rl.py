@@ -102,6 +102,7 @@ class Config:
     # memory and speed; none of these changes a result
     max_batch_tokens: int = 262144  # cache slots of a rollout part (3B: 36 kB each)
     prefill_tokens: int = 16384 # tokens of prompts or observations in one forward pass
+    compiled: bool = False      # compiled kernels while decoding (not yet run on a GPU)
     graphs: bool = False        # CUDA graphs while decoding (not yet run on a GPU)
     micro_tokens: int = 4096    # tokens per forward and backward pass
     recompute: bool = False     # recomputed layers in the backward pass: less memory, more time

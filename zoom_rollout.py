@@ -106,6 +106,7 @@ class RolloutConfig:
     seed: int = 0                       # random seed of the sampled tokens
     max_batch_tokens: int = 262_144     # slots of the cache (3B model: 36 kB each)
     prefill_tokens: int = 16_384        # tokens of prompts or observations in one forward pass
+    compiled: bool = False              # compiled kernels while decoding
     graphs: bool = False                # CUDA graphs while decoding
 
     @property
@@ -291,6 +292,7 @@ class TurnOptions:
     budgets: list = None                # tokens that each row may still write; None: max_new_tokens
     patience: int = 0                   # stop when no more than this many rows still write
     stop_tokens: torch.Tensor = None    # bool (V,): further tokens that end a row (tree search)
+    compiled: bool = False              # compiled kernels
     graphs: bool = False                # CUDA graphs
 
 
@@ -318,7 +320,7 @@ def sample_turn(vlm, cache, logits, positions, u, options):
     # for the GPU. So on a GPU that is checked every 8 tokens only.
     check_every = 8 if device.type == "cuda" else 1
     cache.reserve(n)
-    decode_step = decoder(vlm, cache, B, options.graphs)
+    decode_step = decoder(vlm, cache, options)
     for t in range(n):
         tokens, token_logprobs = sample_tokens(logits, u[:, t], options.temperature)
         ids[:, t] = tokens
@@ -338,12 +340,16 @@ def sample_turn(vlm, cache, logits, positions, u, options):
     return first_of_each(ids, lengths), first_of_each(logprobs, lengths), positions.tolist()
 
 
-def decoder(vlm, cache, rows, graphs):
+def decoder(vlm, cache, options):
     """The function that computes the next logits: tokens, positions, live (B,) -> (B, V)."""
-    if graphs:
+    step = partial(vlm.decode_step, cache)
+    if options.compiled:
+        from appendix.graphs import compiled_decode_step
+        step = compiled_decode_step(vlm, cache)
+    if options.graphs:
         from appendix.graphs import captured_decode_step
-        return captured_decode_step(vlm, cache, rows)
-    return partial(vlm.decode_step, cache)
+        step = captured_decode_step(vlm, cache, step)
+    return step
 
 
 def first_of_each(values, lengths):
@@ -449,7 +455,7 @@ def sample_rows(vlm, running, config):
     budgets = [config.max_new_tokens - row.written for row in rows]
     n = min(max(budgets), running.round_tokens)
     options = TurnOptions(n, config.temperature, budgets, patience=len(rows) // 8,
-                          graphs=config.graphs)
+                          compiled=config.compiled, graphs=config.graphs)
     u = torch.stack([row.next_numbers()[:n] for row in rows]).to(vlm.device)
     return sample_turn(vlm, running.cache, running.logits, running.positions, u, options)
 

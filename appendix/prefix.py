@@ -123,6 +123,9 @@ class SharedCache(model.KVCache):
         self.num_places = len(prompts.lengths) * self.group_size
         all_taken = len(group) == self.num_places
         self.in_order = all_taken and torch.equal(self.place_of_row, order)
+        # The row at each place; free places repeat row 0, and nothing reads them.
+        self.row_at_place = order.new_zeros(self.num_places)
+        self.row_at_place[self.place_of_row] = order                    # (P * G,)
         self.rows_of = {}                               # prompt: its rows
         for p in group.unique().tolist():
             self.rows_of[p] = (group == p).nonzero()[:, 0]
@@ -159,7 +162,7 @@ class SharedCache(model.KVCache):
         group_scores = self.to_prompts(q) @ prompt_keys.mT                      # (P, K, G * R, S)
         prompt_scores = self.to_rows(group_scores)                                  # (B, K, R, S)
         own_scores = q @ keys.mT                                                    # (B, K, R, T)
-        scores = torch.cat([prompt_scores, own_scores], -1).float() + self.mask
+        scores = torch.cat([prompt_scores, own_scores], -1) + self.mask                 # in fp32
         weights = scores.softmax(-1).to(values.dtype)
         prompt_weights, own_weights = weights.split([prompt_keys.shape[2], keys.shape[2]], -1)
         from_prompt = self.to_prompts(prompt_weights) @ prompt_values           # (P, K, G * R, d)
@@ -181,10 +184,9 @@ class SharedCache(model.KVCache):
         return out
 
     def to_prompts(self, x):
-        """(B, K, R, X) -> (P, K, G * R, X): rows of a group side by side, 0 in free places."""
+        """(B, K, R, X) -> (P, K, G * R, X): rows of a group side by side."""
         if not self.in_order:
-            places = x.new_zeros(self.num_places, *x.shape[1:])
-            x = places.index_copy_(0, self.place_of_row, x)
+            x = x[self.row_at_place]
         return x.unflatten(0, (-1, self.group_size)).transpose(1, 2).flatten(2, 3)
 
     def to_rows(self, x):

@@ -20,7 +20,7 @@ from model import is_tiny
 
 # Fields that may change when a run is resumed.
 FREE = ("resume", "fresh", "steps", "name", "save_every", "max_batch_tokens",
-        "prefill_tokens", "graphs", "micro_tokens", "recompute", "offload", "plain")
+        "prefill_tokens", "compiled", "graphs", "micro_tokens", "recompute", "offload", "plain")
 # Files of an earlier run: where one of them is in the folder, a new run does not start.
 RESULTS = ("checkpoint", "metrics.jsonl", "summary.json")
 # The run stops after this many steps in a row whose gradient was not finite.

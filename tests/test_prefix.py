@@ -271,7 +271,7 @@ MUTATIONS = [
     (f"{SHARED}.place", "slots < self.prompts.lengths[self.group, None, None, None]", "slots <= self.prompts.lengths[self.group, None, None, None]",
      test_shared_prompt_equals_own, SHRINKS),
     (f"{SHARED}.assign", "(same_group & earlier).sum(1)", "(same_group & earlier).sum(1) // 2", test_shared_prompt_equals_own, WHOLE),
-    (f"{SHARED}.attend_one_token", "torch.cat([prompt_scores, own_scores], -1).float() + self.mask", "torch.cat([prompt_scores, own_scores], -1).float()",
+    (f"{SHARED}.attend_one_token", "torch.cat([prompt_scores, own_scores], -1) + self.mask", "torch.cat([prompt_scores, own_scores], -1)",
      test_shared_prompt_equals_own, WHOLE),
     (f"{SHARED}.attend_chunk", "prompt_values[p].expand(copies)", "prompt_values[0].expand(copies)", test_shared_prompt_equals_own, WHOLE),
     (f"{SHARED}.attend_chunk", "self.mask[rows]", "self.mask[:len(rows)]", test_shared_prompt_equals_own, SHRINKS),

@@ -201,9 +201,9 @@ def test_graphs_without_a_gpu(monkeypatch):
     """Claim: the part about graphs decodes through the captured step (here: one that stands for it) and through the plain one."""
     captured = []
 
-    def capture(vlm, cache, rows):
-        captured.append(rows)
-        return lambda *inputs: vlm.decode_step(cache, *inputs)
+    def capture(vlm, cache, step):
+        captured.append(len(cache.lengths))
+        return step
     monkeypatch.setattr(graphs, "captured_decode_step", capture)
     found = {}
     speed_gpu.measure_graphs(bench_on_a_cpu(), found)

@@ -404,13 +404,13 @@ def test_stop_tokens_and_patience(vlm):
 def test_graphs_keep_the_rollout(vlm, monkeypatch):
     """Bug: a captured step attends to all reserved slots, and what comes after it (rows left out, crops, a longer cache) trips over
     that. Here with a stand-in for the capture, which leaves the cache as appendix.graphs does."""
-    def captured(vlm, cache, rows):
+    def captured(vlm, cache, step):
         cache.use_whole_capacity()
-        lengths, zeros = cache.lengths.clone(), torch.zeros(rows, dtype=torch.long)
-        vlm.decode_step(cache, zeros, zeros, zeros)
+        lengths, zeros = cache.lengths.clone(), torch.zeros_like(cache.lengths)
+        step(zeros, zeros, zeros)
         cache.lengths.copy_(lengths)
-        used.append(rows)
-        return partial(vlm.decode_step, cache)
+        used.append(len(lengths))
+        return step
 
     oblige(vlm, monkeypatch)
     monkeypatch.setattr(graphs, "captured_decode_step", captured)
@@ -419,6 +419,18 @@ def test_graphs_keep_the_rollout(vlm, monkeypatch):
     assert [(e.ids, e.completion_mask, e.finish_reason) for e in with_graphs] == [(e.ids, e.completion_mask, e.finish_reason) for e in plain]
     assert len(set(used)) > 1
     close([lp for e in with_graphs for lp in e.logprobs], [lp for e in plain for lp in e.logprobs], 1e-4)
+
+def test_compiled_kernels_keep_the_rollout(vlm, monkeypatch):
+    """Claim: --compiled decodes through the compiled step, over all reserved slots, and samples the same. Here torch.compile is left out:
+    it needs a compiler and a minute."""
+    oblige(vlm, monkeypatch)
+    compiled, samples = [], data.toy("search", "train", 3, 7)
+    monkeypatch.setattr(torch, "compile", lambda function, dynamic: compiled.append(function.__name__) or function)
+    graphs.compiled_function.cache_clear()
+    plain, other = (zoom_rollout.rollout(vlm, samples, 4, RolloutConfig(max_zooms=1, max_new_tokens=6, seed=2, compiled=on)) for on in (False, True))
+    graphs.compiled_function.cache_clear()
+    assert compiled == ["decode_step"] and [e.ids for e in other] == [e.ids for e in plain]
+    close([lp for e in other for lp in e.logprobs], [lp for e in plain for lp in e.logprobs], 1e-4)
 
 def test_work(story, vlm):
     """Bug: the savings that a run prints are not those it had. Alone and in one turn nothing can be saved; in the story, prompts
