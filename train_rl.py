@@ -25,6 +25,7 @@ import time
 from dataclasses import asdict, dataclass, field, replace
 from typing import Literal
 
+import appendix                     # before torch: Ctrl-C is one line from here on
 import torch
 
 import data
@@ -34,7 +35,7 @@ import train_sft
 import zoom_rollout
 from appendix import faults, memory, metrics, ranks, recipes, rl_options, rl_run, run
 from appendix.optimizer import AdamW
-from model import is_tiny
+from appendix.weights import note_on_tiny
 
 
 @dataclass
@@ -149,7 +150,7 @@ def train_step(vlm, ref, optimizer, questions, cfg, step):
     weights = prompt_weights(accuracy, cfg)                                     # (P,)
     advantages = advantages * weights[:, None]
     advantages = rl_options.mask_advantages(batch.episodes, advantages, cfg)    # a flag: some to 0
-    store_advantages(batch.episodes, advantages)
+    store_advantages(batch.episodes, advantages, weights)
 
     # 5. loss: summed over micro-batches, divided by the count of the whole minibatch
     for minibatch in split_minibatches(batch, cfg, step):
@@ -321,10 +322,13 @@ def prompt_weights(accuracy, cfg):
     return weights[first:first + len(accuracy)]
 
 
-def store_advantages(episodes, advantages):
-    """Fill `advantage` of every episode from the tensor (P, G)."""
+def store_advantages(episodes, advantages, weights):
+    """Fill `advantage` of every episode from the tensor (P, G), `difficulty_weight` from (P,)."""
+    of_episodes = weights[:, None].expand_as(advantages)                        # (P, G)
     for e, advantage in zip(episodes, advantages.flatten().tolist()):
         e.advantage = advantage
+    for e, weight in zip(episodes, of_episodes.flatten().tolist()):
+        e.difficulty_weight = weight
 
 
 def split_minibatches(batch, cfg, step):
@@ -434,8 +438,10 @@ def main():
     if not cfg.resume:
         run.refuse_to_overwrite(folder, rl_run.RESULTS, cfg.fresh, "continue it with --resume, ")
     rl_run.check_config(cfg, num_blind_prompts(cfg, cfg.num_prompts))
+    rl_options.check_bonuses(cfg, episode_limit(cfg))
     rows = data.read_jsonl(cfg.data, cfg.images or None) if cfg.data else []
     faults.check_samples(rows)
+    note_on_tiny(cfg.model, rows, "train_rl.py")
     state = rl_run.resumable(os.path.join(folder, "checkpoint"), cfg) if cfg.resume else None
     vlm = rl_run.load_policy(cfg)
     plan = rl_run.memory_plan(vlm, cfg)
@@ -454,23 +460,21 @@ def main():
     run_log = rl_run.RunLog(vlm, optimizer, cfg, progress, began)
     run_log.begin(held_out)
 
-    episodes = []
+    groups = []                                         # of the report: [(step, its episodes)]
     for step in range(progress.step, cfg.steps):
         row, episodes = train_step(vlm, ref, optimizer, questions, cfg, step)
         rl_run.stop_if_nothing_succeeds(episodes, step)
         run_log.stop_if_not_finite(episodes, step)
         run_log.write(row, episodes)
+        groups = rl_run.groups_to_show(groups, step, episodes, cfg)
         if run_log.stops_after(row):
             return
-    if episodes:
-        group = rl_run.group_to_show(vlm, episodes, cfg)
-        progress.sections.append((f"one group of step {cfg.steps}", group))
-    rl_run.finish(vlm, held_out, run_log, plan["peak"])
+    rl_run.finish(vlm, held_out, run_log, groups, plan["peak"])
 
 
 if __name__ == "__main__":
     KNOBS = "; ".join(memory.KNOBS.values())
-    SAVED = "the checkpoint folder of the run holds what was saved last"
+    SAVED = "the run's checkpoint folder, if there is one, holds what was saved last"
     with run.exit_on_error(out_of_memory=f"{KNOBS}. Then --resume",
                            interrupted=f"interrupted; {SAVED}", saved=SAVED):
         main()

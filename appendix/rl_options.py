@@ -11,7 +11,37 @@ from dataclasses import replace
 
 import torch
 
+import data
 import grpo
+from appendix import run
+
+
+def check_bonuses(cfg, episode_limit):
+    """End the program if a bonus is asked for that this recipe would never pay.
+
+    episode_limit: tokens that an episode may sample at most.
+    """
+    can_zoom = data.PROMPT_STYLES[cfg.recipe] == "zoom"
+    for name in ("distinct_bonus", "tool_bonus", "curiosity"):
+        if getattr(cfg, name) and not can_zoom:
+            run.fail(f"{run.flag_of(name)} pays for zooms, and the recipe {cfg.recipe} has none; "
+                     "expected 0, or --recipe vigorl-zoom")
+    if cfg.overlong > episode_limit:
+        run.fail(f"--overlong is {cfg.overlong}; expected at most the {episode_limit} tokens that "
+                 "an episode may sample")
+
+
+def warn_of_long_turns(vlm, traces, max_new_tokens):
+    """Print a line if the warm start teaches turns that a rollout would cut off."""
+    lengths = []                                        # in tokens, <|im_end|> included
+    for trace in traces:
+        for turn in trace.turns:
+            lengths.append(len(vlm.ids(turn.removeprefix(data.FORCE))) + 1)
+    too_long = sum(length > max_new_tokens for length in lengths)
+    if too_long:
+        print(f"warning: {too_long} of {len(lengths)} turns of the traces are longer than "
+              f"--max-new-tokens {max_new_tokens} (the longest: {max(lengths)}), so the policy "
+              "learns turns that its rollouts cut off")
 
 
 def add_group_bonuses(episodes, cfg, episode_limit):

@@ -14,7 +14,7 @@ import data
 import evaluate
 import train_sft
 import zoom_rollout
-from appendix import memory, metrics, prefix, ranks, run
+from appendix import memory, metrics, prefix, ranks, rl_options, run
 from appendix.split import hold_out
 from model import is_tiny
 
@@ -163,6 +163,7 @@ def fine_tune_on_traces(vlm, train_rows, held_out, cfg):
         plain=cfg.plain)
     style = data.PROMPT_STYLES[cfg.recipe]
     losses, traces = train_sft.warm_start(vlm, sft, style, train_rows, vlm.toy_side, held_out)
+    rl_options.warn_of_long_turns(vlm, traces, cfg.max_new_tokens)
     print(f"warm start: {len(traces)} traces, loss {losses[0]:.2f} -> {losses[-1]:.2f}, "
           f"{time.time() - began:.0f} s")
 
@@ -186,7 +187,8 @@ def measure(vlm, cfg, samples, label):
         out[mode] = evaluate.summarise(rows), episodes
     shares = []
     for mode, (s, _) in out.items():
-        shares.append(f"zoom {mode} {s['accuracy']:.1%} [{s['low']:.1%}, {s['high']:.1%}]")
+        what = f"zoom {mode}" if can_zoom else "accuracy"
+        shares.append(f"{what} {s['accuracy']:.1%} [{s['low']:.1%}, {s['high']:.1%}]")
     print(f"{label}: {'; '.join(shares)}")
     return out
 
@@ -314,16 +316,22 @@ def best_and_worst(episodes):
 # --------------------------------------------------------------------------------------------------
 # the end
 
-def group_to_show(vlm, episodes, cfg):
-    """The group whose advantages differ most. What the report shows is added to its episodes."""
+def groups_to_show(earlier, step, episodes, cfg):
+    """The groups of the report: of the first and of the latest step that had a signal.
+
+    -> [(steps done, the episodes of a group)], at most two. earlier: the same of the steps before.
+    Of a step, the group whose advantages differ most is shown; if all are 0, there is no signal.
+    """
     G = cfg.group_size
     groups = [episodes[i:i + G] for i in range(0, len(episodes), G)]
     group = max(groups, key=advantage_range)
+    if advantage_range(group) == 0:
+        return earlier
+    light = []                                          # without views, whose features are large
     for e in group:
-        e.token_texts = evaluate.token_texts(vlm, e)
-        e.shown_as = {"crop_from": cfg.crop_from, "fed": e.views[0].fed}
-    describe(group, cfg)
-    return group
+        shown_as = {"crop_from": cfg.crop_from, "fed": e.views[0].fed}
+        light.append(replace(e, views=[], shown_as=shown_as))
+    return earlier[:1] + [(step + 1, light)]
 
 
 def advantage_range(group):
@@ -331,7 +339,7 @@ def advantage_range(group):
     return max(advantages) - min(advantages)
 
 
-def finish(vlm, held_out, run_log, planned_bytes):
+def finish(vlm, held_out, run_log, groups, planned_bytes):
     """Measure again; write summary.json and report.html; print the results."""
     cfg = run_log.cfg
     progress = run_log.progress
@@ -348,28 +356,63 @@ def finish(vlm, held_out, run_log, planned_bytes):
     metrics.print_results(progress.before, summaries, summary, curves)
     page = "summary.json has the figures"
     if not cfg.plain:
-        write_report(run_log, after, curves)
+        write_report(run_log, after, groups, curves, summary)
         page = "report.html shows the episodes"
     planned = "" if is_tiny(cfg.model) else f" (planned {planned_bytes / 1e9:.1f})"
     print(f"{summary['seconds']:.0f} s in all, peak memory {memory.peak_memory() / 1e9:.2f} GB"
           f"{planned}; {folder}/{page}")
 
 
-def write_report(run_log, after, curves):
-    """runs/NAME/report.html: curves, the table of accuracies, episodes before and after."""
-    from appendix import report
+def write_report(run_log, after, groups, curves, summary):
+    """runs/NAME/report.html: curves, the table of accuracies, groups, episodes before and after.
+
+    summary: the content of summary.json.
+    """
+    from appendix import group_view, report
     cfg = run_log.cfg
     before = run_log.progress.before
     sections = list(run_log.progress.sections)
+    lessons = [group_view.make_lesson(step, group, cfg) for step, group in groups]
+    for step, group in groups[-1:]:
+        for e in group:
+            e.token_texts = evaluate.token_texts(run_log.vlm, e)
+        describe(group, cfg)
+        sections.append((f"one group of step {step}", group))
     for mode, (_, episodes) in after.items():
-        sections.append((f"after RL, {evaluate.MODES[mode]}", episodes))
+        label = evaluate.mode_label(mode, can_zoom=len(after) > 1)
+        sections.append((f"after RL, {label}", episodes))
     modes = list(after)
-    table = [("", [evaluate.MODES[mode] for mode in modes]),
+    table = [("", [evaluate.mode_label(mode, can_zoom=len(modes) > 1) for mode in modes]),
              ("before RL", [before[mode] for mode in modes]),
              ("after RL", [after[mode][0] for mode in modes])]
     settings = asdict(cfg)
+    for name in ("name", "resume", "fresh"):            # the name stands in the title
+        settings.pop(name)
     changed = {k: v for k, v in settings.items() if v != getattr(type(cfg), k)}
     question = os.path.basename(cfg.data) if cfg.data else cfg.task
-    page = report.Report(title=f"{question}, {run_log.vlm.name}", sections=sections,
-                         curves=curves, table=table, settings=changed)
+    page = report.Report(title=f"{run_log.vlm.name} learns {question}", sections=sections,
+                         curves=curves, table=table, settings=changed, run=cfg.name,
+                         num_questions=summary["n"], chance=summary["chance"],
+                         notes=report_notes(modes, groups), lessons=lessons)
     report.write_report(os.path.join(run_folder(cfg), "report.html"), page)
+
+
+def report_notes(modes, groups=()):
+    """What the parts of the report show -> {label of a row, column or section: sentence}.
+
+    modes: the zoom modes that were measured. If it is one, there is no control.
+    groups: see groups_to_show.
+    """
+    notes = {
+        "before RL": "The policy before the first RL step; after the warm start, if there is one.",
+        "after RL": "The policy after the last RL step, asked the same questions. They are held "
+                    "out: no step has trained on them.",
+    }
+    if len(modes) > 1:
+        notes |= metrics.control_notes()
+        for mode in modes:
+            notes[f"after RL, {evaluate.MODES[mode]}"] = metrics.CONTROLS[mode]
+    for step, _ in groups:
+        notes[f"one group of step {step}"] = ("Tries at one question of a training step, with the "
+                                              "advantage that every token of a try got.")
+    return notes

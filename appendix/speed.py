@@ -243,4 +243,5 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    with run.exit_on_error(interrupted="interrupted"):
+        main()

@@ -313,7 +313,7 @@ def test_folder_of_files(folder):
         put(folder, f"pro/annotations/{i}.json", [{**row, "id": f"i{i}"}])
     put(folder, "pro/annotations/._0.json", b"\0\5\x16"), put(folder, f"pro/images/{A}", FILES[A])
     assert [s.id for s in convert("screenspot_pro", str(folder / "pro"), images=str(folder / "pro" / "images"))] == ["i0", "i1", "i2"]
-    with pytest.raises(data.DataError, match="sub holds no .json, .jsonl or .parquet file"):
+    with pytest.raises(data.DataError, match="sub holds no file that ends in .json, .jsonl, .parquet$"):
         converting.convert("screenspot_pro", str(folder / "sub"))
 
 # -----------------------------------------------------------------------------
@@ -502,7 +502,7 @@ def test_counts_and_first_options(folder, capsys):
     out = capsys.readouterr().out
     assert "whole file" not in out and "always the first option" in out and "150 of 150 gold answers" in out
     convert("screenspot", put(folder, "web.json", [ROWS["screenspot"][0]]))
-    assert "0 of 436 web" in capsys.readouterr().out
+    assert "not the whole file: 1 of 1272 rows (0 of 502 mobile, 0 of 334 desktop, 0 of 436 web)\n" in capsys.readouterr().out
     convert("sat", put(folder, "sat.json", [row] * 11 + [{**row, "correct_answer": "right"}]))
     out = capsys.readouterr().out
     assert "12 of 150 or 4000 or 4001 rows" in out and "always the first" not in out
@@ -521,8 +521,8 @@ def converter(read, to_row, layout, more=""):
 
 MUTATIONS = [
     ("appendix.benchmarks:box_target", "corners = [a, b, a + c, b + d]", "corners = [a, b, c, d]", test_row, dict(case="screenspot")),
-    ("appendix.benchmarks:CONVERTERS", converter("published_rows", "from_screenspot", "xywh px", ", {'': (1272,)}"),
-     converter("published_rows", "from_screenspot", "xyxy px", ", {'': (1272,)}"), test_row, dict(case="screenspot_v2")),
+    ("appendix.benchmarks:CONVERTERS", converter("published_rows", "from_screenspot", "xywh px", ", SCREENSPOT_V2"),
+     converter("published_rows", "from_screenspot", "xyxy px", ", SCREENSPOT_V2"), test_row, dict(case="screenspot_v2")),
     ("appendix.benchmarks:CONVERTERS", converter("published_rows", "from_screenspot", "xyxy 0-1", ", SCREENSPOT"),
      converter("published_rows", "from_screenspot", "xywh 0-1", ", SCREENSPOT"), test_screenspot_parquet, {}),
     ("appendix.benchmarks:box_target", "not low < max(a, b, c, d) <= high", "False", test_contradicted_layout, dict(name="lisa", values=[0.1, 0.2, 0.5, 0.9])),
@@ -574,14 +574,13 @@ MUTATIONS = [
     ("appendix.convert:convert", "str(row['id']) in taken", "False", test_whole_range_of_ids, {}),
     ("appendix.convert:convert", "row.get('id') is None", "not row.get('id')", test_whole_range_of_ids, {}),
     ("appendix.convert:convert", "not skip_missing", "False", test_command, {}),
-    ("appendix.data_commands:run_convert", "if args.check:\n    convert.check(args.name, samples, counts)\ndata.write_jsonl(args.out, samples)",
-     "data.write_jsonl(args.out, samples)\nif args.check:\n    convert.check(args.name, samples, counts)", test_nothing_half_written, {}),
+    ("appendix.data_commands:run_convert", "if args.check:\n    convert.check(args.name, samples, counts, args.only)",
+     "data.write_jsonl(args.out, samples)\nif args.check:\n    convert.check(args.name, samples, counts, args.only)", test_nothing_half_written, {}),
     ("appendix.convert:print_incomplete", "counts[category] not in possible", "False", test_counts_and_first_options, {}),
     ("appendix.files:parquet_rows", "raise DataError(f'{path} is a parquet file; to read it: pip install pyarrow') from None", "return []", test_no_pyarrow, {}),
-    ("appendix.benchmarks:published_rows", "name.endswith(('.json', '.jsonl', '.parquet')) and not name.startswith('.')",
-     "name.endswith(('.json', '.jsonl', '.parquet'))", test_folder_of_files, {}),
-    ("appendix.benchmarks:published_rows", "for file in files:\n    yield from read_rows(file)", "for file in files[:1]:\n    yield from read_rows(file)",
-     test_folder_of_files, {}),
+    ("appendix.convert:files_of", "name.endswith(endings) and not name.startswith('.')", "name.endswith(endings)", test_folder_of_files, {}),
+    ("appendix.convert:published_rows", "for name in names:\n    yield from converter.read(os.path.join(path, name), root)",
+     "for name in names[:1]:\n    yield from converter.read(os.path.join(path, name), root)", test_folder_of_files, {}),
     ("appendix.rows:write_image", r"{b'\xff\xd8': 'jpg', b'\x89P': 'png'}", r"{b'\xff\xd8': 'jpg', b'\x89P': 'png', b'RI': 'png'}", test_webp_in_parquet, {}),
     ("appendix.benchmarks:box_target", "corners = [v / 1000 for v in corners]", "pass", test_row, dict(case="univg-r1")),
     ("rewards:point_in_target", "'polygon' in target and not in_polygon(x, y, target['polygon'])", "False", test_robospatial_place, {}),

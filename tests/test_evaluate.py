@@ -12,7 +12,7 @@ from PIL import Image
 from conftest import ROOT, check_mutation, names
 
 import data, evaluate, rewards, zoom_rollout
-from appendix import analysis, card, episode_rows, evaluation_run, files, page, predictions, prefix
+from appendix import agent_answers, analysis, card, episode_rows, evaluation_run, files, page, predictions, prefix
 from data import Sample
 from evaluate import RunOptions
 from zoom_rollout import Episode, RolloutConfig, Turn
@@ -346,6 +346,102 @@ def test_fed_pixels_are_those_of_the_family(tmp_path, monkeypatch, capsys):
     assert heights == {"qwen2.5-vl-3b": 500 / 504, "qwen3-vl-2b": 500 / 512}
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# The forms and spellings that predictions come in
+
+def write_file(path, obj):
+    path.write_text(json.dumps(obj))
+    return str(path)
+
+
+def scored(folder, path, *flags):
+    return evaluate.main(["--data", str(folder / "bench.jsonl"), "--predictions", path, "--out", str(folder / "forms"), "--fresh", *flags])
+
+
+def test_forms_of_predictions(bench):
+    """Claim: each form that --form names finds the same questions: by id, by order, by image and question, in the files of two evaluators."""
+    folder, run = bench
+    three = ["(110, 55)", "(315, 15)", "checked"]
+    questions = [("a.png", "Click it."), ("b.png", "Click it."), ("a.png", "Which pattern?")]
+    rows = [{"image": f"other/{image}", "question": q, "text": t} for (image, q), t in zip(questions, three)]
+    for form, held in {"dict": dict(zip(["p1", "p2", "c1"], three)), "order": three, "question": rows[::-1],
+                       "vlm-r1": {"results": [{"image": r["image"], "question": r["question"], "model_output": r["text"]} for r in rows]}}.items():
+        assert scored(folder, write_file(folder / "f.json", held), "--form", form)["correct"] == 3, form
+    details = [{"img_path": "x/a.png", "prompt_to_evaluate": "Click it.", "raw_response": "so", "pred": [0.55, 0.55]},
+               {"img_path": "x/b.png", "prompt_to_evaluate": "Click it.", "raw_response": "(0.7875, 0.3)", "pred": None}]
+    s = scored(folder, write_file(folder / "f.json", {"details": details}), "--form", "screenspot-pro", "--convention", "0-1")
+    assert (s["n"], s["correct"], s["wrong_format"]) == (2, 1, 1)              # its evaluator's reading counts; what it did not ask is left out
+
+
+@pytest.mark.parametrize("form, held, said", [
+    ("order", ["a"], "holds 1 texts for 3 questions"), ("dict", {"p1": 3}, "p1"), ("id", ["a"], "--form of this file"),
+    ("question", [{"image": "a.png", "question": "Who?", "text": "x"}], "asks no 'Who"), ("vlm-r1", {"details": []}, "results"),
+    ("question", [{"image": "b.png", "question": "Click it.", "text": "x"}] * 2, "has a prediction already")])
+def test_a_form_that_does_not_fit_is_one_line(bench, capsys, form, held, said):
+    folder, run = bench
+    with pytest.raises(SystemExit) as stop:
+        scored(folder, write_file(folder / "f.json", held), "--form", form)
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and said in err and len(err.strip().splitlines()) == 1, err
+
+
+CLICKS = [                                                                     # convention, text, what it says in the plain form
+    ("pyautogui", "pyautogui.click(x=467, y=109)", "(467, 109)"), ("pyautogui", "```\npyautogui.click(467, 109.5)\n```", "(467, 109.5)"),
+    ("pyautogui", "<think> pyautogui.click(1, 1) </think> pyautogui.moveTo(5, 6)", "(5, 6)"), ("pyautogui", "(467, 109)", ""),
+    ("tool-call", '{"name": "computer_use", "arguments": {"action": "left_click", "coordinate": [467, 109]}}', "(467, 109)"),
+    ("tool-call", "<think> at (3, 4) </think> I am done", ""), ("bare", "467, 109", "(467, 109)"), ("bare", "<answer>467,109</answer>", "(467, 109)"),
+    ("bare", "It is at 467, 109 or so", ""), ("bare", "1, 2, 3, 4", "(1, 2, 3, 4)"), ("point-tag", "<point>467 109</point>", "(467, 109)"),
+    ("point-tag", '<point x="46.7" y="10.9" alt="a cart">a cart</point>', "(46.7, 10.9)"), ("point-tag", "467, 109", "")]
+
+
+@pytest.mark.parametrize("answers, text, said", CLICKS)
+def test_clicks_of_agents(answers, text, said):
+    """Claim: a named convention reads its own spelling and nothing else; the first click counts, thoughts do not."""
+    assert rewards.answer_part(agent_answers.as_plain(text, answers))[0].strip() == said
+
+
+def test_a_convention_is_named_and_never_guessed(bench):
+    folder, run = bench
+    rows = texts("pyautogui.click(x=110, y=55)", "pyautogui.click(315, 15)")
+    assert run(rows, "--answers", "pyautogui")["correct"] == 3 and run(rows, "--answers", "bare")["correct"] == 1
+    assert run(rows)["correct"] < 3
+
+
+def test_many_unreadable_answers_are_shown(bench, capsys):
+    """Claim: where many answers cannot be read, the program says so and shows one; where most, three, and the conventions."""
+    folder, run = bench
+    run(texts("pyautogui.moveTo()", "nowhere", "none"))
+    out = capsys.readouterr().out
+    assert "3 of 3 answers cannot be read" in out and "pyautogui.moveTo()" in out and "none" in out and "known: plain, pyautogui" in out
+    run(texts("(110, 55)", "nowhere"))
+    out = capsys.readouterr().out
+    assert "1 of 3 answers cannot be read" in out and "nowhere" in out and "known:" not in out
+    run(texts("(110, 55)", "(315, 15)"))
+    assert "cannot be read" not in capsys.readouterr().out
+
+
+def test_all_images_are_read_before_the_first_mode(tmp_path, monkeypatch):
+    """Bug: only the images of samples that the first mode still lacked were checked."""
+    checked = []
+    samples = [choice(f"c{i}") for i in range(3)]
+    monkeypatch.setattr(evaluate, "load_model", lambda cfg, samples: checked.append([s.id for s in samples]) or object())
+    monkeypatch.setattr(evaluation_run.EpisodeFile, "missing", lambda self, label, samples: [0] if label == evaluate.MODES["on"] else [0, 2])
+    monkeypatch.setattr(evaluate, "run_episodes", lambda *_: [])
+    monkeypatch.setattr(evaluation_run.EpisodeFile, "collect", lambda *_: [])
+    evaluate.run_modes(evaluate.Config(zoom="all", style="zoom", out=str(tmp_path)), samples)
+    assert checked == [["c0", "c2"]]
+
+
+def test_folders_with_colons_compare(bench, capsys):
+    """Bug: --compare split its two folders at the colon of a path."""
+    folder, run = bench
+    run(texts("(110, 55)", "(315, 15)"))
+    (folder / "out").rename(folder / "a:b")
+    run(texts("(110, 55)", "(1, 1)"))
+    found = evaluate.main(["--compare", str(folder / "a:b"), str(folder / "out"), "--out", str(folder / "d")])
+    assert (found["only_a"], found["only_b"], found["n"]) == (1, 0, 3)
+
+
 def test_missing_and_unreadable_predictions_count_as_wrong_format(bench, capsys):
     _, run = bench
     s = run([{"id": "p2", "text": "(315, 15)"}, {"id": "p1", "text": "somewhere on the left"}])
@@ -474,7 +570,8 @@ def test_a_stopped_run_goes_on_and_ends_the_same(tmp_path, monkeypatch, capsys):
     assert evaluate.main(command("cut")) == whole
     assert [(ids, seed) for ids, seed, *_ in calls] == [(["c4", "c5"], 7), (["c6"], 9)]
     assert open(path).read() == open(tmp_path / "whole" / "episodes.jsonl").read()
-    assert open(tmp_path / "cut" / "report.html").read() == open(tmp_path / "whole" / "report.html").read()
+    pages = [re.sub(f"run (<b>)?{name}", "", open(tmp_path / name / "report.html").read()) for name in ("cut", "whole")]
+    assert pages[0] == pages[1]
     calls.clear()
     assert evaluate.main(command("cut", "--drawn", "1")) == whole and not calls          # finished: nothing is asked again
     capsys.readouterr()

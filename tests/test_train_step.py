@@ -14,7 +14,7 @@ from PIL import Image
 
 import data, grpo, model, rewards, train_rl, zoom_rollout
 from appendix import metrics as step_metrics
-from appendix import averages, prefix, recipes, report, rl_options, rl_run, run, split
+from appendix import averages, group_view, prefix, recipes, report, rl_options, rl_run, run, split
 from conftest import check_mutation, close, names
 from safetensors.torch import load_file
 
@@ -171,6 +171,18 @@ def test_difficulty_weight_multiplies_the_groups_advantages(vlm):
     close([n.advantage / p.advantage for n, p in zip(normalized[:8], plain[:8])], [3 * w / (phi[0] + phi[4] + phi[8]) for w in phi[:8]], 1e-4)
     assert log["weight"] == pytest.approx(1)
 
+@pytest.mark.parametrize("flags", [{}, dict(difficulty_weight="exp", difficulty_normalize=True), dict(advantage_scale="none", difficulty_weight="power")], ids=str)
+def test_the_report_of_a_group_adds_up_to_the_step(vlm, flags):
+    """Claim: of every group, what the lesson of the report shows (mean, deviation, weight) leads to the advantages that the step used."""
+    _, episodes, _ = run_step(vlm, **flags)
+    for g in range(0, 12, 4):
+        tries = episodes[g:g + 4]
+        lesson = group_view.make_lesson(6, tries, train_rl.Config(group_size=4, **flags))
+        assert [scaled * lesson.weight for scaled in lesson.scaled] == pytest.approx([e.advantage for e in tries], abs=1e-6)
+        divisor = lesson.deviation + 1e-6 if lesson.is_divided else 1
+        assert [(e.reward_components["reward"] - lesson.mean) / divisor for e in tries] == pytest.approx(lesson.scaled, abs=1e-4)
+        assert not any(group_view.note_on(lesson, k) for k in range(4)) and all(lesson.counted)
+
 def test_kl_pulls_towards_the_reference(vlm):
     """Bug: the penalty's sign. With the policy as its own reference nothing is added; with another, kl_coef times the k3 gradient."""
     metrics, episodes, recorder = run_step(vlm, REWARDS[:8], samples=SAMPLES[:2])
@@ -195,7 +207,7 @@ def test_over_turn(vlm):
     values = [1.0, 0.0, 0.5, 0.0]
     for over_turn, A in (("train", standardized(values)), ("mask", standardized(values)), ("exclude", standardized([1.0, 0.5]))):
         episodes = [zoom_rollout.replay(vlm, s, turns, max_zooms=1) for turns in ([call, answer], [call, forced], [forced], [answer])]
-        episodes[0].turns[-1].forced, episodes[3].finish_reason = False, "length"
+        episodes[3].finish_reason = "length"
         with mock.patch.object(zoom_rollout, "rollout", return_value=episodes):
             run_step(vlm, values, samples=[s], over_turn=over_turn)
         want = A if over_turn == "train" else [A[0], 0, A[2], 0] if over_turn == "mask" else [A[0], 0, A[1], 0]
@@ -431,6 +443,8 @@ MUTATIONS = [
     ("train_rl:train_step", "grpo_loss(vlm, ref, micro_batch, denominator, cfg, step, log)", "grpo_loss(vlm, ref, minibatch[:len(micro_batch)], denominator, cfg, step, log)",
      test_gradient_of_a_step, dict(aggregate="token", micro_tokens=1)),
     ("train_rl:store_advantages", "advantages.flatten()", "advantages.T.flatten()", test_gradient_of_a_step, dict(aggregate="token", micro_tokens=10 ** 6)),
+    ("train_rl:store_advantages", "e.difficulty_weight = weight", "pass", test_the_report_of_a_group_adds_up_to_the_step,
+     dict(flags=dict(difficulty_weight="exp", difficulty_normalize=True))),
     ("train_rl:with_gradient", "e.advantage != 0", "True", test_no_signal_is_not_run, {}),
     ("train_rl:loss_denominator", "sum(sum(e.completion_mask) for e in minibatch)", "sum(sum(e.completion_mask) for e in minibatch if e.advantage)", test_gradient_of_a_step, dict(aggregate="token", micro_tokens=10 ** 6)),
     ("appendix.metrics:step_metrics", "(advantages == 0).all(1)", "(advantages == 0).any(1)", test_no_signal_is_not_run, {}),
