@@ -11,7 +11,7 @@
 `train_step` is the whole algorithm: seven numbered blocks, the same seven as in the README.
 Everything a run produces goes to runs/NAME: config.json, metrics.jsonl (one row per step),
 episodes.jsonl (the best and the worst episode of every step), checkpoint/, and at the end
-summary.json and report.html.
+summary.json, held_out.jsonl (each held-out question: right or not) and report.html.
 
 Left out of the papers, and why. By default: ViGoRL's 16 optimizer steps per batch of rollouts, its
 dual clip and its reference model (later work finds no use for the last), and UniVG-R1's difficulty
@@ -447,8 +447,9 @@ def main():
     else:
         rl_run.fine_tune_on_traces(vlm, train_rows, held_out, cfg)
         measured = rl_run.measure(vlm, cfg, held_out, "before RL")
-        before = {mode: summary for mode, (summary, _) in measured.items()}
-        progress = rl_run.Progress(before=before, sections=[("before RL", measured["on"][1])])
+        before = {mode: measurement.summary for mode, measurement in measured.items()}
+        sections = [("before RL", measured["on"].episodes)]
+        progress = rl_run.Progress(before=before, sections=sections)
     ref = rl_run.load_reference(vlm, cfg)
     optimizer = AdamW(vlm.parameters(), cfg.lr, weight_decay=0.0, offload=cfg.offload)
     run_log = rl_run.RunLog(vlm, optimizer, cfg, progress, began)
