@@ -77,6 +77,8 @@ class Config:
     tool_bonus: float = 0.0     # reward for a right answer after a zoom (DeepEyes: 1.2)
     curiosity: float = 0.0      # reward for zooming while few do (Pixel-Reasoner: 0.5)
     overlong: int = 0           # tokens before the length limit that cost up to 1 (DAPO: 4096)
+    evidence_bonus: float = 0.0 # reward for crops that show what the answer depends on
+    control: Literal["", *rl_options.CONTROLS] = ""     # a reward without the right answer in it
 
     # the advantages
     advantage_scale: Literal["std", "none"] = "std"     # division by the group's std (GRPO) or none
@@ -256,12 +258,13 @@ def num_blind_prompts(cfg, num_prompts):
 
 
 def score_episodes(episodes, cfg):
-    """Fill `reward_components` of whole groups: the recipe's rules, then the groups' bonuses."""
+    """Fill `reward_components` of whole groups: the recipe's rules, then what flags add to them."""
     bonuses = rewards.Bonuses(distinct=cfg.distinct_bonus, tool=cfg.tool_bonus)
     for e in episodes:
         e.reward_components = rewards.score(
             e.sample, e.text, e.turns, cfg.recipe, e.frames, cfg.max_zooms, bonuses)
     rl_options.add_group_bonuses(episodes, cfg, episode_limit(cfg))
+    rl_options.replace_by_control(episodes, cfg)
 
 
 def dynamic_sampling(vlm, batch, questions, cfg, step, log):

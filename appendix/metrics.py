@@ -7,10 +7,15 @@ import time
 
 import torch
 
+import data
 import evaluate
 import grpo
 import zoom_rollout
-from appendix import averages, ranks
+from appendix import averages, evidence, ranks
+
+
+# Where the evidence is known: shares of the held-out questions (appendix/evidence.py).
+FAITHFULNESS = ("saw", "right_and_saw", "right_not_saw", "wrong_though_saw")
 
 
 class StepLog:
@@ -113,6 +118,10 @@ def step_metrics(log, batch, reward, advantages, weights):
     row["length"] = sum(sum(e.completion_mask) for e in seeing), len(seeing)
     # crops per episode
     row["zooms"] = crops, len(seeing)
+    if data.PROMPT_STYLES[cfg.recipe] == "zoom":
+        # share of episodes whose crops show what the answer depends on; should rise
+        seen = [evidence.saw(e) for e in seeing if evidence.saw(e) is not None]
+        row["saw"] = sum(seen), len(seen)
     # share of tool calls that led to a crop; near 1
     row["valid_calls"] = crops, len(calls)
     # share of episodes cut off by --max-new-tokens; near 0
@@ -238,6 +247,7 @@ def summarise_run(before, after, held_out, curves, seconds):
         "high": on["high"],
         "chance": averages.chance(held_out),
         "zooms_per_episode": on["zooms"],
+        **{name: on[name] for name in FAITHFULNESS if name in on},
         "logp_gap_max": max((row["logp_gap_max"] for row in curves), default=0.0),
     }
     if "off" in after:
@@ -274,6 +284,10 @@ def print_results(before, after, summary, curves):
     for name, part in difficulty_levels(on).items():
         label = f"{name}, n = {part['n']}"
         print(f"  {label:20s}{interval(before['on']['categories'][name]):24s}{interval(part)}")
+    if "saw" in on:
+        print(f"after RL a crop showed what the answer depends on in {on['saw']:.1%}: "
+              f"right and saw {on['right_and_saw']:.1%}, right without {on['right_not_saw']:.1%}, "
+              f"wrong although seen {on['wrong_though_saw']:.1%}")
     if "mean_iou" in on:
         print(f"{'mean IoU':22s}{before['on']['mean_iou']:<24.3f}{on['mean_iou']:.3f}")
 
