@@ -34,7 +34,7 @@ from tqdm import tqdm
 import data
 import rewards
 import zoom_rollout
-from appendix import averages, evaluation_run, faults, prefix, ranks, run
+from appendix import averages, evaluation_run, evidence, faults, prefix, ranks, run
 from appendix.episode_rows import is_right, right, token_texts, verdict
 from appendix.episode_rows import record    # used by appendix/rl_run.py, as evaluate.record
 from appendix.weights import note_on_tiny
@@ -166,6 +166,7 @@ def summary_rows(episodes):
     (accuracy, wrong_format, ...). Some rows also have
       benchmark: its name
       zooms: number of crops
+      saw: did the crops show what the answer depends on (appendix/evidence.py)
       of: with --circular, the id of the question, which all its rotations share
     """
     rows = []
@@ -176,6 +177,9 @@ def summary_rows(episodes):
                 row[key] = e.sample.meta[key]
         if e.ids:                                       # predictions have no tokens and no zooms
             row["zooms"] = sum(turn.crop is not None for turn in e.turns)
+            seen = evidence.saw(e)
+            if seen is not None:
+                row["saw"] = seen
         rows.append(row | e.behaviour | e.reward_components)
     return rows
 
@@ -215,6 +219,7 @@ def count(rows):
         values = [r[name] for r in scored if name in r]
         if values:
             found[name] = mean(values)
+    found |= evidence.right_and_saw(scored, is_right)
     # Of all points that the model wrote: the share inside a target box.
     points = sum(r.get("points", 0) for r in scored)
     if points:

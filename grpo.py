@@ -91,6 +91,9 @@ WEIGHTS = {                                             # phi(m), m = mean accur
     "power": lambda m: 1.05 - m,                        # 1.05 ... 0.05
     "log": lambda m: (-torch.log(0.02 + m)).clamp(min=0),       # 3.91 ... 0
     "log-original": lambda m: -torch.log(0.02 + m),     # 3.91 ... -0.02
+    "inverse": lambda m: 1 / m.clamp(min=0.05),         # 20 ... 1; in the limit of many rollouts
+                                                        # MaxRL (2602.02710)
+    "easy": lambda m: m,                                # 0 ... 1: a control, for the easy prompts
 }
 
 

@@ -11,7 +11,7 @@
 `train_step` is the whole algorithm: seven numbered blocks, the same seven as in the README.
 Everything a run produces goes to runs/NAME: config.json, metrics.jsonl (one row per step),
 episodes.jsonl (the best and the worst episode of every step), checkpoint/, and at the end
-summary.json and report.html.
+summary.json, held_out.jsonl (each held-out question: right or not) and report.html.
 
 Left out of the papers, and why. By default: ViGoRL's 16 optimizer steps per batch of rollouts, its
 dual clip and its reference model (later work finds no use for the last), and UniVG-R1's difficulty
@@ -78,6 +78,8 @@ class Config:
     tool_bonus: float = 0.0     # reward for a right answer after a zoom (DeepEyes: 1.2)
     curiosity: float = 0.0      # reward for zooming while few do (Pixel-Reasoner: 0.5)
     overlong: int = 0           # tokens before the length limit that cost up to 1 (DAPO: 4096)
+    evidence_bonus: float = 0.0 # reward for crops that show what the answer depends on
+    control: Literal["", *rl_options.CONTROLS] = ""     # a reward without the right answer in it
 
     # the advantages
     advantage_scale: Literal["std", "none"] = "std"     # division by the group's std (GRPO) or none
@@ -257,12 +259,13 @@ def num_blind_prompts(cfg, num_prompts):
 
 
 def score_episodes(episodes, cfg):
-    """Fill `reward_components` of whole groups: the recipe's rules, then the groups' bonuses."""
+    """Fill `reward_components` of whole groups: the recipe's rules, then what flags add to them."""
     bonuses = rewards.Bonuses(distinct=cfg.distinct_bonus, tool=cfg.tool_bonus)
     for e in episodes:
         e.reward_components = rewards.score(
             e.sample, e.text, e.turns, cfg.recipe, e.frames, cfg.max_zooms, bonuses)
     rl_options.add_group_bonuses(episodes, cfg, episode_limit(cfg))
+    rl_options.replace_by_control(episodes, cfg)
 
 
 def dynamic_sampling(vlm, batch, questions, cfg, step, log):
@@ -453,8 +456,9 @@ def main():
     else:
         rl_run.fine_tune_on_traces(vlm, train_rows, held_out, cfg)
         measured = rl_run.measure(vlm, cfg, held_out, "before RL")
-        before = {mode: summary for mode, (summary, _) in measured.items()}
-        progress = rl_run.Progress(before=before, sections=[("before RL", measured["on"][1])])
+        before = {mode: measurement.summary for mode, measurement in measured.items()}
+        sections = [("before RL", measured["on"].episodes)]
+        progress = rl_run.Progress(before=before, sections=sections)
     ref = rl_run.load_reference(vlm, cfg)
     optimizer = AdamW(vlm.parameters(), cfg.lr, weight_decay=0.0, offload=cfg.offload)
     run_log = rl_run.RunLog(vlm, optimizer, cfg, progress, began)

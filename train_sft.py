@@ -35,7 +35,7 @@ from tqdm import tqdm
 import data
 import rewards
 import zoom_rollout
-from appendix import faults, files, memory, prefix, ranks, run
+from appendix import evidence, faults, files, memory, prefix, ranks, run
 from appendix.optimizer import AdamW
 from appendix.split import hold_out
 from appendix.weights import note_on_tiny
@@ -386,31 +386,6 @@ def held_out_accuracy(vlm, samples, style, cfg):
     return right / len(samples)
 
 
-def saw_it(episodes):
-    """The share of episodes with a crop that shows what the answer depends on; None without crops.
-
-    Only toy scenes say where that is. A right answer alone may be a lucky guess.
-    """
-    seen = []
-    if not any(turn.crop for e in episodes for turn in e.turns):
-        return None
-    for e in episodes:
-        if e.sample.meta.get("evidence"):
-            x1, y1, x2, y2 = e.sample.meta["evidence"][0]["box"]
-            seen.append(is_shown((x1 + x2) / 2, (y1 + y2) / 2, e.turns))
-    return sum(seen) / len(seen) if seen else None
-
-
-def is_shown(x, y, turns):
-    """Is the source pixel (x, y) in a crop of any turn?"""
-    for turn in turns:
-        if turn.crop is not None:
-            left, top, right, bottom = turn.crop
-            if left <= x <= right and top <= y <= bottom:
-                return True
-    return False
-
-
 # --------------------------------------------------------------------------------------------------
 # the run
 
@@ -464,7 +439,7 @@ def main():
 
     # 4. measure
     summary = {"traces": len(learned) + len(held_out), "loss_first": losses[0],
-               "loss_last": losses[-1], "saw_it": saw_it(learned), **counts}
+               "loss_last": losses[-1], "saw": evidence.share_that_saw(learned), **counts}
     if held_out:
         summary["held_out_loss"] = held_out_loss(vlm, held_out)
     asked = held_out_rows

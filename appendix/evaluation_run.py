@@ -422,7 +422,7 @@ def page_table(rows):
     """The table of report.Report: `table_rows` with a column for each mean that some row has."""
     from appendix import analysis
     means = []
-    for name in ("mean_iou", "zooms", *analysis.COUNTS, "pointing"):
+    for name in ("mean_iou", "zooms", "saw", *analysis.COUNTS, "pointing"):
         if any(name in s for _, s in rows):
             means.append(name)
     head = [column_head(name) for name in ("accuracy", "n", "wrong_format", *means)]

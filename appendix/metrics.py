@@ -8,10 +8,15 @@ from dataclasses import dataclass
 
 import torch
 
+import data
 import evaluate
 import grpo
 import zoom_rollout
-from appendix import averages, ranks
+from appendix import averages, evidence, ranks
+
+
+# Where the evidence is known: shares of the held-out questions (appendix/evidence.py).
+FAITHFULNESS = ("saw", "right_and_saw", "right_not_saw", "wrong_though_saw")
 
 # --------------------------------------------------------------------------------------------------
 # the glossary
@@ -45,9 +50,12 @@ GLOSSARY = {
     "medium": rate("share of box prompts whose group has a mean IoU from 0.3 to 0.7"),
     "hard": rate("share of box prompts whose group has a mean IoU below 0.3; should fall"),
     "curiosity": Metric("mean bonus for zooming while few episodes do (--curiosity)"),
+    "evidence": Metric("mean bonus for crops that show what the answer depends on "
+                       "(--evidence-bonus)"),
     "overlong": Metric("mean penalty for coming close to the length limit (--overlong); near 0"),
     "length": Metric("sampled tokens per episode"),
     "zooms": Metric("crops per episode"),
+    "saw": rate("share of episodes whose crops show what the answer depends on; should rise"),
     "valid_calls": rate("share of tool calls that led to a crop; near 1"),
     "clipped_ratio": rate("share of episodes cut off by --max-new-tokens; near 0"),
 
@@ -97,6 +105,7 @@ SUMMARY_GLOSSARY = {
     "wrong_format": "answers that cannot be read; they count as wrong",
     "mean_iou": "mean IoU of box answers: overlap with the right box, divided by their union",
     "zooms": "crops per episode",
+    "saw": "share of questions where the crops show what the answer depends on",
     "regions": "different regions that the steps of an episode name",
     "subgoals": "steps per episode that say what to do next and name a point",
     "verification": "steps per episode that look again at a region, or say that they check one",
@@ -208,6 +217,9 @@ def step_metrics(log, batch, reward, advantages, weights):
         row["accuracy_blind"] = component_mean(blind, "accuracy")
     row["length"] = sum(sum(e.completion_mask) for e in seeing), len(seeing)
     row["zooms"] = crops, len(seeing)
+    if data.PROMPT_STYLES[cfg.recipe] == "zoom":
+        seen = [evidence.saw(e) for e in seeing if evidence.saw(e) is not None]
+        row["saw"] = sum(seen), len(seen)
     row["valid_calls"] = crops, len(calls)
     row["clipped_ratio"] = sum(e.finish_reason == "length" for e in seeing), len(seeing)
     row["frac_zero_std"] = (advantages == 0).all(1).sum().item(), len(advantages)
@@ -315,6 +327,7 @@ def summarise_run(before, after, held_out, curves, seconds):
         "high": on["high"],
         "chance": averages.chance(held_out),
         "zooms_per_episode": on["zooms"],
+        **{name: on[name] for name in FAITHFULNESS if name in on},
         "logp_gap_max": max((row["logp_gap_max"] for row in curves), default=0.0),
     }
     if "off" in after:
@@ -352,6 +365,10 @@ def print_results(before, after, summary, curves):
     for name, part in difficulty_levels(on).items():
         label = f"{name}, n = {part['n']}"
         print(f"  {label:20s}{interval(before['on']['categories'][name]):24s}{interval(part)}")
+    if "saw" in on:
+        print(f"after RL a crop showed what the answer depends on in {on['saw']:.1%}: "
+              f"right and saw {on['right_and_saw']:.1%}, right without {on['right_not_saw']:.1%}, "
+              f"wrong although seen {on['wrong_though_saw']:.1%}")
     if "mean_iou" in on:
         print(f"{'mean IoU':22s}{before['on']['mean_iou']:<24.3f}{on['mean_iou']:.3f}")
 

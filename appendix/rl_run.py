@@ -171,11 +171,16 @@ def fine_tune_on_traces(vlm, train_rows, held_out, cfg):
 # --------------------------------------------------------------------------------------------------
 # measure
 
-def measure(vlm, cfg, samples, label):
-    """Held-out accuracy in each zoom mode, sampled as in training.
+@dataclass
+class Measurement:
+    """The held-out questions in one zoom mode."""
+    summary: dict                                       # evaluate.summarise(rows)
+    rows: list                                          # one per question, of all ranks
+    episodes: list                                      # of this rank
 
-    -> {mode: (evaluate.summarise(...), episodes)}
-    """
+
+def measure(vlm, cfg, samples, label):
+    """Held-out accuracy in each zoom mode, sampled as in training -> {mode: Measurement}."""
     can_zoom = data.PROMPT_STYLES[cfg.recipe] == "zoom"
     modes = list(evaluate.MODES) if can_zoom else ["on"]
     options = evaluate.RunOptions(recipe=cfg.recipe, plain=cfg.plain)
@@ -184,9 +189,10 @@ def measure(vlm, cfg, samples, label):
         config = replace(rollout_config(cfg, cfg.seed), zoom=mode)
         episodes = evaluate.run_episodes(vlm, samples, config, options)
         rows = ranks.gather(evaluate.summary_rows(episodes))
-        out[mode] = evaluate.summarise(rows), episodes
+        out[mode] = Measurement(evaluate.summarise(rows), rows, episodes)
     shares = []
-    for mode, (s, _) in out.items():
+    for mode, measured in out.items():
+        s = measured.summary
         what = f"zoom {mode}" if can_zoom else "accuracy"
         shares.append(f"{what} {s['accuracy']:.1%} [{s['low']:.1%}, {s['high']:.1%}]")
     print(f"{label}: {'; '.join(shares)}")
@@ -349,9 +355,10 @@ def finish(vlm, held_out, run_log, groups, planned_bytes):
     folder = run_folder(cfg)
     with open(os.path.join(folder, "metrics.jsonl"), encoding="utf-8") as f:
         curves = [json.loads(line) for line in f]
-    summaries = {mode: summary for mode, (summary, _) in after.items()}
+    summaries = {mode: measured.summary for mode, measured in after.items()}
     seconds = progress.seconds + time.time() - run_log.began
     summary = metrics.summarise_run(progress.before, summaries, held_out, curves, seconds)
+    run.write_rows(os.path.join(folder, "held_out.jsonl"), held_out_rows(after))
     run.write_json(os.path.join(folder, "summary.json"), summary)
     metrics.print_results(progress.before, summaries, summary, curves)
     page = "summary.json has the figures"
@@ -361,6 +368,16 @@ def finish(vlm, held_out, run_log, groups, planned_bytes):
     planned = "" if is_tiny(cfg.model) else f" (planned {planned_bytes / 1e9:.1f})"
     print(f"{summary['seconds']:.0f} s in all, peak memory {memory.peak_memory() / 1e9:.2f} GB"
           f"{planned}; {folder}/{page}")
+
+
+def held_out_rows(after):
+    """{mode: Measurement} -> the rows of held_out.jsonl: was this question answered right?"""
+    rows = []
+    for mode, measured in after.items():
+        for row in measured.rows:
+            right = evaluate.is_right(row, row.get("benchmark"))
+            rows.append({"mode": mode, "id": row["id"], "right": right})
+    return rows
 
 
 def write_report(run_log, after, groups, curves, summary):
@@ -378,13 +395,13 @@ def write_report(run_log, after, groups, curves, summary):
             e.token_texts = evaluate.token_texts(run_log.vlm, e)
         describe(group, cfg)
         sections.append((f"one group of step {step}", group))
-    for mode, (_, episodes) in after.items():
+    for mode, measured in after.items():
         label = evaluate.mode_label(mode, can_zoom=len(after) > 1)
-        sections.append((f"after RL, {label}", episodes))
+        sections.append((f"after RL, {label}", measured.episodes))
     modes = list(after)
     table = [("", [evaluate.mode_label(mode, can_zoom=len(modes) > 1) for mode in modes]),
              ("before RL", [before[mode] for mode in modes]),
-             ("after RL", [after[mode][0] for mode in modes])]
+             ("after RL", [after[mode].summary for mode in modes])]
     settings = asdict(cfg)
     for name in ("name", "resume", "fresh"):            # the name stands in the title
         settings.pop(name)

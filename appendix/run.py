@@ -136,6 +136,11 @@ def write_json(path, obj):
     write_text(path, json.dumps(obj, indent=1))
 
 
+def write_rows(path, rows):
+    """Write a JSONL file, atomically. Rank 0 writes."""
+    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
 def append_rows(path, rows):
     """Add rows to a JSONL file. Rank 0 writes."""
     if ranks.rank() > 0:

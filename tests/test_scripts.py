@@ -150,7 +150,7 @@ def whole(tmp_path_factory):
 def test_a_run_leaves_its_record(whole):
     """Claim: everything that the README and the docstring promise lies in runs/NAME, and the files agree with each other."""
     run, out = whole
-    assert {p.name for p in run.iterdir()} == {"config.json", "metrics.jsonl", "episodes.jsonl", "report.html", "summary.json", "checkpoint"}
+    assert {p.name for p in run.iterdir()} == {"config.json", "metrics.jsonl", "episodes.jsonl", "report.html", "summary.json", "held_out.jsonl", "checkpoint"}
     summary, rows, episodes = (read(run / name) for name in ("summary.json", "metrics.jsonl", "episodes.jsonl"))
     assert {"seconds", "accuracy_before", "accuracy_after", "accuracy_no_zoom", "accuracy_black_crop", "chance", "zooms_per_episode",
             "logp_gap_max"} <= set(summary)
@@ -188,7 +188,7 @@ def test_a_checkpoint_is_a_model(whole, script):
 
 # What the chapters stand on. Everything else in the appendix may be deleted, with --plain and traces from the oracle.
 GROUND_FLOOR = ["__init__", "run", "ranks", "optimizer", "memory", "files", "prefix", "graphs", "metrics", "recipes", "rl_options", "rl_run",
-                "rows", "split", "faults", "parts", "vision", "weights", "evaluation_run", "episode_rows", "averages"]
+                "rows", "split", "faults", "parts", "vision", "weights", "evaluation_run", "episode_rows", "averages", "evidence"]
 
 @pytest.mark.parametrize("command", ["train_rl.py --num-prompts 4 --blind-prompts 1 --group-size 4 --sft-n 16 --eval-n 4 --steps 2", "train_sft.py --n 16",
                                      "evaluate.py --n 4"], ids=["rl", "sft", "evaluate"])
