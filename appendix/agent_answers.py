@@ -23,7 +23,8 @@ N = r"([+-]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+))"
 CLICK = "(?:click|doubleClick|tripleClick|rightClick|middleClick|moveTo)"
 TWO = rf"\s*{N}\s*,\s*{N}\s*"
 PATTERNS = {
-    "pyautogui": re.compile(rf"pyautogui\.{CLICK}\((?:\s*x\s*=)?\s*{N}\s*,(?:\s*y\s*=)?\s*{N}\s*[,)]"),
+    "pyautogui": re.compile(
+        rf"pyautogui\.{CLICK}\((?:\s*x\s*=)?\s*{N}\s*,(?:\s*y\s*=)?\s*{N}\s*[,)]"),
     "tool-call": re.compile(
         rf'(?:"coordinate"\s*:\s*"?|<parameter=coordinate>\s*)\[{TWO}(?:,{TWO})?\]'),
     "bare": re.compile(rf"{TWO}(?:,{TWO})?\.?\s*"),             # and nothing else
