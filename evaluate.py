@@ -6,8 +6,8 @@
     python evaluate.py --data screenspot.jsonl --predictions texts.jsonl    # answers of any model
     python evaluate.py --compare runs/a runs/b                  # two runs over the same questions
 
-The results go into --out: summary.json (the numbers), episodes.jsonl (one row per episode) and
-report.html. Rows are written batch by batch, so the same command continues after a stop.
+The folder --out holds one run: summary.json (the numbers), episodes.jsonl (one row per episode)
+and report.html. Rows are written batch by batch, so the same command continues after a stop.
 
 The three zoom modes are the experiment. If a model answers as well when it may not zoom, or when
 every crop is painted black, then its zooms do not help it.
@@ -27,15 +27,17 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Callable, Literal
 
+import appendix                     # before torch: Ctrl-C is one line from here on
 import torch
 from tqdm import tqdm
 
 import data
 import rewards
 import zoom_rollout
-from appendix import averages, evaluation_run, faults, prefix, ranks, run
+from appendix import averages, evaluation_run, evidence, faults, prefix, ranks, run
 from appendix.episode_rows import is_right, right, token_texts, verdict
 from appendix.episode_rows import record    # used by appendix/rl_run.py, as evaluate.record
+from appendix.weights import note_on_tiny
 from model import is_tiny
 from zoom_rollout import RolloutConfig
 
@@ -74,14 +76,16 @@ class Config:
     batch: int = 64             # episodes at a time, halved when GPU memory runs out
 
     # answers that exist already
-    predictions: str = ""       # JSONL file of {"id", "text"}, scored in place of a model's answers
-    convention: Literal["source", "fed", "0-1000", "0-1"] = "source"    # coordinate units
-    compare: str = ""           # two --out folders, A B, compared question by question
+    predictions: str = ""       # file of answers, such as {"id", "text"}; replaces a model's
+    form: Literal[evaluation_run.FORMS] = "id"          # layout of that file
+    answers: Literal[evaluation_run.ANSWERS] = "plain"  # spelling of points in its texts
+    convention: Literal[evaluation_run.UNITS] = "source"    # unit of coordinates in its texts
+    compare: str = ""           # two folders, A B, as written by --out; compared by question
 
     # the output
     drawn: int = 500            # episodes per section of the report page, at most
     fresh: bool = False         # permission to overwrite results of other settings in --out
-    out: str = "runs/evaluate"  # output folder
+    out: str = "runs/evaluate"  # folder of this run: its summary, episodes and report
 
 
 # --------------------------------------------------------------------------------------------------
@@ -162,6 +166,7 @@ def summary_rows(episodes):
     (accuracy, wrong_format, ...). Some rows also have
       benchmark: its name
       zooms: number of crops
+      saw: did the crops show what the answer depends on (appendix/evidence.py)
       of: with --circular, the id of the question, which all its rotations share
     """
     rows = []
@@ -172,6 +177,9 @@ def summary_rows(episodes):
                 row[key] = e.sample.meta[key]
         if e.ids:                                       # predictions have no tokens and no zooms
             row["zooms"] = sum(turn.crop is not None for turn in e.turns)
+            seen = evidence.saw(e)
+            if seen is not None:
+                row["saw"] = seen
         rows.append(row | e.behaviour | e.reward_components)
     return rows
 
@@ -211,6 +219,7 @@ def count(rows):
         values = [r[name] for r in scored if name in r]
         if values:
             found[name] = mean(values)
+    found |= evidence.right_and_saw(scored, is_right)
     # Of all points that the model wrote: the share inside a target box.
     points = sum(r.get("points", 0) for r in scored)
     if points:
@@ -266,8 +275,8 @@ def run_episodes(vlm, samples, config, options=RunOptions()):
     episodes = []
     correct = 0
     no_bar = None if options.progress else True         # None: a bar in a terminal only
-    with tqdm(total=len(samples), desc=MODES[config.zoom], unit=" questions",
-              disable=no_bar) as bar:
+    with tqdm(total=len(samples), desc=mode_label(config.zoom, config.style == "zoom"),
+              unit=" questions", disable=no_bar) as bar:
         while len(episodes) < len(samples):
             i = len(episodes)                           # the next sample
             block, place = divmod(numbers[i], options.batch)
@@ -329,28 +338,33 @@ def finish_episode(vlm, e, config, options, keep_tokens):
 # --------------------------------------------------------------------------------------------------
 # the episodes that are asked for
 
+def mode_label(mode, can_zoom):
+    """How tables call a mode. can_zoom: does the prompt have the zoom tool?"""
+    return MODES[mode] if can_zoom else "one turn"
+
+
 def run_modes(cfg, samples):
     """The samples in each mode of --zoom -> {label: list[Episode]}. Saved episodes are reused."""
     modes = [cfg.zoom]
     if cfg.zoom == "all":                               # only the style "zoom" has a zoom tool
         modes = list(MODES) if cfg.style == "zoom" else ["on"]
     file = evaluation_run.EpisodeFile(cfg)
-    vlm = None
+    numbers = {zoom: file.missing(MODES[zoom], samples) for zoom in modes}
+    asked = sorted({i for left in numbers.values() for i in left})
+    vlm = load_model(cfg, [samples[i] for i in asked]) if asked else None
     runs = {}
     for zoom in modes:
         label = MODES[zoom]
-        numbers = file.missing(label, samples)
+        left = [samples[i] for i in numbers[zoom]]
         new = []
-        if numbers:
-            left = [samples[i] for i in numbers]
-            num_done = len(samples) - len(left)
-            if vlm is None:
-                vlm = load_model(cfg, left)
+        if left:
             config = replace(run.pick_fields(cfg, RolloutConfig), zoom=zoom)
             options = RunOptions(
-                recipe=STYLE_RECIPES[cfg.style], batch=cfg.batch, numbers=numbers, plain=cfg.plain,
-                keep=cfg.drawn - num_done, save=partial(file.add, label))
-            new = run_episodes(vlm, left, config, options)
+                recipe=STYLE_RECIPES[cfg.style], batch=cfg.batch, numbers=numbers[zoom],
+                keep=cfg.drawn - (len(samples) - len(left)), plain=cfg.plain,
+                save=partial(file.add, label))
+            with evaluation_run.said_on_error(SAVED):
+                new = run_episodes(vlm, left, config, options)
         runs[label] = file.collect(label, new, samples)
     return runs
 
@@ -359,6 +373,7 @@ def load_model(cfg, samples):
     """Read all images, so that a broken one ends the program before the work; load the model."""
     faults.check_samples(samples)
     name = cfg.checkpoint or cfg.model
+    note_on_tiny(name, samples, "evaluate.py")
     return prefix.load_vlm(name, plain=cfg.plain, max_pixels=cfg.max_pixels)
 
 
@@ -413,7 +428,7 @@ def zoom_controls(runs, summaries):
 
 
 def compare_runs(a, b, out):
-    """Compare two --out folders with `paired`: print the numbers, write them to compare.json."""
+    """Compare the runs in two folders with `paired`: print the numbers, write compare.json."""
     hits_a, hits_b = evaluation_run.shared_verdicts(a, b)
     found = {"a": a, "b": b, **paired(hits_a, hits_b)}
     interval_a = wilson(sum(hits_a.values()), found["n"])
@@ -430,7 +445,7 @@ def evaluate(cfg):
     """Do what the flags ask for -> the content of summary.json, or of compare.json."""
     evaluation_run.check_flags(cfg)
     if cfg.compare:
-        a, b = cfg.compare.split(os.pathsep)
+        a, b = cfg.compare.split(evaluation_run.BETWEEN_FOLDERS)
         return compare_runs(a, b, cfg.out)
 
     samples, title = evaluation_run.load_samples(cfg)
@@ -450,11 +465,7 @@ def presets(cfg):
 
 
 def main(argv=None):
-    argv = list(sys.argv[1:] if argv is None else argv)
-    if "--compare" in argv:
-        # A flag takes one value; this one takes two, so join them. `evaluate` splits them again.
-        i = argv.index("--compare")
-        argv[i + 1:i + 3] = [os.pathsep.join(argv[i + 1:i + 3])]
+    argv = evaluation_run.join_folders(sys.argv[1:] if argv is None else argv)
     ranks.start()
     with run.exit_on_error(out_of_memory="--max-pixels, --max-zooms, --max-new-tokens",
                            interrupted=f"interrupted; {SAVED}", saved=SAVED):

@@ -91,6 +91,9 @@ WEIGHTS = {                                             # phi(m), m = mean accur
     "power": lambda m: 1.05 - m,                        # 1.05 ... 0.05
     "log": lambda m: (-torch.log(0.02 + m)).clamp(min=0),       # 3.91 ... 0
     "log-original": lambda m: -torch.log(0.02 + m),     # 3.91 ... -0.02
+    "inverse": lambda m: 1 / m.clamp(min=0.05),         # 20 ... 1; in the limit of many rollouts
+                                                        # MaxRL (2602.02710)
+    "easy": lambda m: m,                                # 0 ... 1: a control, for the easy prompts
 }
 
 
@@ -103,7 +106,8 @@ def difficulty_weights(accuracy, kind="none", normalize=False):
     Multiply the advantages by it. Where phi >= 0, this equals weighting the policy loss, and it
     does not change the KL penalty, as in the paper. The log of the paper is negative above
     m = 0.98, which would make right answers less likely there. So `log` is clamped at 0;
-    `log-original` is not.
+    `log-original` is not, and below 0 it equals the paper's loss only while the ratios stay within
+    the clips: here the clip sees the sign of the weighted advantage, there that of the advantage.
 
     normalize: scale the weights to mean 1 over the prompts given (so give all prompts of the step).
     The paper does not, and its exp is never below 1, so part of its gain may come from a larger
@@ -269,6 +273,7 @@ def kl_penalty(logprobs, ref_logprobs, kind="k3", mask=None, old_logprobs=None):
     k2             log(pi / ref)^2 / 2            biased     of KL(pi || ref), which is what we want
     k3             ref / pi - 1 - log(ref / pi)   unbiased   of KL(ref || pi), the other direction
     k3-unbiased    k3 * pi / pi_old               unbiased   of KL(pi || ref), even off-policy
+                   (the ratio of the token, also where the loss has one per answer: gspo)
 
     k1, k2 and k3 have these properties only while pi is the policy that sampled. k3 is the default
     because GRPO (eq. 4), ViGoRL and UniVG-R1 use it. k3-unbiased: DeepSeek-V3.2 (2512.02556).

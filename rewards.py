@@ -19,7 +19,7 @@ frames=None, answers are in source pixels already, and the size of the images is
 
 Left out: ViGoRL's ungrounded baselines (0.5 A + 0.5 F); UniVG-R1's mode without tags, for simple
 single images. Its IoU takes 1 off x2 and y2 and adds it back to the sides of the overlap, which
-only sets overlaps thinner than one unit to 0. IoU here is the plain continuous one.
+only sets overlaps of one unit or less to 0. IoU here is the plain continuous one.
 
 A policy in training may write any text, so every search below takes time linear in its length.
 """
@@ -53,6 +53,7 @@ def parse_answer(text, answer_type):
     -> (x, y) for "point", (x1, y1, x2, y2) for "box", a stripped str for "choice" and "text".
     If a point is asked for and a box is given, its center is the answer. A box is four numbers in
     one bracket, or what a key or a mark calls a box. Of several points the first is the answer.
+    Decimals, leading zeros and line breaks are read, too (not by the originals).
     """
     if answer_type in ("choice", "text"):
         said, _ = answer_part(text)
@@ -73,8 +74,9 @@ def parse_answer(text, answer_type):
 def answer_part(text):
     """-> (the part of the text that holds the answer, whether it stood in a tag).
 
-    This is the content of the last <answer>...</answer>. Without such a tag it is the text after
-    the last thought or tool call, never text inside one: a point in a thought is no answer.
+    This is the content of the last <answer>...</answer> (the originals: of the first). Without such
+    a tag it is the text after the last thought or tool call, never text inside one: a point in a
+    thought is no answer.
     """
     last_end = text.rfind("</answer>")
     start = text.rfind("<answer>", 0, max(0, last_end))         # -1 if there is no such tag
@@ -218,7 +220,8 @@ def named_option(said, options):
         its letter anywhere            in parentheses '(B)', or after a word: 'option B'
         yes or no, if it is an option  at the start of a sentence: 'Yes, it can fit there.'
 
-    Emphasis (*, `) and end tokens (</s>, <|im_end|>) are ignored.
+    Emphasis (*, `) and end tokens (</s>, <|im_end|>) are ignored. ViGoRL's single turn drops any
+    letter in front: there 'D. left' is the option 'left', even if that is A; here it names none.
     """
     said = NOISE.sub("", said)
     texts = [plain(NOISE.sub("", option)) for option in options]
@@ -261,9 +264,9 @@ def web_action(said, gold):
     """ViGoRL's web action reward: 0.5 for the action word and 0.5 for its arguments.
 
     An action is written 'type [12] [red shoes]'. The arguments share their 0.5 evenly. If the right
-    action has no arguments, its word gives 1. Three things differ from the original: it compares
-    only the element id, not the typed text; it compares only the word of 'stop [answer]'; and it
-    looks for 'stop' anywhere, so it takes 'type [12] [bus stop]' for a stop.
+    action has no arguments, its word gives 1. The original does not compare the typed text, nor the
+    answer of 'stop [answer]'; it takes 'type [12] [bus stop]' for a stop; a 'scroll' in the wrong
+    direction gives 0 there and 0.5 here; and it gives 0 to 'hover', here an action like any other.
     """
     word, arguments = read_action(said)
     gold_word, gold_arguments = read_action(gold)
@@ -324,7 +327,8 @@ CORNERS = re.compile(rf"\({TWO}\)\s*,\s*\({TWO}\)")
 def action_of(turn_text):
     """-> ("answer" or "tool_call", what is in it) if the turn is one thought and one action.
 
-    Anything else, such as other text around them, gives (None, "").
+    Anything else, such as other text around them, gives (None, ""). White space around the turn is
+    allowed (not in ViGoRL's single turn); its multi-turn also allows other text and <THINK>.
     """
     # Cut at every tag. A second, nested, unclosed or stray tag makes a list that fits no case.
     match TAG.split(turn_text.strip()):
@@ -340,7 +344,11 @@ def action_of(turn_text):
 
 
 def answers_well(turn_text, answer_type):
-    """Is it one thought and one answer, written '(x, y)', '(x1, y1),(x2, y2)' or in any words?"""
+    """Is it one thought and one answer, written '(x, y)', '(x1, y1),(x2, y2)' or in any words?
+
+    ViGoRL reads a point as Python would: only there '(1, 2,)' and '(0x1f, 2)' are well formed, only
+    here '(1.5, 2)' and '(012, 2)'.
+    """
     action, body = action_of(turn_text)
     body = body.strip()
     if action != "answer":
@@ -389,7 +397,8 @@ class Bonuses:
 def vigorl(found, sample, text, frames, **_):
     """0.5 A + 0.5 F C
 
-    The original gives C = 1 for any "(1, 2)". Here the points must be valid (paper, section 4.3).
+    The original gives C = 1 for any "(1, 2)". Here the points must be valid (paper, section 4.3),
+    and "( 1, 2)", "(1.5, 2)" and "(-1, 2)" are points, too.
     """
     form = float(answers_well(text, sample.answer_type))
     ground = float(grounded(text, frames))
@@ -446,6 +455,8 @@ def univg_r1(found, sample, text, **_):
     F: the text ends in a thought and an answer '(x1,y1),(x2,y2)' in whole numbers. As in the
     original, any text may stand before the thought. White space in and after the answer is allowed
     (not in the original). 'image 2:' must stand before the box if and only if meta "name_image".
+    The IoU is that of any box that `parse_answer` reads: in brackets, in JSON, without a tag, with
+    decimals. The original gives 0 to all of these.
     """
     before, _, answer = text.rpartition("<answer>")
     thought = "<think>" in before and before.rstrip().endswith("</think>")

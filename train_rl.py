@@ -11,7 +11,7 @@
 `train_step` is the whole algorithm: seven numbered blocks, the same seven as in the README.
 Everything a run produces goes to runs/NAME: config.json, metrics.jsonl (one row per step),
 episodes.jsonl (the best and the worst episode of every step), checkpoint/, and at the end
-summary.json and report.html.
+summary.json, held_out.jsonl (each held-out question: right or not) and report.html.
 
 Left out of the papers, and why. By default: ViGoRL's 16 optimizer steps per batch of rollouts, its
 dual clip and its reference model (later work finds no use for the last), and UniVG-R1's difficulty
@@ -25,6 +25,7 @@ import time
 from dataclasses import asdict, dataclass, field, replace
 from typing import Literal
 
+import appendix                     # before torch: Ctrl-C is one line from here on
 import torch
 
 import data
@@ -34,7 +35,7 @@ import train_sft
 import zoom_rollout
 from appendix import faults, memory, metrics, ranks, recipes, rl_options, rl_run, run
 from appendix.optimizer import AdamW
-from model import is_tiny
+from appendix.weights import note_on_tiny
 
 
 @dataclass
@@ -77,6 +78,8 @@ class Config:
     tool_bonus: float = 0.0     # reward for a right answer after a zoom (DeepEyes: 1.2)
     curiosity: float = 0.0      # reward for zooming while few do (Pixel-Reasoner: 0.5)
     overlong: int = 0           # tokens before the length limit that cost up to 1 (DAPO: 4096)
+    evidence_bonus: float = 0.0 # reward for crops that show what the answer depends on
+    control: Literal["", *rl_options.CONTROLS] = ""     # a reward without the right answer in it
 
     # the advantages
     advantage_scale: Literal["std", "none"] = "std"     # division by the group's std (GRPO) or none
@@ -151,7 +154,7 @@ def train_step(vlm, ref, optimizer, questions, cfg, step):
     weights = prompt_weights(accuracy, cfg)                                     # (P,)
     advantages = advantages * weights[:, None]
     advantages = rl_options.mask_advantages(batch.episodes, advantages, cfg)    # a flag: some to 0
-    store_advantages(batch.episodes, advantages)
+    store_advantages(batch.episodes, advantages, weights)
 
     # 5. loss: summed over micro-batches, divided by the count of the whole minibatch
     for minibatch in split_minibatches(batch, cfg, step):
@@ -258,12 +261,13 @@ def num_blind_prompts(cfg, num_prompts):
 
 
 def score_episodes(episodes, cfg):
-    """Fill `reward_components` of whole groups: the recipe's rules, then the groups' bonuses."""
+    """Fill `reward_components` of whole groups: the recipe's rules, then what flags add to them."""
     bonuses = rewards.Bonuses(distinct=cfg.distinct_bonus, tool=cfg.tool_bonus)
     for e in episodes:
         e.reward_components = rewards.score(
             e.sample, e.text, e.turns, cfg.recipe, e.frames, cfg.max_zooms, bonuses)
     rl_options.add_group_bonuses(episodes, cfg, episode_limit(cfg))
+    rl_options.replace_by_control(episodes, cfg)
 
 
 def dynamic_sampling(vlm, batch, questions, cfg, step, log):
@@ -323,10 +327,13 @@ def prompt_weights(accuracy, cfg):
     return weights[first:first + len(accuracy)]
 
 
-def store_advantages(episodes, advantages):
-    """Fill `advantage` of every episode from the tensor (P, G)."""
+def store_advantages(episodes, advantages, weights):
+    """Fill `advantage` of every episode from the tensor (P, G), `difficulty_weight` from (P,)."""
+    of_episodes = weights[:, None].expand_as(advantages)                        # (P, G)
     for e, advantage in zip(episodes, advantages.flatten().tolist()):
         e.advantage = advantage
+    for e, weight in zip(episodes, of_episodes.flatten().tolist()):
+        e.difficulty_weight = weight
 
 
 def split_minibatches(batch, cfg, step):
@@ -436,8 +443,10 @@ def main():
     if not cfg.resume:
         run.refuse_to_overwrite(folder, rl_run.RESULTS, cfg.fresh, "continue it with --resume, ")
     rl_run.check_config(cfg, num_blind_prompts(cfg, cfg.num_prompts))
+    rl_options.check_bonuses(cfg, episode_limit(cfg))
     rows = data.read_jsonl(cfg.data, cfg.images or None) if cfg.data else []
     faults.check_samples(rows)
+    note_on_tiny(cfg.model, rows, "train_rl.py")
     state = rl_run.resumable(os.path.join(folder, "checkpoint"), cfg) if cfg.resume else None
     vlm = rl_run.load_policy(cfg)
     plan = rl_run.memory_plan(vlm, cfg)
@@ -449,30 +458,29 @@ def main():
     else:
         rl_run.fine_tune_on_traces(vlm, train_rows, held_out, cfg)
         measured = rl_run.measure(vlm, cfg, held_out, "before RL")
-        before = {mode: summary for mode, (summary, _) in measured.items()}
-        progress = rl_run.Progress(before=before, sections=[("before RL", measured["on"][1])])
+        before = {mode: measurement.summary for mode, measurement in measured.items()}
+        sections = [("before RL", measured["on"].episodes)]
+        progress = rl_run.Progress(before=before, sections=sections)
     ref = rl_run.load_reference(vlm, cfg)
     optimizer = AdamW(vlm.parameters(), cfg.lr, weight_decay=0.0, offload=cfg.offload)
     run_log = rl_run.RunLog(vlm, optimizer, cfg, progress, began)
     run_log.begin(held_out)
 
-    episodes = []
+    groups = []                                         # of the report: [(step, its episodes)]
     for step in range(progress.step, cfg.steps):
         row, episodes = train_step(vlm, ref, optimizer, questions, cfg, step)
         rl_run.stop_if_nothing_succeeds(episodes, step)
         run_log.stop_if_not_finite(episodes, step)
         run_log.write(row, episodes)
+        groups = rl_run.groups_to_show(groups, step, episodes, cfg)
         if run_log.stops_after(row):
             return
-    if episodes:
-        group = rl_run.group_to_show(vlm, episodes, cfg)
-        progress.sections.append((f"one group of step {cfg.steps}", group))
-    rl_run.finish(vlm, held_out, run_log, plan["peak"])
+    rl_run.finish(vlm, held_out, run_log, groups, plan["peak"])
 
 
 if __name__ == "__main__":
     KNOBS = "; ".join(memory.KNOBS.values())
-    SAVED = "the checkpoint folder of the run holds what was saved last"
+    SAVED = "the run's checkpoint folder, if there is one, holds what was saved last"
     with run.exit_on_error(out_of_memory=f"{KNOBS}. Then --resume",
                            interrupted=f"interrupted; {SAVED}", saved=SAVED):
         main()

@@ -28,15 +28,17 @@ import time
 from dataclasses import asdict, dataclass
 from typing import Literal
 
+import appendix                     # before torch: Ctrl-C is one line from here on
 import torch
 from tqdm import tqdm
 
 import data
 import rewards
 import zoom_rollout
-from appendix import faults, files, memory, prefix, ranks, run
+from appendix import evidence, faults, files, memory, prefix, ranks, run
 from appendix.optimizer import AdamW
 from appendix.split import hold_out
+from appendix.weights import note_on_tiny
 from model import is_tiny
 from zoom_rollout import RolloutConfig, Trace
 
@@ -107,7 +109,7 @@ POSITIVE = ("n", "epochs", "batch", "micro_tokens", "simulations", "children", "
 # Defaults of every model that is not tiny.
 REAL = dict(traces="oracle", lr=5e-6, max_new_tokens=512, micro_tokens=16384, recompute=True)
 # ViGoRL's search, in which a 72B model writes whole sentences. The paper says 20 simulations, the
-# code says 8.
+# code says 8. Its 5 steps of a rollout include the answer; ours do not.
 VIGORL = dict(
     simulations=20, children=3, tries=1, rollouts=2, depth=10, rollout_steps=5, exploration=2.0,
     min_distance=1.0, max_new_tokens=512, crops=False, reorder=0.2, direct=10, corrected=10,
@@ -319,20 +321,20 @@ def finetune(vlm, episodes, cfg, progress=True):
     rng = random.Random(cfg.seed)
     steps = cfg.epochs * math.ceil(len(episodes) / cfg.batch)
     losses = []
-    bar = tqdm(total=steps, desc="warm start", disable=None if progress else True, leave=False)
-    for _ in range(cfg.epochs):
-        order = rng.sample(episodes, len(episodes))
-        for first in range(0, len(order), cfg.batch):
-            batch = order[first:first + cfg.batch]
-            loss = backward(vlm, batch, cfg.micro_tokens)
-            optimizer.step(cfg.lr * schedule(len(losses), steps))
-            losses.append(ranks.all_reduce([loss])[0])
-            for e in batch:
-                for view in e.views:                    # features of all traces would not fit
-                    view.drop_features()
-            bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
-            bar.update()
-    bar.close()
+    no_bar = None if progress else True                 # None: a bar in a terminal only
+    with tqdm(total=steps, desc="warm start", disable=no_bar, leave=False) as bar:
+        for _ in range(cfg.epochs):
+            order = rng.sample(episodes, len(episodes))
+            for first in range(0, len(order), cfg.batch):
+                batch = order[first:first + cfg.batch]
+                loss = backward(vlm, batch, cfg.micro_tokens)
+                optimizer.step(cfg.lr * schedule(len(losses), steps))
+                losses.append(ranks.all_reduce([loss])[0])
+                for e in batch:
+                    for view in e.views:                # features of all traces would not fit
+                        view.drop_features()
+                bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+                bar.update()
     return losses
 
 
@@ -384,31 +386,6 @@ def held_out_accuracy(vlm, samples, style, cfg):
     return right / len(samples)
 
 
-def saw_it(episodes):
-    """The share of episodes with a crop that shows what the answer depends on; None without crops.
-
-    Only toy scenes say where that is. A right answer alone may be a lucky guess.
-    """
-    seen = []
-    if not any(turn.crop for e in episodes for turn in e.turns):
-        return None
-    for e in episodes:
-        if e.sample.meta.get("evidence"):
-            x1, y1, x2, y2 = e.sample.meta["evidence"][0]["box"]
-            seen.append(is_shown((x1 + x2) / 2, (y1 + y2) / 2, e.turns))
-    return sum(seen) / len(seen) if seen else None
-
-
-def is_shown(x, y, turns):
-    """Is the source pixel (x, y) in a crop of any turn?"""
-    for turn in turns:
-        if turn.crop is not None:
-            left, top, right, bottom = turn.crop
-            if left <= x <= right and top <= y <= bottom:
-                return True
-    return False
-
-
 # --------------------------------------------------------------------------------------------------
 # the run
 
@@ -424,6 +401,7 @@ def main():
                  "FILE.jsonl")
     rows = data.read_jsonl(cfg.data, cfg.images or None) if cfg.data else []
     faults.check_samples(rows)
+    note_on_tiny(cfg.model, rows, "train_sft.py")
     style = data.PROMPT_STYLES[recipe_of(cfg)]
     vlm = prefix.load_vlm(cfg.model, plain=cfg.plain, max_pixels=cfg.max_pixels,
                           recompute=cfg.recompute)
@@ -439,7 +417,7 @@ def main():
     write_traces(os.path.join(folder, "traces.jsonl"), traces)
     if cfg.traces == "mcts":
         from appendix import trace_tools
-        trace_tools.draw_trees(vlm, folder, traces, counts)
+        trace_tools.draw_trees(vlm, folder, traces, counts, cfg)
     if cfg.show:
         from appendix import trace_tools
         trace_tools.show_traces(traces[:cfg.show])
@@ -461,7 +439,7 @@ def main():
 
     # 4. measure
     summary = {"traces": len(learned) + len(held_out), "loss_first": losses[0],
-               "loss_last": losses[-1], "saw_it": saw_it(learned), **counts}
+               "loss_last": losses[-1], "saw": evidence.share_that_saw(learned), **counts}
     if held_out:
         summary["held_out_loss"] = held_out_loss(vlm, held_out)
     asked = held_out_rows

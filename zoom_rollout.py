@@ -62,6 +62,7 @@ class Episode:
     frames: list = field(default_factory=list)  # per prompt image: (*view.scale, width, height)
     reward_components: dict = field(default_factory=dict)       # rewards.score(...)
     advantage: float = 0.0
+    difficulty_weight: float = 1.0          # of its question, a factor of the advantage
     behaviour: dict = field(default_factory=dict)       # counts, by appendix/analysis.py
     token_texts: list = field(default_factory=list)     # tokens as text, for the report
     shown_as: dict = field(default_factory=dict)        # how crops were made, for the report
@@ -247,18 +248,22 @@ def env_step(vlm, episode, text, ended, zooms_left, forced=False, config=Rollout
 
 
 def replay(vlm, sample, texts, style="zoom", max_zooms=3):
-    """The assistant's turns as texts -> the Episode in which the policy writes just these."""
+    """The assistant's turns as texts -> the Episode in which the policy writes just these.
+
+    The turn after the last zoom is forced only if its text opens with data.FORCE.
+    """
     can_zoom = style == "zoom"
-    if texts[0].startswith(data.FORCE):                 # a trace in which no zoom was allowed
-        max_zooms = 0
     episode = begin(vlm, sample, style)
-    if can_zoom and max_zooms == 0:
+    if can_zoom and texts[0].startswith(data.FORCE):    # a trace in which no zoom was allowed
+        max_zooms = 0
         episode.append_given(vlm.ids(data.FORCE))
-    for k, text in enumerate(texts):
-        forced = can_zoom and k == max_zooms
+    for k, (text, next_text) in enumerate(zip(texts, [*texts[1:], ""])):
+        forced = can_zoom and k == max_zooms and text.startswith(data.FORCE)
         written = text.removeprefix(data.FORCE) if forced else text
         episode.append_sampled(vlm.ids(written) + [vlm.im_end])
         zooms_left = max_zooms - k if can_zoom else 0
+        if zooms_left == 1 and not next_text.startswith(data.FORCE):
+            zooms_left = 2                              # so env_step does not force the next turn
         if env_step(vlm, episode, text, True, zooms_left, forced) is None:
             break
     return episode

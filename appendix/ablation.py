@@ -172,4 +172,6 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    with run.exit_on_error(interrupted="interrupted; runs that are finished are kept: the same "
+                                       "command makes those that are missing"):
+        main()

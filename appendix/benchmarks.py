@@ -1,7 +1,8 @@
 """Published files -> rows of our JSONL: small readers, and the table CONVERTERS that names them.
 
 A benchmark is read in two steps. Its row in CONVERTERS names both:
-  read(path, root)              yields (where, row) for every row of what was downloaded;
+  read(path, root)              yields (where, row) for every row of a file (or of a folder, if
+                                the row in CONVERTERS says so);
                                 root: the folder that image paths are relative to
   to_row(row, where, layout)    makes one row of our JSONL (appendix/rows.py) of it
 `where` begins every error message: "web.json, record 7: ". All functions raise DataError.
@@ -17,6 +18,7 @@ import os
 import pickle
 import re
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Callable
 
 import numpy as np
@@ -38,6 +40,8 @@ def box_target(box, name, layout, where, image=0):
     name: the field that they come from, for the message if they cannot be in that layout.
     """
     order, unit = layout.split()
+    if box is None:
+        raise DataError(f"{where}field {name!r} is missing; expected a box of four numbers")
     a, b, c, d = need_numbers(box, 4, where, name)
     low, high = LARGEST[unit]
     if not low < max(a, b, c, d) <= high:
@@ -68,27 +72,31 @@ def option_index(answer, options, where):
 
 
 def used_key(row, *keys):
-    """The first of these keys that the row uses: copies of one benchmark differ in their names."""
+    """The first of these keys that the row uses: copies of one benchmark differ in their names.
+
+    If it uses none of them, it is the first key, by which the field is then reported missing.
+    """
     for key in keys:
         if row.get(key) is not None:
             return key
     return keys[0]
 
 
+def image_under(row, where, *keys):
+    """The image of a row under the first of these keys that it uses.
+
+    It is a path, the bytes of a file, or, in parquet files, a dict that holds them.
+    """
+    key = used_key(row, *keys)
+    image = row.get(key)
+    if isinstance(image, (str, bytes, dict)):
+        return image
+    found = "missing" if image is None else f"{image!r:.60}"
+    raise DataError(f"{where}field {key!r} is {found}; expected an image")
+
+
 def published_rows(path, root):
-    """The rows of a file; of a folder: of every .json, .jsonl and .parquet file in it."""
-    if not os.path.isdir(path):
-        yield from read_rows(path)
-        return
-    files = []
-    for folder, _, names in sorted(os.walk(path)):
-        for name in sorted(names):
-            if name.endswith((".json", ".jsonl", ".parquet")) and not name.startswith("."):
-                files.append(os.path.join(folder, name))
-    if not files:
-        raise DataError(f"{path} holds no .json, .jsonl or .parquet file")
-    for file in files:
-        yield from read_rows(file)
+    return read_rows(path)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -106,7 +114,7 @@ def from_vigorl(row, where, layout="xyxy px"):
     The answer is the text or letter of an option, a box "(x1, y1, x2, y2)" in which to point,
     or a text, such as a web action.
     """
-    if "conversations" in row:
+    if "conversations" in row or "image" in row and "problem" not in row:
         row = as_problem(row, where)
     text = need(row, "problem", str, where).replace("<image>", "").strip()
     answer = need(row, "answer", str, where)
@@ -146,7 +154,8 @@ def as_problem(row, where):
                         "expected a question and its answer")
     problem = need(said[0], "value", str, where)
     answer = need(said[1], "value", str, where)
-    return {**row, "problem": problem, "answer": answer, "images": [row.get("image")]}
+    images = [image_under(row, where, "image")]
+    return {**row, "problem": problem, "answer": answer, "images": images}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -178,11 +187,12 @@ def from_vstar(row, where, layout):
         "images": [row["image"]],
         "category": [row.get("category")],
     }
-    if "text" in row:
+    if "text" in row or "label" in row:
+        text = need(row, "text", str, where)
         label = need(row, "label", str, where)
-        asked = from_vigorl({"problem": row["text"], "answer": label, "images": []}, where)
+        asked = from_vigorl({"problem": text, "answer": label, "images": []}, where)
         if asked["answer_type"] != "choice":
-            raise DataError(f"{where}text is {row['text']!r:.60}; "
+            raise DataError(f"{where}text is {text!r:.60}; "
                             "expected a question with options (A), (B), ...")
         return {**asked, **out}
     boxes = need(row, "bbox", list, where)
@@ -211,6 +221,7 @@ def from_blink(row, where, layout):
         answer = option_index(need(row, "answer", str, where), options, where)
     images = row.get("images")
     if not images:
+        image_under(row, where, "image_1")          # there is one at least
         images = [row[f"image_{i}"] for i in (1, 2, 3, 4) if row.get(f"image_{i}")]
     name = str(row.get("idx", "")).rpartition("_")[0]       # val_Counting
     split, _, task = name.partition("_")
@@ -235,7 +246,7 @@ def from_sat(row, where, layout):
     if kind == "ego_movement":                      # the question takes this for known
         question = "The first image shows the start of a video, the second its end. " + question
     return {
-        "images": row.get(used_key(row, "images", "image_bytes", "img_paths")),
+        "images": need(row, used_key(row, "images", "image_bytes", "img_paths"), list, where),
         "question": question,
         "answer_type": "choice",
         "options": options,
@@ -254,7 +265,7 @@ def from_robospatial(row, where, layout):
     kind = need(row, "category", str, where)
     text = need(row, "question", str, where)
     out = {
-        "images": [row.get("img")],
+        "images": [image_under(row, where, "img")],
         "question": re.split(r"\s+(?:Answer yes or no|Your answer should be formatted)", text)[0],
         "category": [kind],
     }
@@ -289,28 +300,41 @@ def in_order(corners):
 # --------------------------------------------------------------------------------------------------
 # one image, one box: LISA- and LLMSeg-Grounding, VLM-R1, RefCOCO, ScreenSpot
 
-def from_one_box(row, where, layout, answer_type="box"):
-    """One image, one question, one box. Of nested boxes the first four numbers count."""
-    box_key = used_key(row, "bbox", "boxes", "solution")
+def from_one_box(row, where, layout, keys="image sent bbox"):
+    """One image, one question, one box. Of nested boxes the first four numbers count.
+
+    keys: how this layout calls the three. Copies of it may use the names of another one.
+    """
+    image, question, box_key = keys.split()
+    box_key = used_key(row, box_key, "bbox", "boxes", "solution")
     box = row.get(box_key)
-    if isinstance(box, list) and all(isinstance(part, list) for part in box):
+    if isinstance(box, list) and box and all(isinstance(part, list) for part in box):
         box = sum(box, [])[:4]
-    question_key = used_key(row, "instruction", "sent", "problem", "question")
-    image_key = used_key(row, "image", "img_filename", "image_path")
+    question_key = used_key(row, question, "instruction", "sent", "problem", "question")
     return {
         "id": row.get("id"),
-        "images": [row.get(image_key)],
+        "images": [image_under(row, where, image, "image", "img_filename", "image_path")],
         "question": need(row, question_key, str, where),
-        "answer_type": answer_type,
+        "answer_type": "box",
         "targets": [box_target(box, box_key, layout, where)],
         "category": [row["split"]] if row.get("split") else [],
     }
 
 
+# UniVG-R1's zero-shot files, and VLM-R1's.
+from_lisa = partial(from_one_box, keys="image_path instruction boxes")
+from_llmseg = partial(from_one_box, keys="image_path question bbox")
+from_vlm_r1 = partial(from_one_box, keys="image problem solution")
+
+
+SCREENSHOT_KEYS = "img_filename instruction bbox"
+
+
 def from_screenspot(row, where, layout="xywh px"):
     """ScreenSpot and ScreenSpot-v2: point at what is named. The category is the platform."""
-    out = from_one_box(row, where, layout, "point")
     file = need(row, used_key(row, "img_filename", "file_name"), str, where)
+    out = from_one_box(row, where, layout, SCREENSHOT_KEYS)
+    out["answer_type"] = "point"
     platform = file.split("_")[0].replace("pc", "desktop")
     out["category"] = [platform, str(row.get("data_type"))]
     return out
@@ -318,7 +342,8 @@ def from_screenspot(row, where, layout="xywh px"):
 
 def from_screenspot_pro(row, where, layout):
     """ScreenSpot-Pro. A box of it begins at y = -1: boxes are clamped to the size of the image."""
-    out = from_one_box(row, where, layout, "point")
+    out = from_one_box(row, where, layout, SCREENSHOT_KEYS)
+    out["answer_type"] = "point"
     width, height = need_numbers(row.get("img_size"), 2, where, "img_size")
     x1, y1, x2, y2 = out["targets"][0]["box"]
     box = [clamp(x1, width), clamp(y1, height), clamp(x2, width), clamp(y2, height)]
@@ -556,10 +581,13 @@ class Converter:
     to_row: Callable
     layout: str                 # order and unit of its coordinates; "" if it has none
     published: dict = field(default_factory=dict)
+    split: str = ""             # the category that `published` is about; "": all rows
+    # Endings of the files that are taken from a folder; () if `read` takes the folder itself.
+    endings: tuple = (".json", ".jsonl", ".parquet")
 
 
 VSTAR = {"direct_attributes": 115, "relative_position": 76}
-BLINK = {                       # of the val split: --only val
+BLINK = {                       # of the val split
     "Art_Style": 117, "Counting": 120, "Forensic_Detection": 132, "Functional_Correspondence": 130,
     "IQ_Test": 150, "Jigsaw": 150, "Multi-view_Reasoning": 133, "Object_Localization": 122,
     "Relative_Depth": 124, "Relative_Reflectance": 134, "Semantic_Correspondence": 139,
@@ -568,6 +596,7 @@ BLINK = {                       # of the val split: --only val
 SAT = {"": (150, 4000, 4001)}   # real test; synthetic val
 ROBOSPATIAL = {"compatibility": 105, "configuration": 123, "context": 122}
 SCREENSPOT = {"mobile": 502, "desktop": 334, "web": 436}
+SCREENSPOT_V2 = {"mobile": 501, "desktop": 334, "web": 437}
 SCREENSPOT_PRO = {
     "Dev": 299, "Creative": 341, "CAD": 261, "Scientific": 254, "Office": 230, "OS": 196,
 }
@@ -583,26 +612,26 @@ REFCOCO = {                     # RefCOCO, RefCOCO+, RefCOCOg
 }
 
 CONVERTERS = {
-    "vstar": Converter(vstar_rows, from_vstar, "xywh px", VSTAR),
-    "blink": Converter(published_rows, from_blink, "", BLINK),
+    "vstar": Converter(vstar_rows, from_vstar, "xywh px", VSTAR, endings=()),
+    "blink": Converter(published_rows, from_blink, "", BLINK, split="val"),
     "sat": Converter(published_rows, from_sat, "", SAT),
     "robospatial": Converter(published_rows, from_robospatial, "xy 0-1", ROBOSPATIAL),
     "screenspot": Converter(published_rows, from_screenspot, "xywh px", SCREENSPOT),
     "screenspot_parquet": Converter(published_rows, from_screenspot, "xyxy 0-1", SCREENSPOT),
-    "screenspot_v2": Converter(published_rows, from_screenspot, "xywh px", {"": (1272,)}),
+    "screenspot_v2": Converter(published_rows, from_screenspot, "xywh px", SCREENSPOT_V2),
     "screenspot_pro": Converter(published_rows, from_screenspot_pro, "xyxy px", SCREENSPOT_PRO),
     "vigorl": Converter(published_rows, from_vigorl, "xyxy px"),
     "univg-r1": Converter(published_rows, from_univg, "xyxy 0-1000"),
     "mgrounding": Converter(mgrounding_rows, from_univg, "xyxy 0-1000"),
     "mig_bench": Converter(published_rows, from_univg, "xyxy 0-1", MIG),
     "mig_bench_revised": Converter(published_rows, from_univg, "xyxy 0-1000", MIG_REVISED),
-    "lisa": Converter(published_rows, from_one_box, "xyxy px", {"": (200, 779)}),
-    "llmseg": Converter(published_rows, from_one_box, "xyxy px"),
+    "lisa": Converter(published_rows, from_lisa, "xyxy px", {"": (200, 779)}),
+    "llmseg": Converter(published_rows, from_llmseg, "xyxy px"),
     "revos": Converter(revos_rows, from_video, "xyxy px"),
     "reasonvos": Converter(published_rows, from_video, "xyxy px", {"": (458,)}),
-    "refcoco": Converter(refcoco_rows, from_one_box, "xywh px", REFCOCO),
+    "refcoco": Converter(refcoco_rows, from_one_box, "xywh px", REFCOCO, endings=(".p",)),
     "refcoco_parquet": Converter(refcoco_parquet_rows, from_one_box, "xywh px"),
-    "vlm-r1": Converter(published_rows, from_one_box, "xyxy px"),
+    "vlm-r1": Converter(published_rows, from_vlm_r1, "xyxy px"),
 }
 
 

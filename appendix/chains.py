@@ -35,6 +35,8 @@ class Chain:
     steps: list             # [[thought, point]]
     answer: str
     support: float          # how well the tree supports it: more is better
+    way: list               # the steps to that answer, without the wrong way
+    detour: list = None     # of a corrected chain: the steps from the question to the wrong answer
 
 
 def linearise(tree, cfg):
@@ -71,7 +73,7 @@ def direct_chains(node, before, node_support):
     for rollout in node["rollouts"]:
         steps = before + rollout["steps"]
         if rollout["reward"] == 1 and steps:
-            yield Chain("direct", steps, rollout["answer"], node_support)
+            yield Chain("direct", steps, rollout["answer"], node_support, way=steps)
     for child in node["children"]:
         yield from direct_chains(child, before, support(child, node_support))
 
@@ -80,7 +82,8 @@ def corrected_chains(node, before, node_support, cfg):
     """Yield chains that take a wrong way from some node, say so, and take a right one.
 
     The wrong answer itself is left out. cfg.recovery: what is said between the two.
-    cfg.repeat_prefix: then begin again from the question, as the original does.
+    cfg.repeat_prefix: then begin again from the question, as the original does. It pairs only
+    rollouts that began at the same node, never ways through two children, so it has far fewer.
     """
     before = before + node["steps"]
     for child in node["children"]:
@@ -92,7 +95,9 @@ def corrected_chains(node, before, node_support, cfg):
             if failed and right.reward == 1 and wrong.steps and right.steps:
                 again = before if cfg.repeat_prefix else []
                 steps = before + wrong.steps + [[cfg.recovery, None]] + again + right.steps
-                yield Chain("corrected", steps, right.answer, right.support - wrong.support)
+                yield Chain(
+                    "corrected", steps, right.answer, right.support - wrong.support,
+                    way=before + right.steps, detour=before + wrong.steps)
 
 
 def branches(node, node_support):

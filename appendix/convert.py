@@ -7,6 +7,7 @@ out with what was published: the number of rows, every box with the size of its 
 the right answers, given back as predictions, would be scored as right.
 """
 import collections
+import fnmatch
 import os
 
 import data
@@ -15,16 +16,21 @@ from appendix.faults import boxes_of, faults_of, gold_text, overhang, why_unscor
 from appendix.files import DataError, check_images, need
 
 
+MOST_PARTS = 5      # categories that are named where numbers of rows differ
+
+
 # --------------------------------------------------------------------------------------------------
 # convert
 
-def convert(name, path, images=None, skip_missing=False, only=""):
+def convert(name, path, images=None, skip_missing=False, only="", files=""):
     """A published file or folder -> (samples, counts, missing). Raises DataError.
 
     images: the folder that image paths are relative to; by default that of the file.
     skip_missing: leave out rows whose images are not there, instead of stopping.
     only: take the rows of one category.
-    counts: Counter of rows by category; the total is counts[""]. Rows left out count too.
+    files: of a folder, take the files of these names (with *, as in a shell).
+    counts: Counter of rows by category, for `check`; the total is counts[""]. Rows whose image is
+    missing count too.
     missing: for each row left out, the first image that is not there.
     """
     converter = benchmarks.CONVERTERS[name]
@@ -32,16 +38,19 @@ def convert(name, path, images=None, skip_missing=False, only=""):
     root = os.path.abspath(images or folder)
     samples = []
     counts = collections.Counter()
+    categories = {}                                 # those of all rows, in order
     taken = set()                                   # ids
     missing = []
-    for n, (where, published) in enumerate(converter.read(path, root)):
+    for n, (where, published) in enumerate(published_rows(converter, path, root, files)):
         if not isinstance(published, dict):
             raise DataError(f"{where}{published!r:.60}; expected an object with fields")
         row = converter.to_row(published, where, converter.layout)
         row["category"] = [str(category) for category in row.get("category", [])]
+        categories |= dict.fromkeys(row["category"])
         if only and only not in row["category"]:
             continue
-        counts.update(["", *row["category"]])
+        if not converter.split or converter.split in row["category"]:
+            counts.update(["", *row["category"]])
 
         row["images"] = [unwrap(image) for image in need(row, "images", list, where)]
         absent = first_missing(row["images"], root)
@@ -59,8 +68,44 @@ def convert(name, path, images=None, skip_missing=False, only=""):
         samples.append(sample)
         taken.add(sample.id)
     if not samples:
-        raise DataError(nothing_found(name, path, only, root if missing else ""))
+        raise DataError(nothing_found(name, path, only, root if missing else "", categories))
     return samples, counts, missing
+
+
+def published_rows(converter, path, root, files):
+    """All (where, row) of a file, or of the files that are taken from a folder, which are named."""
+    if not os.path.isdir(path) or not converter.endings:
+        if files:
+            raise DataError(f"--files chooses among the files of a folder; {path} is read as it is")
+        yield from converter.read(path, root)
+        return
+    names = files_of(path, converter.endings, files)
+    print(f"files read from {path} (--files chooses): {', '.join(names)}")
+    for name in names:
+        yield from converter.read(os.path.join(path, name), root)
+
+
+def files_of(path, endings, pattern):
+    """The files of a folder, and of the folders in it, that have one of these endings -> paths.
+
+    pattern: take those only whose name, or path below the folder, matches it; "": all.
+    """
+    found = []
+    for folder, _, names in sorted(os.walk(path)):
+        for name in sorted(names):
+            if name.endswith(endings) and not name.startswith("."):
+                found.append(os.path.relpath(os.path.join(folder, name), path))
+    if not found:
+        raise DataError(f"{path} holds no file that ends in {', '.join(endings)}")
+    if not pattern:
+        return found
+    matching = []
+    for file in found:
+        if fnmatch.fnmatch(file, pattern) or fnmatch.fnmatch(os.path.basename(file), pattern):
+            matching.append(file)
+    if not matching:
+        raise DataError(f"no file of {path} matches --files {pattern!r}; it has {', '.join(found)}")
+    return matching
 
 
 def unwrap(image):
@@ -78,13 +123,15 @@ def first_missing(images, root):
     return None
 
 
-def nothing_found(name, path, only, root):
-    """The message for a file without rows. root: the image folder, if images were missing."""
+def nothing_found(name, path, only, root, categories):
+    """The message for a file of which no row is left. root: the folder, if images were missing."""
     message = f"{path} holds no rows"
     if only:
         message += f" of category {only!r}"
     if root:
         return message + f" with its images in {root}; expected the published file"
+    if only:
+        return message + f"; its categories: {', '.join(categories) or 'none'}"
     return message + f"; expected the published file of {name}"
 
 
@@ -99,10 +146,10 @@ def gold_prediction(s):
 # --------------------------------------------------------------------------------------------------
 # check
 
-def check(name, samples, counts):
+def check(name, samples, counts, only=""):
     """Compare what was converted with what was published. Prints a report; faults: DataError."""
     print(f"checking {len(samples)} rows and their images ...")
-    print_incomplete(name, counts)
+    print_incomplete(name, counts, only)
 
     sizes = check_images(samples)
     worst = 0.0
@@ -134,16 +181,45 @@ def check(name, samples, counts):
         raise DataError(f"{len(faults)} faults, such as {'; '.join(faults[:5])}")
 
 
-def print_incomplete(name, counts):
-    """Name the categories that have another number of rows than was published."""
+def print_incomplete(name, counts, only=""):
+    """Say in one line which categories have another number of rows than was published.
+
+    Rows of other categories than `only` were not asked for, and are not missing.
+    """
+    converter = benchmarks.CONVERTERS[name]
+    published = converter.published
+    if only and only != converter.split:
+        published = {c: n for c, n in published.items() if c == only}
     parts = []
-    for category, published in benchmarks.CONVERTERS[name].published.items():
-        possible = published if isinstance(published, tuple) else (published,)
+    for category, number in published.items():
+        possible = number if isinstance(number, tuple) else (number,)
         if counts[category] not in possible:
             expected = " or ".join(str(n) for n in possible)
             parts.append(f"{counts[category]} of {expected} {category or 'rows'}")
-    if parts:
-        print(f"  not the whole file: {', '.join(parts)}")
+    if not parts:
+        return
+    other = same_numbers(name, counts)
+    if other:
+        print(f"  the numbers of rows are those of {other}, not of {name}: is NAME right?")
+        return
+    if len(parts) > MOST_PARTS:
+        parts[MOST_PARTS:] = [f"and {len(parts) - MOST_PARTS} more"]
+    said = ", ".join(parts)
+    if len(published) > 1 and all(isinstance(number, int) for number in published.values()):
+        said = f"{counts['']} of {sum(published.values())} rows ({said})"
+    print(f"  not the whole file: {said}")
+
+
+def same_numbers(name, counts):
+    """Another NAME, of the same layout, that was published with these numbers of rows; or ""."""
+    own = benchmarks.CONVERTERS[name]
+    for other, converter in benchmarks.CONVERTERS.items():
+        if other == name or (converter.to_row, converter.layout) != (own.to_row, own.layout):
+            continue
+        there = [category for category in converter.published if counts[category]]
+        if there and all(counts[category] == converter.published[category] for category in there):
+            return other
+    return ""
 
 
 def print_hints(samples):

@@ -90,6 +90,8 @@ def add_convert(commands):
     p.add_argument("out")
     p.add_argument("--images", default=None, help="folder of the image paths; default: of PATH")
     p.add_argument("--only", default="", help="one category: a split, a task, a platform")
+    p.add_argument("--files", default="", metavar="PATTERN",
+                   help="of a folder PATH: the names of the files to read, such as '*_v2.json'")
     p.add_argument("--skip-missing", action="store_true",
                    help="leave out the rows whose images are not there")
     p.add_argument("--check", action="store_true",
@@ -107,10 +109,11 @@ def run_convert(args):
                         "expected another file to write")
     check_writable(args.out)
     samples, counts, missing = convert.convert(
-        args.name, args.path, args.images, args.skip_missing, args.only)
+        args.name, args.path, args.images, args.skip_missing, args.only, args.files)
     if args.check:
-        convert.check(args.name, samples, counts)
-    data.write_jsonl(args.out, samples)
+        convert.check(args.name, samples, counts, args.only)
+    with run.removed_on_error(args.out + ".tmp"):
+        data.write_jsonl(args.out, samples)
     layout = benchmarks.CONVERTERS[args.name].layout or "none"
     message = f"{len(samples)} rows -> {args.out}; coordinates read as {layout}"
     if missing:
@@ -123,9 +126,10 @@ def run_convert(args):
 def write_gold(out, samples):
     """The right answers beside the rows, as a file of predictions that evaluate.py can score."""
     path = os.path.splitext(out)[0] + ".gold.jsonl"
-    with open(path, "w", encoding="utf-8") as f:
-        for s in samples:
-            if not faults.why_unscorable(s):
-                f.write(json.dumps({"id": s.id, "text": convert.gold_prediction(s)}) + "\n")
+    lines = []
+    for s in samples:
+        if not faults.why_unscorable(s):
+            lines.append(json.dumps({"id": s.id, "text": convert.gold_prediction(s)}) + "\n")
+    run.write_text(path, "".join(lines))
     print("to see the gold answers scored: "
           f"python evaluate.py --data {out} --predictions {path}")

@@ -2,9 +2,11 @@
 
 `cfg` is evaluate.Config.
 """
+import contextlib
 import json
 import os
 import random
+import threading
 from dataclasses import asdict, fields, replace
 
 import data
@@ -14,6 +16,16 @@ from appendix.files import DataError
 
 # Settings that may change when an evaluation is continued.
 FREE = ("out", "drawn", "fresh", "compare")
+# Stands between the two folders of --compare, once they are one value. No path holds a line break.
+BETWEEN_FOLDERS = "\n"
+# Choices of flags. appendix/prediction_files.py, agent_answers.py and predictions.py explain them.
+FORMS = ("id", "dict", "order", "question", "screenspot-pro", "vlm-r1")
+ANSWERS = ("plain", "pyautogui", "tool-call", "bare", "point-tag")
+UNITS = ("source", "fed", "0-1000", "0-100", "0-1")
+# Added to a prediction that holds no answer: no other part of it may be read as one.
+NO_ANSWER = "\n<answer>  </answer>"
+# Seconds of drawing after which --drawn 0 is suggested.
+LONG_DRAWING = 10
 
 
 def check_flags(cfg):
@@ -24,10 +36,33 @@ def check_flags(cfg):
         raise DataError("--circular asks a model again; --predictions are answers to the options "
                         "in their published order")
     if cfg.compare:
-        folders = [os.path.realpath(folder) for folder in cfg.compare.split(os.pathsep)]
-        if len(folders) != 2 or folders[0] == folders[1]:
-            raise DataError("--compare needs two different folders, as in "
-                            "--compare runs/a runs/b")
+        folders = cfg.compare.split(BETWEEN_FOLDERS)
+        if len(set(map(os.path.realpath, folders))) != 2:
+            raise DataError("--compare needs two different folders, as in --compare runs/a runs/b; "
+                            "each is the --out of a run")
+    elif not cfg.predictions:
+        for flag, value in (("--form", cfg.form), ("--answers", cfg.answers)):
+            if value not in ("id", "plain"):            # their defaults
+                raise DataError(f"{flag} {value} is about a file of --predictions; name the file")
+
+
+def join_folders(argv):
+    """The command line with the two values of --compare made one, because a flag takes one."""
+    argv = list(argv)
+    if "--compare" in argv:
+        i = argv.index("--compare")
+        folders = [value for value in argv[i + 1:i + 3] if not value.startswith("--")]
+        argv[i + 1:i + 1 + len(folders)] = [BETWEEN_FOLDERS.join(folders)]
+    return argv
+
+
+@contextlib.contextmanager
+def said_on_error(saved):
+    """Add to a message about bad input, such as an image that vanished, what is kept anyway."""
+    try:
+        yield
+    except DataError as e:
+        raise DataError(f"{e}. {saved}") from None
 
 
 # --------------------------------------------------------------------------------------------------
@@ -133,10 +168,10 @@ class EpisodeFile:
             raise DataError(f"{self.cfg.out} holds a run with other settings: "
                             f"{', '.join(differences[:3])}; name another --out, or overwrite it "
                             "with --fresh")
-        with open(self.path, encoding="utf-8") as f:
-            for line in f:
+        with open(self.path, encoding="utf-8", errors="replace") as f:
+            for n, line in enumerate(f, 1):
                 if line.endswith("\n"):                 # a kill may have cut off the last line
-                    row = json.loads(line)
+                    row = read_row(line, f"{self.path}, line {n}")
                     rows.setdefault(row["run"], {})[row["id"]] = row
         return rows
 
@@ -163,15 +198,17 @@ class EpisodeFile:
 
     def add(self, label, episodes):
         """Append rows to the file in a single write, because other ranks append to it too."""
-        lines = [json.dumps({"run": label, **record(e)}) + "\n" for e in episodes]
-        with open(self.path, "ab", buffering=0) as f:
-            f.write("".join(lines).encode())
+        content = lines_of(label, episodes).encode()
+        try:
+            with open(self.path, "ab", buffering=0) as f:
+                while content:                          # a disk that is almost full takes a part
+                    content = content[f.write(content):]
+        except OSError as e:
+            raise OSError(e.errno, e.strerror, self.path) from None
 
     def overwrite(self, label, episodes):
         """Replace the file by the rows of these episodes."""
-        if ranks.rank() == 0:
-            open(self.path, "w").close()
-            self.add(label, episodes)
+        run.write_text(self.path, lines_of(label, episodes))
 
     def collect(self, label, episodes, samples):
         """This rank's new episodes -> the episodes of all samples, other ranks' and saved ones too.
@@ -182,6 +219,20 @@ class EpisodeFile:
         for row in ranks.gather([record(e) for e in episodes]):
             rows[row["id"]] = row
         return [restore(rows[s.id], s) for s in samples]
+
+
+def lines_of(label, episodes):
+    return "".join(json.dumps({"run": label, **record(e)}) + "\n" for e in episodes)
+
+
+def read_row(line, where):
+    """A line of episodes.jsonl -> its row."""
+    with contextlib.suppress(ValueError, TypeError, KeyError):
+        row = json.loads(line)
+        if isinstance(row["run"], str) and isinstance(row["id"], str):
+            return row
+    raise DataError(f"{where} is {line.strip()!r:.60}; expected the row of an episode. Remove that "
+                    "line to go on, or overwrite all with --fresh")
 
 
 def settings_of(cfg):
@@ -200,7 +251,7 @@ def settings_of(cfg):
 
 
 def shared_verdicts(a, b):
-    """Two --out folders -> {id: right or not} for each, over the questions that both have."""
+    """The folders of two runs -> {id: right or not} for each, over the questions that both have."""
     rows_a = read_verdicts(a)
     rows_b = read_verdicts(b)
     hits_a = {}
@@ -248,9 +299,12 @@ def show(cfg, title, runs, summary, summaries):
     title = heading(title, summary, summaries)
     rows = table_rows(summaries)
     print_table(title, rows)
+    for label, episodes in runs.items():
+        print_unreadable(cfg, label, episodes)
     page = ""
     if not cfg.plain:
-        write_page(cfg, title, runs, rows)
+        with suggestion_if_long():
+            write_page(cfg, title, runs, rows, summary)
         page = "report.html, "
     print(f"\n-> {cfg.out}/{page}summary.json, episodes.jsonl")
 
@@ -289,6 +343,31 @@ def print_table(title, rows):
               f"{s['low']:6.1%} to {s['high']:6.1%}  {s['wrong_format']:12}")
 
 
+def print_unreadable(cfg, label, episodes):
+    """Say that many answers cannot be read, a tenth or more, and show the end of one of them.
+
+    If they are most of the answers, three are shown.
+    """
+    answered = [e for e in episodes if e.finish_reason != "no prediction"]
+    wrong = [e.text for e in answered if e.reward_components["wrong_format"]]
+    if not wrong or 10 * len(wrong) < len(answered):
+        return
+    most = 2 * len(wrong) > len(answered)
+    print(f"\n{label}: {len(wrong)} of {len(answered)} answers cannot be read (wrong format):")
+    for text in wrong[:3 if most else 1]:
+        print("  " + end_of(text.removesuffix(NO_ANSWER)))
+    if most and cfg.predictions:
+        print(f"their points are read as --answers {cfg.answers}; known: {', '.join(ANSWERS)}")
+
+
+def end_of(text, length=90):
+    """The end of a text, where its answer should be, on one line of printable characters."""
+    shown = " ".join(text[-2 * length:].split())
+    if len(shown) > length or len(text) > 2 * length:
+        shown = "... " + shown[-length:]
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in shown) or "(no text)"
+
+
 def print_comparison(found, interval_a, interval_b):
     """Print what evaluate.paired found, with the folders "a" and "b" and their accuracies."""
     a = found["a"]
@@ -303,18 +382,39 @@ def print_comparison(found, interval_a, interval_b):
           f"{found['high']:+.1%}), McNemar's exact p = {found['p']:.2g}")
 
 
-def write_page(cfg, title, runs, rows):
-    """report.html in --out: the table, the settings, and the episodes of each run."""
-    from appendix import report
+@contextlib.contextmanager
+def suggestion_if_long():
+    """Name --drawn 0 to a person who waits for the pictures of the page."""
+    said = "drawing takes long: the same command with --drawn 0 draws no episode"
+    hint = threading.Timer(LONG_DRAWING, print, [said])
+    hint.daemon = True
+    hint.start()
+    try:
+        yield
+    finally:
+        hint.cancel()
+
+
+def write_page(cfg, title, runs, rows, summary):
+    """report.html in --out: the table, the settings, and the episodes of each run.
+
+    summary: the content of summary.json.
+    """
+    from appendix import metrics, report
     settings = {"on": title}                            # the page begins: on TITLE
     for f in fields(cfg):
         value = getattr(cfg, f.name)
         if value != f.default and f.name not in ("data", "out", "fresh"):
             settings[f.name] = value
     measured = cfg.predictions or cfg.checkpoint or cfg.model
+    notes = {"predictions": "Answers that were read from a file: no model was run here."}
+    if cfg.style == "zoom":                             # no other style has a zoom tool
+        notes |= metrics.control_notes()
     page = report.Report(
         title=f"How well does {measured} look?", sections=list(runs.items()),
-        table=page_table(rows), settings=settings, drawn=cfg.drawn)
+        table=page_table(rows), settings=settings, drawn=cfg.drawn,
+        run=os.path.basename(os.path.abspath(cfg.out)), num_questions=summary["n"],
+        chance=summary.get("chance", 0.0), notes=notes, meanings=column_meanings())
     report.write_report(os.path.join(cfg.out, "report.html"), page)
 
 
@@ -322,14 +422,25 @@ def page_table(rows):
     """The table of report.Report: `table_rows` with a column for each mean that some row has."""
     from appendix import analysis
     means = []
-    for name in ("mean_iou", "zooms", *analysis.COUNTS, "pointing"):
+    for name in ("mean_iou", "zooms", "saw", *analysis.COUNTS, "pointing"):
         if any(name in s for _, s in rows):
             means.append(name)
-    head = ["accuracy, 95 % interval", "questions", "wrong format"]
-    head += [name.replace("_", " ") for name in means]
+    head = [column_head(name) for name in ("accuracy", "n", "wrong_format", *means)]
     table = [("", head)]
     for label, s in rows:
         cells = [s, s["n"], s["wrong_format"]]          # the report draws s as its accuracy
         cells += [f"{s[name]:.2f}" if name in s else "" for name in means]
         table.append((label, cells))
     return table
+
+
+def column_head(name):
+    """The head of the column that shows a number of summary.json."""
+    heads = {"accuracy": "accuracy, 95 % interval", "n": "questions"}
+    return heads.get(name, name.replace("_", " "))
+
+
+def column_meanings():
+    """{head of a column: what its numbers mean}"""
+    from appendix import metrics
+    return {column_head(name): meaning for name, meaning in metrics.SUMMARY_GLOSSARY.items()}

@@ -38,7 +38,7 @@ def open_image(source, where="", size_only=False, check=False):
     try:
         with Image.open(io.BytesIO(source) if is_bytes else source) as im:
             size = im.size
-            if im.getexif().get(ORIENTATION) in SIDEWAYS:
+            if orientation(im) in SIDEWAYS:
                 size = size[::-1]
             if check:
                 im.draft("L", (im.width // 8, im.height // 8))
@@ -52,6 +52,42 @@ def open_image(source, where="", size_only=False, check=False):
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
         raise DataError(f"{where}{name} cannot be read ({e}); "
                         "expected a whole PNG or JPEG file") from None
+
+
+def orientation(im):
+    """How the camera was held, as EXIF counts it; None if an opened image does not say.
+
+    In a PNG that may stand behind the pixels, and PIL decodes them all to find it. So PIL is asked
+    only if some part of the file may say it.
+    """
+    if im.format == "PNG":
+        position = im.fp.tell()
+        told = any(may_tell_orientation(kind, content) for kind, content in png_chunks(im.fp))
+        im.fp.seek(position)
+        if not told:
+            return None
+    return im.getexif().get(ORIENTATION)
+
+
+def png_chunks(file):
+    """(type, content) of each chunk of a PNG file; the content of those without text is b""."""
+    file.seek(8)
+    head = file.read(8)
+    while len(head) == 8:
+        length = int.from_bytes(head[:4], "big")
+        kind = head[4:]
+        content = file.read(length) if kind in (b"tEXt", b"zTXt", b"iTXt") else b""
+        yield kind, content
+        file.seek(length - len(content) + 4, os.SEEK_CUR)       # 4: the checksum
+        head = file.read(8)
+
+
+def may_tell_orientation(kind, content):
+    """EXIF in its own chunk or as text, or XMP that is compressed or names it."""
+    keyword, _, text = content.partition(b"\0")
+    if keyword == b"XML:com.adobe.xmp":
+        return text[:1] == b"\1" or b"tiff:Orientation" in text
+    return kind == b"eXIf" or keyword == b"Raw profile type exif"
 
 
 def as_rgb(im):

@@ -1,4 +1,5 @@
 """How much memory a run needs, before it starts; and how much it took."""
+import sys
 from dataclasses import dataclass
 
 import torch
@@ -89,4 +90,5 @@ def peak_memory():
     if torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated()
     import resource                                                     # not on Windows
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    unit = 1 if sys.platform == "darwin" else 1024                      # macOS counts in bytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

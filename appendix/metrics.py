@@ -1,17 +1,135 @@
 """What a run reports: a row per step, the line on the screen, the summary and table at the end.
 
-`step_metrics` is the glossary: every key of metrics.jsonl stands there with its meaning.
+`GLOSSARY` says what every key of metrics.jsonl means; the report shows the same words.
 """
 import math
 import time
+from dataclasses import dataclass
 
 import torch
 
+import data
 import evaluate
 import grpo
 import zoom_rollout
-from appendix import averages, ranks
+from appendix import averages, evidence, ranks
 
+
+# Where the evidence is known: shares of the held-out questions (appendix/evidence.py).
+FAITHFULNESS = ("saw", "right_and_saw", "right_not_saw", "wrong_though_saw")
+
+# --------------------------------------------------------------------------------------------------
+# the glossary
+
+@dataclass(frozen=True)
+class Metric:
+    """What a number of a run means."""
+    meaning: str                # and, after a semicolon, its healthy range
+    is_rate: bool = False       # it cannot leave 0 to 1, so its chart shows all of 0 to 1
+
+
+def rate(meaning):
+    return Metric(meaning, is_rate=True)
+
+
+# The keys of metrics.jsonl. Means over episodes leave out the blind prompts, which may not zoom,
+# unless they say otherwise; means over tokens leave out the groups without a signal.
+GLOSSARY = {
+    "step": Metric("number of the step, from 0 on"),
+
+    # the episodes
+    "reward": Metric("mean reward of an episode; should rise"),
+    "accuracy": rate("share of right answers (for univg-r1: mean IoU); should rise"),
+    "accuracy_blind": rate("accuracy where the model may not zoom; should stay at chance"),
+    "format": rate("share of episodes whose turns follow the grammar; near 1 after the warm start"),
+    "wrong_format": rate("share of answers that cannot be read; near 0"),
+    "grounded": rate("share of turns whose thought names points, all inside the image; near 1"),
+    "distinct": Metric("mean bonus for points at least 10 pixels apart"),
+    "iou": rate("mean IoU of box answers: overlap with the right box, by their union; should rise"),
+    "easy": rate("share of box prompts whose group has a mean IoU above 0.7; should rise"),
+    "medium": rate("share of box prompts whose group has a mean IoU from 0.3 to 0.7"),
+    "hard": rate("share of box prompts whose group has a mean IoU below 0.3; should fall"),
+    "curiosity": Metric("mean bonus for zooming while few episodes do (--curiosity)"),
+    "evidence": Metric("mean bonus for crops that show what the answer depends on "
+                       "(--evidence-bonus)"),
+    "overlong": Metric("mean penalty for coming close to the length limit (--overlong); near 0"),
+    "length": Metric("sampled tokens per episode"),
+    "zooms": Metric("crops per episode"),
+    "saw": rate("share of episodes whose crops show what the answer depends on; should rise"),
+    "valid_calls": rate("share of tool calls that led to a crop; near 1"),
+    "clipped_ratio": rate("share of episodes cut off by --max-new-tokens; near 0"),
+
+    # the groups
+    "frac_zero_std": rate("share of groups whose advantages are all 0, blind ones included; rises "
+                          "as the task is solved"),
+    "weight": Metric("mean difficulty weight of a prompt"),
+    "resampled": Metric("groups that dynamic sampling replaced; the means are over those kept"),
+
+    # the update
+    "clipfrac": rate("share of tokens whose gradient the clip stopped; 0 with one update per "
+                     "batch"),
+    "entropy": Metric("entropy of the policy in nats per token; falls slowly, not to 0"),
+    "kl": Metric("KL penalty per token (0 without --kl-coef); small"),
+    "perception": Metric("PAPO's KL to the policy that sees mostly black images; rises slowly"),
+    "logp_gap": Metric("mean gap between the sampler's and the trainer's log-probabilities of the "
+                       "same tokens; below 1e-4 in fp32, below 0.01 in bf16"),
+    "logp_gap_max": Metric("largest such gap; below 1e-3 in fp32, about 0.1 in bf16"),
+    "grad_norm": Metric("gradient norm before clipping, mean over the updates; 0 when no group had "
+                        "a signal"),
+    "skipped": Metric("updates that were not applied because a gradient was not finite; 0"),
+
+    # the work, and what naive rollouts without a cache would have done
+    "tokens_run": Metric("tokens that the rollouts of the step prefilled"),
+    "tokens_naive": Metric("tokens prefilled if each turn sent the whole conversation again; far "
+                           "above tokens_run"),
+    "patches_run": Metric("image patches that the rollouts of the step encoded"),
+    "patches_naive": Metric("patches encoded if each turn sent all images again; far above "
+                            "patches_run"),
+    "roll_tokens_per_s": Metric("sampled tokens per second of rollout, all ranks together"),
+    "train_tokens_per_s": Metric("tokens (prompts included) trained on per second of update, all "
+                                 "ranks together"),
+    "share_rollout": rate("share of the step's time that sampled episodes; the largest"),
+    "share_reward": rate("share of the step's time that scored them"),
+    "share_reference": rate("share of the step's time that ran the reference model"),
+    "share_update": rate("share of the step's time that went into loss, gradient and update"),
+    "seconds": Metric("seconds of the step"),
+}
+
+# Numbers of summary.json that a table of the report shows. wrong_format is a count there.
+SUMMARY_GLOSSARY = {
+    "n": "questions that were scored; those whose right answer is hidden are left out",
+    "chance": "the accuracy that is possible without looking at the image: by guessing an option, "
+              "or by always giving the answer that is right most often, whichever is higher",
+    "accuracy": "share of right answers, with its 95 % Wilson interval: the bar shows it from 0 "
+                "to 100 %",
+    "wrong_format": "answers that cannot be read; they count as wrong",
+    "mean_iou": "mean IoU of box answers: overlap with the right box, divided by their union",
+    "zooms": "crops per episode",
+    "saw": "share of questions where the crops show what the answer depends on",
+    "regions": "different regions that the steps of an episode name",
+    "subgoals": "steps per episode that say what to do next and name a point",
+    "verification": "steps per episode that look again at a region, or say that they check one",
+    "backtracking": "steps per episode that turn to another region after words of correction",
+    "pointing": "share of the points named that lie inside a box of the right answer",
+}
+
+# What each zoom mode of evaluate.MODES proves.
+CONTROLS = {
+    "on": "The model may zoom into points that it names: this is how it is meant to work.",
+    "off": "Control: the model must answer at once, without a crop. What it loses here is what the "
+           "zooms are worth; if it falls to chance, one look at the whole image does not suffice.",
+    "black": "Control: the model zooms, but every crop is black. If it does no better than without "
+             "zooms, it is the pixels of the crops that help, not the additional turns.",
+}
+
+
+def control_notes():
+    """What each zoom mode proves -> {label of the mode: sentence}."""
+    return {label: CONTROLS[mode] for mode, label in evaluate.MODES.items()}
+
+
+# --------------------------------------------------------------------------------------------------
+# one step
 
 class StepLog:
     """Collects what happens during one step: seconds by part, sums over tokens, gradient norms."""
@@ -67,11 +185,10 @@ class StepLog:
 
 
 def step_metrics(log, batch, reward, advantages, weights):
-    """The row of metrics.jsonl for one step: {name: number}, over all ranks.
+    """The row of metrics.jsonl for one step: {name: number}, over all ranks. See GLOSSARY.
 
     batch is train_rl.Batch; reward and advantages are (P, G), weights is (P,). A mean is written as
-    (sum, count); `ranks.reduce_ratios` adds both up over the ranks and divides. Means over episodes
-    leave out the blind prompts, which may not zoom, unless they say otherwise.
+    (sum, count); `ranks.reduce_ratios` adds both up over the ranks and divides.
     """
     cfg = log.cfg
     log.lap("update")                                   # everything since the last lap
@@ -84,40 +201,27 @@ def step_metrics(log, batch, reward, advantages, weights):
 
     row = {}
     row["step"] = log.step
-    # mean reward of an episode; should rise
     row["reward"] = reward[num_blind:].sum().item(), len(seeing)
-    # share of right answers (for univg-r1: mean IoU); should rise
     row["accuracy"] = component_mean(seeing, "accuracy")
-    # share of episodes whose turns follow the grammar; near 1 after the warm start
     row["format"] = component_mean(seeing, "format")
     if "iou" in components:
-        # share of box prompts whose group has a mean IoU above 0.7, between, below 0.3
         row |= difficulty_shares(group_means(seeing, "iou", cfg.group_size))
-    # "grounded": share of turns whose thought names points, all inside the image; near 1
-    # "distinct": mean bonus for points at least 10 pixels apart
-    # "iou": mean IoU of box answers; should rise
-    # "wrong_format": share of answers that cannot be read; near 0
-    # "curiosity", "overlong": mean bonus of the flag of that name; any part that a reader adds
+    # wrong_format, grounded, distinct, iou, curiosity, overlong; any part that a reader adds
     for name in components.keys() - row.keys() - {"hidden"}:
         row[name] = component_mean(seeing, name)
     if cfg.difficulty_weight != "none":
-        # mean difficulty weight of a prompt
         row["weight"] = weights.sum().item(), len(weights)
     if cfg.resample:
-        # groups that dynamic sampling replaced; the other means are over the groups kept
         row["resampled"] = ranks.all_reduce([len(batch.dropped) // cfg.group_size])[0]
     if ranks.all_reduce([len(blind)])[0] > 0:           # on any rank: all must report the same keys
-        # accuracy of the blind prompts; should stay at chance
         row["accuracy_blind"] = component_mean(blind, "accuracy")
-    # sampled tokens per episode
     row["length"] = sum(sum(e.completion_mask) for e in seeing), len(seeing)
-    # crops per episode
     row["zooms"] = crops, len(seeing)
-    # share of tool calls that led to a crop; near 1
+    if data.PROMPT_STYLES[cfg.recipe] == "zoom":
+        seen = [evidence.saw(e) for e in seeing if evidence.saw(e) is not None]
+        row["saw"] = sum(seen), len(seen)
     row["valid_calls"] = crops, len(calls)
-    # share of episodes cut off by --max-new-tokens; near 0
     row["clipped_ratio"] = sum(e.finish_reason == "length" for e in seeing), len(seeing)
-    # share of groups whose advantages are all 0, blind ones included; rises as the task is solved
     row["frac_zero_std"] = (advantages == 0).all(1).sum().item(), len(advantages)
     add_update(row, log)
     add_work(row, log, batch)
@@ -130,20 +234,11 @@ def add_update(row, log):
 
     These leave out groups without a signal, which are not run.
     """
-    # clipfrac: share of tokens whose gradient the clip stopped; 0 with one update per batch
-    # entropy: entropy of the policy in nats; falls slowly, not to 0
-    # kl: KL penalty (0 without --kl-coef); small
-    # perception: PAPO's KL to the policy that sees mostly black images; rises slowly
     for name, value in log.sums.items():
         row[name] = value, log.tokens
-    # mean gap between the sampler's and the trainer's log-probabilities of the same tokens;
-    # below 1e-4 in fp32, below 0.01 in bf16
     row["logp_gap"] = log.gap_sum, log.gap_tokens
-    # largest such gap; below 1e-3 in fp32, about 0.1 in bf16
     row["logp_gap_max"] = ranks.all_reduce([log.gap_max], op="MAX")[0]
-    # gradient norm before clipping, mean over the updates; 0 when no group had a signal
     row["grad_norm"] = sum(log.grad_norms) / max(len(log.grad_norms), 1)
-    # updates that were not applied because a gradient was not finite; 0
     row["skipped"] = sum(not math.isfinite(norm) for norm in log.grad_norms)
 
 
@@ -152,9 +247,7 @@ def add_work(row, log, batch):
     naive = zoom_rollout.naive_work(log.vlm, batch.episodes + batch.dropped)
     share = 1 / ranks.world_size()                      # adds up to 1, so the ratio is the sum
     for kind in ("tokens", "patches"):
-        # what the rollouts of this step ran
         row[f"{kind}_run"] = log.rollout_work[kind], share
-        # what sending the whole conversation again each turn would have run; far above
         row[f"{kind}_naive"] = naive[kind], share
 
 
@@ -164,14 +257,10 @@ def add_seconds(row, log, batch):
     sampled = sum(sum(e.completion_mask) for e in batch.episodes + batch.dropped)
     world = ranks.world_size()
     training = log.seconds["update"] + log.seconds["reference"]
-    # sampled tokens per second of rollout, all ranks together
     row["roll_tokens_per_s"] = sampled, log.seconds["rollout"] / world
-    # tokens (prompts included) trained on per second of update, all ranks together
     row["train_tokens_per_s"] = log.trained_tokens, training / world
     for part, seconds in log.seconds.items():
-        # share of the step's time; that of the rollout is the largest
         row[f"share_{part}"] = seconds, total_seconds
-    # seconds of the step
     row["seconds"] = total_seconds
 
 
@@ -238,6 +327,7 @@ def summarise_run(before, after, held_out, curves, seconds):
         "high": on["high"],
         "chance": averages.chance(held_out),
         "zooms_per_episode": on["zooms"],
+        **{name: on[name] for name in FAITHFULNESS if name in on},
         "logp_gap_max": max((row["logp_gap_max"] for row in curves), default=0.0),
     }
     if "off" in after:
@@ -270,10 +360,15 @@ def print_results(before, after, summary, curves):
     print(f"\n{'held-out accuracy':22s}{'before RL':24s}after RL      "
           f"(95 % interval, n = {on['n']}, chance {summary['chance']:.0%})")
     for mode, part in after.items():
-        print(f"{evaluate.MODES[mode]:22s}{interval(before[mode]):24s}{interval(part)}")
+        label = evaluate.mode_label(mode, can_zoom=len(after) > 1)
+        print(f"{label:22s}{interval(before[mode]):24s}{interval(part)}")
     for name, part in difficulty_levels(on).items():
         label = f"{name}, n = {part['n']}"
         print(f"  {label:20s}{interval(before['on']['categories'][name]):24s}{interval(part)}")
+    if "saw" in on:
+        print(f"after RL a crop showed what the answer depends on in {on['saw']:.1%}: "
+              f"right and saw {on['right_and_saw']:.1%}, right without {on['right_not_saw']:.1%}, "
+              f"wrong although seen {on['wrong_though_saw']:.1%}")
     if "mean_iou" in on:
         print(f"{'mean IoU':22s}{before['on']['mean_iou']:<24.3f}{on['mean_iou']:.3f}")
 

@@ -66,9 +66,10 @@ def source_of(name):
     return Markup(source)
 
 
-def write_html(path, template, stylesheet, **values):
-    """Fill the template of a whole page and write it atomically."""
-    run.write_text(path, render(template, css=source_of(stylesheet), **values))
+def write_html(path, template, stylesheets, **values):
+    """Fill the template of a whole page and write it atomically. Later stylesheets win."""
+    css = Markup("\n").join(source_of(name) for name in stylesheets)
+    run.write_text(path, render(template, css=css, **values))
 
 
 # --------------------------------------------------------------------------------------------------

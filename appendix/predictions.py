@@ -1,11 +1,13 @@
-"""Scoring texts that any model wrote: JSONL rows {"id", "text"}, no model is loaded.
+"""Scoring texts that any model wrote; no model is loaded.
 
-The units of their coordinates are told by --convention and never guessed from the numbers:
-(500, 300) is a fine point in any of them.
+--form says how the file is laid out (prediction_files.py), --answers how the texts write a click
+(agent_answers.py). The units of their coordinates are told by --convention and never guessed from
+the numbers: (500, 300) is a fine point in any of them.
 
     source      pixels of the stored image
     fed         pixels of the image as fed to --model (or of --max-pixels)
     0-1000      thousandths of the image's sides
+    0-100       per cent of the image's sides
     0-1         shares of the image's sides
 """
 from PIL import Image
@@ -13,15 +15,20 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_res
 
 import rewards
 from appendix import files
+from appendix.agent_answers import as_plain
 from appendix.files import DataError
+from appendix.prediction_files import PUBLISHED_FORMS, read_predictions
 from model import MODELS
 from zoom_rollout import Episode, Turn
+
+# The parts into which a convention divides each side of an image.
+PARTS_OF_A_SIDE = {"0-1000": 1000, "0-100": 100, "0-1": 1}
 
 
 def predicted_episodes(cfg, samples):
     """Scored episodes of --predictions, one per sample. cfg: evaluate.Config."""
     spec = MODELS.get(cfg.model)
-    texts = read_predictions(cfg.predictions, samples)
+    texts = read_predictions(cfg.predictions, samples, cfg.form)
     max_pixels = cfg.max_pixels or (spec.max_pixels if spec else 0)
     # The sides of a fed image are multiples of this: two patches of 14 pixels, or of 16.
     factor = 32 if spec and spec.convention == "thousand" else 28
@@ -32,34 +39,27 @@ def predicted_episodes(cfg, samples):
         "source": "pixels of the stored image",
         "fed": f"pixels of the image as fed to {cfg.model}, {max_pixels:,} at most",
         "0-1000": "0 to 1000",
+        "0-100": "0 to 100",
         "0-1": "0 to 1",
     }
     print(f"coordinates of the predictions: {units[cfg.convention]}")
-    if len(texts) < len(samples):
-        print(f"{len(samples) - len(texts)} of {len(samples)} samples have no prediction: "
-              "counted as wrong format")
+    without = len(samples) - len(texts)
+    if without and cfg.form in PUBLISHED_FORMS:
+        print(f"{without} of {len(samples)} samples are not in the file: left out")
+        samples = [s for s in samples if s.id in texts]
+    elif without:
+        print(f"{without} of {len(samples)} samples have no prediction: counted as wrong format")
+    if cfg.answers != "plain":
+        texts = with_clicks(texts, samples, cfg.answers)
     return from_predictions(samples, texts, cfg.convention, max_pixels, factor)
 
 
-def read_predictions(path, samples):
-    """JSONL of {"id", "text"} -> {id: text}. Raises DataError.
-
-    Every row is checked: half of a file scored by mistake would look like a bad model.
-    """
-    known = {s.id for s in samples}
-    texts = {}
-    for where, row in files.read_rows(path):
-        name = str(files.need(row, "id", (str, int), where))
-        text = files.need(row, "text", str, where)
-        if name not in known:
-            raise DataError(f"{where}id {name!r} is not in the data; expected one of its "
-                            f"{len(known)} ids, such as {samples[0].id!r}")
-        if name in texts:
-            raise DataError(f"{where}id {name!r} has a prediction already; "
-                            "expected one row per id")
-        texts[name] = text
-    if not texts:
-        raise DataError(f"{path} holds no predictions")
+def with_clicks(texts, samples, answers):
+    """{id: text} -> the same with the clicks of points and boxes as rewards.py reads them."""
+    texts = dict(texts)
+    for s in samples:
+        if s.id in texts and s.answer_type in ("point", "box"):
+            texts[s.id] = as_plain(texts[s.id], answers)
     return texts
 
 
@@ -92,5 +92,5 @@ def frame_of(sample, image, convention, max_pixels, factor):
     if convention == "fed":
         fed_h, fed_w = smart_resize(h, w, factor, 4 * factor ** 2, max_pixels)
         return w / fed_w, h / fed_h, w, h
-    units = 1000 if convention == "0-1000" else 1       # per side
-    return w / units, h / units, w, h
+    parts = PARTS_OF_A_SIDE[convention]
+    return w / parts, h / parts, w, h

@@ -7,21 +7,29 @@ The page works without it: what it adds are menus, keys, and a mode in which peo
 """
 import base64
 import hashlib
+import json
 import math
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, field
 
 from markupsafe import Markup
 from tqdm import tqdm
 
 import evaluate
-from appendix import card, episode_rows, page
+from appendix import card, episode_rows, group_view, metrics, page
 
 # Of a longer table, the rows with an indented label are folded away.
 MOST_ROWS = 12
 # Of more curves, the others are folded away.
 MOST_CURVES = 8
+# Pixels of a side of a picture, at most.
+MAX_SIDE = 640
 # With more cards than this, the pictures are stored smaller.
 MANY_CARDS = 200
+
+
+def today():
+    return time.strftime("%Y-%m-%d")
 
 
 @dataclass
@@ -36,6 +44,13 @@ class Report:
     curves: list = None                 # rows of metrics.jsonl
     table: list = None                  # [(label, cells)], the first row is the head
     settings: dict = None               # shown below the title
+    run: str = ""                       # name of the run
+    date: str = field(default_factory=today)
+    num_questions: int = 0              # 0: not shown
+    chance: float = 0.0                 # see averages.chance; 0: not shown
+    notes: dict = None                  # {label of a section, row or column: what it shows}
+    meanings: dict = None               # {text in the head of the table: what it means}
+    lessons: list = ()                  # list[group_view.Lesson]: groups of a training run
     drawn: int = 24                     # episodes drawn per section, at most
     max_bytes: int = 18_000_000         # size of all drawn episodes, at most
 
@@ -44,28 +59,82 @@ def write_report(path, report):
     """Write a Report as one HTML file, atomically. Rank 0 writes."""
     album = page.Album()
     sections = draw_sections(report, album)
+    lessons = [group_view.draw_lesson(album, lesson, MAX_SIDE) for lesson in report.lessons]
     verdicts = []
     for section in sections:
         verdicts += section.verdicts
-    counts = {
-        "all": len(verdicts),
-        "right": verdicts.count("right"),
-        "wrong": verdicts.count("wrong"),
-    }
     table, folded_table = split_table(report.table or [])
     charts = draw_charts(report.curves or [])
     script = page.source_of("report.js")
     page.write_html(
-        path, "report.html", "report.css",
-        title=report.title, settings=report.settings or {}, table=table, folded_table=folded_table,
+        path, "report.html", ("report.css", "group.css"),
+        title=report.title, facts=facts_of(report), settings=report.settings or {},
+        table=table, folded_table=folded_table, table_notes=table_notes(report),
         charts=charts[:MOST_CURVES], folded_charts=charts[MOST_CURVES:], frame=FRAME,
-        sections=sections, counts=counts, pictures=album.pictures.values(), script=script,
-        script_hash=sha256(script))
+        legend=legend_of(report, charts, sections), hints=hints_of(report),
+        lessons=lessons, sections=sections, counts=count_verdicts(verdicts),
+        rated=fingerprint(report),
+        pictures=album.pictures.values(), script=script, script_hash=sha256(script))
 
 
 def sha256(text):
     """The hash of a script as a content security policy wants it."""
     return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+
+
+def fingerprint(report):
+    """A hash of all episodes: the name under which a browser keeps what people rated of them.
+
+    The same page written again finds its ratings; a run that was made again has none.
+    """
+    episodes = []
+    for label, group in report.sections:
+        episodes += [(label, str(e.sample.id), e.text) for e in group]
+    return sha256(json.dumps(episodes))
+
+
+# --------------------------------------------------------------------------------------------------
+# what explains the page
+
+def facts_of(report):
+    """What stands below the title -> [(name, value, what it means)]."""
+    facts = []
+    if report.run:
+        facts.append(("run", report.run, ""))
+    facts.append(("written", report.date, ""))
+    if report.num_questions:
+        facts.append(("questions", f"{report.num_questions:,}", metrics.SUMMARY_GLOSSARY["n"]))
+    if report.chance:
+        facts.append(("chance", f"{report.chance:.1%}", metrics.SUMMARY_GLOSSARY["chance"]))
+    return facts
+
+
+def hints_of(report):
+    """What the heads of columns and rows say when the pointer rests on them -> {head: words}."""
+    return (report.notes or {}) | (report.meanings or {})
+
+
+def table_notes(report):
+    """The notes on the columns and the rows of the table -> [(label, note)], in their order."""
+    notes = report.notes or {}
+    labels = []
+    for k, (label, cells) in enumerate(report.table or []):
+        labels += cells if k == 0 else [label]
+    return [(label, notes[label]) for label in dict.fromkeys(labels) if label in notes]
+
+
+def legend_of(report, charts, sections):
+    """All names that the page shows -> {name: what it means}."""
+    legend = dict(report.meanings or {})
+    if report.chance:
+        legend["chance"] = metrics.SUMMARY_GLOSSARY["chance"]
+    names = [chart.name for chart in charts]
+    for section in sections:
+        names += section.components
+    for name in names:
+        if name in metrics.GLOSSARY:
+            legend[name] = metrics.GLOSSARY[name].meaning
+    return legend
 
 
 # --------------------------------------------------------------------------------------------------
@@ -75,8 +144,11 @@ def sha256(text):
 class Section:
     """A labelled group of episodes, as templates/report.html shows it."""
     label: str
+    note: str                           # what it shows
     num_episodes: int
     score: str                          # how many of them are right, in words
+    counts: dict                        # verdicts of all its episodes, see count_verdicts
+    components: list                    # names of the parts of the reward
     verdicts: list                      # of the episodes drawn
     cards: list                         # of the episodes drawn, as Markup
 
@@ -84,14 +156,18 @@ class Section:
     def left_out(self):
         return self.num_episodes - len(self.cards)
 
+    @property
+    def drawn_counts(self):
+        return count_verdicts(self.verdicts)
+
 
 def draw_sections(report, album):
     """The sections of a report -> list[Section]. Their pictures go into the album."""
     sections = []
     for label, episodes in report.sections:
-        sections.append(Section(label, len(episodes), score_in_words(episodes), [], []))
+        sections.append(empty_section(label, episodes, (report.notes or {}).get(label, "")))
     order = drawing_order(report.sections, report.drawn)
-    max_side = 640 if len(order) <= MANY_CARDS else 448
+    max_side = MAX_SIDE if len(order) <= MANY_CARDS else 448
     num_bytes = 0                       # of the cards; those of the pictures are in the album
     for i, k in tqdm(order, "drawing", unit=" episodes", leave=False, disable=None):
         if num_bytes + album.num_bytes > report.max_bytes:
@@ -103,6 +179,25 @@ def draw_sections(report, album):
         section.verdicts.append(episode_rows.verdict(episodes[k]))
         num_bytes += len(html)
     return sections
+
+
+def empty_section(label, episodes, note):
+    """A Section without its cards."""
+    components = {}                     # a dict keeps the order
+    for e in episodes:
+        components |= e.reward_components
+    counts = count_verdicts([episode_rows.verdict(e) for e in episodes])
+    return Section(label, note, len(episodes), score_in_words(episodes), counts, list(components),
+                   verdicts=[], cards=[])
+
+
+def count_verdicts(verdicts):
+    """-> {"all", "right", "wrong"}: how many there are. Some may be neither right nor wrong."""
+    return {
+        "all": len(verdicts),
+        "right": verdicts.count("right"),
+        "wrong": verdicts.count("wrong"),
+    }
 
 
 def drawing_order(sections, drawn):
@@ -163,21 +258,24 @@ class Frame:
     """Size of a chart and the room around its lines, in units of its drawing."""
     width: int = 300
     height: int = 150
-    left: int = 44
+    left: int = 54                      # room for a number of MOST_CHARACTERS, beside the lines
     right: int = 8
     top: int = 10
     bottom: int = 24
 
 
 FRAME = Frame()
+# Characters of a number beside a chart, at most.
+MOST_CHARACTERS = 7
 
 
 @dataclass
 class Chart:
     """A line chart, in units of its drawing (FRAME)."""
     name: str
-    last: float                         # the last value of the running mean
-    levels: list                        # [(y, value)]: the lowest and the highest value
+    meaning: str                        # "" if metrics.GLOSSARY does not know the name
+    last: str                           # the last value of the running mean
+    levels: list                        # [(y, value in words)]: the ends of the axis
     ends: list                          # [(x, step, anchor of the text)]: the first and last step
     values: Markup                      # points of the line of values
     means: Markup                       # points of the line of their running mean
@@ -215,15 +313,40 @@ def draw_chart(name, points):
     values = [value for _, value in points]
     means = running_mean(values, radius=len(values) // 16)
     first, last = steps[0], steps[-1]
-    low, high = min(values), max(values)
+    metric = metrics.GLOSSARY.get(name, metrics.Metric(""))
+    low, high = axis_of(metric, values)
     width = FRAME.width - FRAME.left - FRAME.right
     xs = [FRAME.left + width * share(step, first, last, otherwise=0.0) for step in steps]
     levels = []
     for value in dict.fromkeys((low, high)):
-        levels.append((round(height_of(value, low, high), 1), value))
+        levels.append((round(height_of(value, low, high), 1), short_number(value)))
     return Chart(
-        name, means[-1], levels, ends=[(xs[0], first, "start"), (xs[-1], last, "end")],
+        name, metric.meaning, short_number(means[-1]), levels,
+        ends=[(xs[0], first, "start"), (xs[-1], last, "end")],
         values=line_points(xs, values, low, high), means=line_points(xs, means, low, high))
+
+
+def axis_of(metric, values):
+    """-> (lowest, highest value of the axis): 0 and 1 for a rate, else those of the values.
+
+    From the lowest value to the highest, a rate that falls from 1 to 0.9 would look like a cliff.
+    """
+    if metric.is_rate:
+        return min(0, *values), max(1, *values)
+    return min(values), max(values)
+
+
+def short_number(value):
+    """A number with up to three digits, in at most MOST_CHARACTERS characters."""
+    text = f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+    if len(text) <= MOST_CHARACTERS and "e" not in text:
+        return text
+    for digits in (2, 1, 0):                            # 2.57e-4, then 2.6e-4, then 3e-4
+        mantissa, exponent = f"{value:.{digits}e}".split("e")
+        text = f"{float(mantissa):g}e{int(exponent)}"
+        if len(text) <= MOST_CHARACTERS:
+            break
+    return text
 
 
 def running_mean(values, radius):

@@ -1,6 +1,8 @@
 """Optional parts of the RL step, each behind a flag of train_rl.py that is off by default.
 
     --curiosity, --overlong     bonuses that depend on the group or on the length in tokens
+    --evidence-bonus            a bonus for looking at the right place, whatever the answer
+    --control                   rewards that know nothing of the right answer
     --over-turn                 what becomes of episodes that a limit cut off
     --papo-coef                 a second look at images that are mostly black
 
@@ -11,14 +13,44 @@ from dataclasses import replace
 
 import torch
 
+import data
 import grpo
+from appendix import evidence, run
+
+
+def check_bonuses(cfg, episode_limit):
+    """End the program if a bonus is asked for that this recipe would never pay.
+
+    episode_limit: tokens that an episode may sample at most.
+    """
+    can_zoom = data.PROMPT_STYLES[cfg.recipe] == "zoom"
+    for name in ("distinct_bonus", "tool_bonus", "curiosity", "evidence_bonus"):
+        if getattr(cfg, name) and not can_zoom:
+            run.fail(f"{run.flag_of(name)} pays for zooms, and the recipe {cfg.recipe} has none; "
+                     "expected 0, or --recipe vigorl-zoom")
+    if cfg.overlong > episode_limit:
+        run.fail(f"--overlong is {cfg.overlong}; expected at most the {episode_limit} tokens that "
+                 "an episode may sample")
+
+
+def warn_of_long_turns(vlm, traces, max_new_tokens):
+    """Print a line if the warm start teaches turns that a rollout would cut off."""
+    lengths = []                                        # in tokens, <|im_end|> included
+    for trace in traces:
+        for turn in trace.turns:
+            lengths.append(len(vlm.ids(turn.removeprefix(data.FORCE))) + 1)
+    too_long = sum(length > max_new_tokens for length in lengths)
+    if too_long:
+        print(f"warning: {too_long} of {len(lengths)} turns of the traces are longer than "
+              f"--max-new-tokens {max_new_tokens} (the longest: {max(lengths)}), so the policy "
+              "learns turns that its rollouts cut off")
 
 
 def add_group_bonuses(episodes, cfg, episode_limit):
     """Add the bonuses of --curiosity and --overlong to the rewards of whole groups, in place.
 
-    Each bonus is a reward component of its own, too. episode_limit: tokens that an episode may
-    sample at most.
+    The same for --evidence-bonus. Each bonus is a reward component of its own, too.
+    episode_limit: tokens that an episode may sample at most.
     """
     if cfg.curiosity:
         zooms = [float(sum(t.crop is not None for t in e.turns)) for e in episodes]
@@ -27,6 +59,9 @@ def add_group_bonuses(episodes, cfg, episode_limit):
     if cfg.overlong:
         lengths = torch.tensor([float(sum(e.completion_mask)) for e in episodes])
         add_bonus(episodes, "overlong", grpo.overlong(lengths, episode_limit, cfg.overlong))
+    if cfg.evidence_bonus:
+        saw = torch.tensor([float(evidence.saw(e) or 0) for e in episodes])
+        add_bonus(episodes, "evidence", cfg.evidence_bonus * saw)
 
 
 def add_bonus(episodes, name, bonus):
@@ -34,6 +69,24 @@ def add_bonus(episodes, name, bonus):
     for e, value in zip(episodes, bonus.flatten().tolist()):
         e.reward_components[name] = value
         e.reward_components["reward"] += value
+
+
+# Rewards that cannot teach the task, for comparison (2506.10947): a coin; the form alone; 1 for a
+# well-formed wrong answer.
+CONTROLS = ("random", "format", "inverted")
+
+
+def replace_by_control(episodes, cfg):
+    """Put the reward of --control in place of the episodes' rewards, if it is asked for."""
+    for i, e in enumerate(episodes):
+        parts = e.reward_components
+        if cfg.control == "random":
+            coin = random.Random(f"{cfg.seed}/{e.sample.id}/{i % cfg.group_size}")
+            parts["reward"] = float(coin.random() < 0.5)
+        if cfg.control == "format":
+            parts["reward"] = parts["format"]
+        if cfg.control == "inverted":
+            parts["reward"] = parts["format"] * (1 - parts["accuracy"])
 
 
 def finished_by_themselves(episodes):

@@ -14,7 +14,7 @@ import data
 import evaluate
 import train_sft
 import zoom_rollout
-from appendix import memory, metrics, prefix, ranks, run
+from appendix import memory, metrics, prefix, ranks, rl_options, run
 from appendix.split import hold_out
 from model import is_tiny
 
@@ -163,6 +163,7 @@ def fine_tune_on_traces(vlm, train_rows, held_out, cfg):
         plain=cfg.plain)
     style = data.PROMPT_STYLES[cfg.recipe]
     losses, traces = train_sft.warm_start(vlm, sft, style, train_rows, vlm.toy_side, held_out)
+    rl_options.warn_of_long_turns(vlm, traces, cfg.max_new_tokens)
     print(f"warm start: {len(traces)} traces, loss {losses[0]:.2f} -> {losses[-1]:.2f}, "
           f"{time.time() - began:.0f} s")
 
@@ -170,11 +171,16 @@ def fine_tune_on_traces(vlm, train_rows, held_out, cfg):
 # --------------------------------------------------------------------------------------------------
 # measure
 
-def measure(vlm, cfg, samples, label):
-    """Held-out accuracy in each zoom mode, sampled as in training.
+@dataclass
+class Measurement:
+    """The held-out questions in one zoom mode."""
+    summary: dict                                       # evaluate.summarise(rows)
+    rows: list                                          # one per question, of all ranks
+    episodes: list                                      # of this rank
 
-    -> {mode: (evaluate.summarise(...), episodes)}
-    """
+
+def measure(vlm, cfg, samples, label):
+    """Held-out accuracy in each zoom mode, sampled as in training -> {mode: Measurement}."""
     can_zoom = data.PROMPT_STYLES[cfg.recipe] == "zoom"
     modes = list(evaluate.MODES) if can_zoom else ["on"]
     options = evaluate.RunOptions(recipe=cfg.recipe, plain=cfg.plain)
@@ -183,10 +189,12 @@ def measure(vlm, cfg, samples, label):
         config = replace(rollout_config(cfg, cfg.seed), zoom=mode)
         episodes = evaluate.run_episodes(vlm, samples, config, options)
         rows = ranks.gather(evaluate.summary_rows(episodes))
-        out[mode] = evaluate.summarise(rows), episodes
+        out[mode] = Measurement(evaluate.summarise(rows), rows, episodes)
     shares = []
-    for mode, (s, _) in out.items():
-        shares.append(f"zoom {mode} {s['accuracy']:.1%} [{s['low']:.1%}, {s['high']:.1%}]")
+    for mode, measured in out.items():
+        s = measured.summary
+        what = f"zoom {mode}" if can_zoom else "accuracy"
+        shares.append(f"{what} {s['accuracy']:.1%} [{s['low']:.1%}, {s['high']:.1%}]")
     print(f"{label}: {'; '.join(shares)}")
     return out
 
@@ -314,16 +322,22 @@ def best_and_worst(episodes):
 # --------------------------------------------------------------------------------------------------
 # the end
 
-def group_to_show(vlm, episodes, cfg):
-    """The group whose advantages differ most. What the report shows is added to its episodes."""
+def groups_to_show(earlier, step, episodes, cfg):
+    """The groups of the report: of the first and of the latest step that had a signal.
+
+    -> [(steps done, the episodes of a group)], at most two. earlier: the same of the steps before.
+    Of a step, the group whose advantages differ most is shown; if all are 0, there is no signal.
+    """
     G = cfg.group_size
     groups = [episodes[i:i + G] for i in range(0, len(episodes), G)]
     group = max(groups, key=advantage_range)
+    if advantage_range(group) == 0:
+        return earlier
+    light = []                                          # without views, whose features are large
     for e in group:
-        e.token_texts = evaluate.token_texts(vlm, e)
-        e.shown_as = {"crop_from": cfg.crop_from, "fed": e.views[0].fed}
-    describe(group, cfg)
-    return group
+        shown_as = {"crop_from": cfg.crop_from, "fed": e.views[0].fed}
+        light.append(replace(e, views=[], shown_as=shown_as))
+    return earlier[:1] + [(step + 1, light)]
 
 
 def advantage_range(group):
@@ -331,7 +345,7 @@ def advantage_range(group):
     return max(advantages) - min(advantages)
 
 
-def finish(vlm, held_out, run_log, planned_bytes):
+def finish(vlm, held_out, run_log, groups, planned_bytes):
     """Measure again; write summary.json and report.html; print the results."""
     cfg = run_log.cfg
     progress = run_log.progress
@@ -341,35 +355,81 @@ def finish(vlm, held_out, run_log, planned_bytes):
     folder = run_folder(cfg)
     with open(os.path.join(folder, "metrics.jsonl"), encoding="utf-8") as f:
         curves = [json.loads(line) for line in f]
-    summaries = {mode: summary for mode, (summary, _) in after.items()}
+    summaries = {mode: measured.summary for mode, measured in after.items()}
     seconds = progress.seconds + time.time() - run_log.began
     summary = metrics.summarise_run(progress.before, summaries, held_out, curves, seconds)
+    run.write_rows(os.path.join(folder, "held_out.jsonl"), held_out_rows(after))
     run.write_json(os.path.join(folder, "summary.json"), summary)
     metrics.print_results(progress.before, summaries, summary, curves)
     page = "summary.json has the figures"
     if not cfg.plain:
-        write_report(run_log, after, curves)
+        write_report(run_log, after, groups, curves, summary)
         page = "report.html shows the episodes"
     planned = "" if is_tiny(cfg.model) else f" (planned {planned_bytes / 1e9:.1f})"
     print(f"{summary['seconds']:.0f} s in all, peak memory {memory.peak_memory() / 1e9:.2f} GB"
           f"{planned}; {folder}/{page}")
 
 
-def write_report(run_log, after, curves):
-    """runs/NAME/report.html: curves, the table of accuracies, episodes before and after."""
-    from appendix import report
+def held_out_rows(after):
+    """{mode: Measurement} -> the rows of held_out.jsonl: was this question answered right?"""
+    rows = []
+    for mode, measured in after.items():
+        for row in measured.rows:
+            right = evaluate.is_right(row, row.get("benchmark"))
+            rows.append({"mode": mode, "id": row["id"], "right": right})
+    return rows
+
+
+def write_report(run_log, after, groups, curves, summary):
+    """runs/NAME/report.html: curves, the table of accuracies, groups, episodes before and after.
+
+    summary: the content of summary.json.
+    """
+    from appendix import group_view, report
     cfg = run_log.cfg
     before = run_log.progress.before
     sections = list(run_log.progress.sections)
-    for mode, (_, episodes) in after.items():
-        sections.append((f"after RL, {evaluate.MODES[mode]}", episodes))
+    lessons = [group_view.make_lesson(step, group, cfg) for step, group in groups]
+    for step, group in groups[-1:]:
+        for e in group:
+            e.token_texts = evaluate.token_texts(run_log.vlm, e)
+        describe(group, cfg)
+        sections.append((f"one group of step {step}", group))
+    for mode, measured in after.items():
+        label = evaluate.mode_label(mode, can_zoom=len(after) > 1)
+        sections.append((f"after RL, {label}", measured.episodes))
     modes = list(after)
-    table = [("", [evaluate.MODES[mode] for mode in modes]),
+    table = [("", [evaluate.mode_label(mode, can_zoom=len(modes) > 1) for mode in modes]),
              ("before RL", [before[mode] for mode in modes]),
-             ("after RL", [after[mode][0] for mode in modes])]
+             ("after RL", [after[mode].summary for mode in modes])]
     settings = asdict(cfg)
+    for name in ("name", "resume", "fresh"):            # the name stands in the title
+        settings.pop(name)
     changed = {k: v for k, v in settings.items() if v != getattr(type(cfg), k)}
     question = os.path.basename(cfg.data) if cfg.data else cfg.task
-    page = report.Report(title=f"{question}, {run_log.vlm.name}", sections=sections,
-                         curves=curves, table=table, settings=changed)
+    page = report.Report(title=f"{run_log.vlm.name} learns {question}", sections=sections,
+                         curves=curves, table=table, settings=changed, run=cfg.name,
+                         num_questions=summary["n"], chance=summary["chance"],
+                         notes=report_notes(modes, groups), lessons=lessons)
     report.write_report(os.path.join(run_folder(cfg), "report.html"), page)
+
+
+def report_notes(modes, groups=()):
+    """What the parts of the report show -> {label of a row, column or section: sentence}.
+
+    modes: the zoom modes that were measured. If it is one, there is no control.
+    groups: see groups_to_show.
+    """
+    notes = {
+        "before RL": "The policy before the first RL step; after the warm start, if there is one.",
+        "after RL": "The policy after the last RL step, asked the same questions. They are held "
+                    "out: no step has trained on them.",
+    }
+    if len(modes) > 1:
+        notes |= metrics.control_notes()
+        for mode in modes:
+            notes[f"after RL, {evaluate.MODES[mode]}"] = metrics.CONTROLS[mode]
+    for step, _ in groups:
+        notes[f"one group of step {step}"] = ("Tries at one question of a training step, with the "
+                                              "advantage that every token of a try got.")
+    return notes

@@ -123,7 +123,7 @@ def read_target(target, images, where):
                         f"expected {expected}")
     out = dict(target)
     if "norm_box" in target:
-        x1, y1, x2, y2 = need_numbers(out.pop("norm_box"), 4, where, "norm_box")
+        x1, y1, x2, y2 = read_shares(out.pop("norm_box"), where)
         width, height = open_image(images[index], where, size_only=True)
         out["box"] = [x1 * width, y1 * height, x2 * width, y2 * height]
     if "norm_polygon" in target:
@@ -138,6 +138,15 @@ def read_target(target, images, where):
     out["image"] = index
     out["box"] = need_numbers(out.get("box"), 4, where, "box")
     return out
+
+
+def read_shares(box, where):
+    """A norm_box. It may leave its image by as much as appendix/faults.py allows, 5 % of a side."""
+    shares = need_numbers(box, 4, where, "norm_box")
+    if not -0.05 <= min(shares) <= max(shares) <= 1.05:
+        raise DataError(f"{where}norm_box is {box}; expected shares of the image's sides, 0 to 1 "
+                        "(\"box\" is in pixels)")
+    return shares
 
 
 def read_corners(target, key, where):

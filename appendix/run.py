@@ -16,6 +16,7 @@ import shutil
 import signal
 import socket
 import sys
+import time
 import typing
 from dataclasses import fields
 
@@ -63,6 +64,7 @@ def exit_on_error(out_of_memory="", interrupted="", saved=""):
     except KeyboardInterrupt:
         if not interrupted:
             raise
+        print(file=sys.stderr)                          # a progress bar may stand in this line
         fail(interrupted)
 
 
@@ -134,6 +136,11 @@ def write_json(path, obj):
     write_text(path, json.dumps(obj, indent=1))
 
 
+def write_rows(path, rows):
+    """Write a JSONL file, atomically. Rank 0 writes."""
+    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
 def append_rows(path, rows):
     """Add rows to a JSONL file. Rank 0 writes."""
     if ranks.rank() > 0:
@@ -187,17 +194,51 @@ def lock(folder):
     if ranks.rank() > 0:
         return
     path = os.path.join(folder, "lock")
-    me = {"process": os.getpid(), "host": socket.gethostname()}
-    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
-        with open(path, encoding="utf-8") as f:
-            owner = json.load(f)
+    me = json.dumps({"process": os.getpid(), "host": socket.gethostname()})
+    for _ in range(10):
+        try:
+            # O_EXCL: of two programs that come at the same moment one makes the file, one fails.
+            handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
+        except FileExistsError:
+            remove_stale_lock(path, folder)
+            continue
+        with open(handle, "w", encoding="utf-8") as f:
+            f.write(me)
+        atexit.register(unlock, path, os.getpid())
+        return
+    fail(f"other programs are about to work in {folder}; try again when they have ended")
+
+
+def remove_stale_lock(path, folder):
+    """Remove a lock whose process has ended; if it may still run, end this program."""
+    text = text_of_lock(path)
+    if text == "":
+        time.sleep(0.1)                                 # the other program is just writing it
+        text = text_of_lock(path)
+    with contextlib.suppress(ValueError, TypeError, KeyError):
+        owner = json.loads(text)
         process = owner["process"]
         host = owner["host"]
-        if host != me["host"] or is_running(process):
+        if host != socket.gethostname() or is_running(process):
             fail(f"process {process} on {host} works in {folder}; wait for it, or name another "
                  f"folder. If it is gone, remove {path}")
-    write_json(path, me)
-    atexit.register(unlock, path, os.getpid())
+    # Rename first: if another program has put its own lock there meanwhile, it gets that back.
+    aside = f"{path}.{os.getpid()}"
+    with contextlib.suppress(FileNotFoundError):
+        os.rename(path, aside)
+        if text_of_lock(aside) == text:
+            os.remove(aside)
+        else:
+            os.rename(aside, path)
+
+
+def text_of_lock(path):
+    """What a lock says; "" if it is gone."""
+    try:
+        with open(path, encoding="utf-8", errors="replace") as f:
+            return f.read()
+    except FileNotFoundError:
+        return ""
 
 
 def refuse_to_overwrite(folder, results, fresh, go_on=""):

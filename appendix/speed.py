@@ -232,4 +232,5 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    with run.exit_on_error(interrupted="interrupted"):
+        main()

@@ -15,7 +15,7 @@ import data
 import rewards
 import train_sft
 import zoom_rollout
-from appendix import speed_setup, tree_search
+from appendix import evidence, speed_setup, tree_search
 
 TASKS = ("search", "relation")
 DIFFICULTIES = ("medium", "hard")
@@ -129,7 +129,7 @@ def share_solved_by_looking(groups):
     solved = []
     for paths in groups:
         right = [path for path in paths if tree_search.outcome(path)]
-        solved.append(any(train_sft.saw_it([path.episode]) for path in right))
+        solved.append(any(evidence.saw(path.episode) for path in right))
     return statistics.mean(solved)
 
 

@@ -14,7 +14,7 @@ from zoom_rollout import Trace
 
 
 def show_traces(traces):
-    """Print traces; the points of a trace are numbered in the order in which it names them."""
+    """Print traces; the points of their thoughts are numbered in the order in which they come."""
     for trace in traces:
         sample = trace.sample
         right = sample.answer or sample.targets
@@ -22,27 +22,27 @@ def show_traces(traces):
             right = sample.options[sample.answer]
         print(f"\n{sample.id}  {trace.kind}")
         print(f"{sample.question}  {' / '.join(sample.options)}   (right: {right})")
-        numbers = {}                                    # "x,y": its number
+        numbers = {}                                    # "(x,y)": its number
         for turn in trace.turns:
-            text = re.sub(r"[(\[](-?\d+, ?-?\d+)[)\]]", lambda m: with_number(m, numbers), turn)
+            text = re.sub(r"\(-?\d+, ?-?\d+\)", lambda m: with_number(m, numbers), turn)
             print("  " + text.replace("\n", "\n  "))
 
 
 def with_number(match, numbers):
     """A point of the text and its number, a new one if the point is new."""
-    number = numbers.setdefault(match[1].replace(" ", ""), len(numbers) + 1)
+    number = numbers.setdefault(match[0].replace(" ", ""), len(numbers) + 1)
     return f"{match[0]}[{number}]"
 
 
-def draw_trees(vlm, folder, traces, counts):
-    """trees.html: the search trees of the questions that have traces."""
+def draw_trees(vlm, folder, traces, counts, cfg):
+    """trees.html: the search trees of the questions that have traces. cfg: train_sft.Config."""
     from appendix import trees_page
     samples = {}                                        # {sample id: (Sample, View)}
     for trace in traces:
         view = vlm.view(files.sample_image(trace.sample, 0))
         samples[trace.sample.id] = (trace.sample, view)
     log = os.path.join(folder, "trees.jsonl")
-    trees_page.write_trees_page(os.path.join(folder, "trees.html"), log, samples)
+    trees_page.write_trees_page(os.path.join(folder, "trees.html"), log, samples, cfg)
     print(f"{len(traces)} traces from {counts['solved']} of {counts['trees']} questions; "
           f"{folder}/trees.html draws the trees, {log} holds them")
 

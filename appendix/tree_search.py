@@ -151,7 +151,8 @@ def is_new(path, leaf, min_distance):
 def play_out(sampler, children, cfg):
     """Continue each child cfg.rollouts times to an answer; every outcome is backed up.
 
-    A rollout may take cfg.rollout_steps steps, and no more than the depth of the tree.
+    A rollout may take cfg.rollout_steps steps, and no more than the depth of the tree; then it must
+    answer. (The original counts the answer as a step.)
     """
     running = []                                        # (child, path)
     for child in children:
@@ -232,29 +233,28 @@ def search_traces(vlm, cfg, style, questions=None, side=data.SIDE, log=""):
     counts = {"trees": 0, "solved": 0, "tokens_computed": 0, "tokens_naive": 0, "seconds": 0.0}
     began = time.time()
     rng = random.Random(cfg.seed)                                       # for --reorder
-    bar = tqdm(total=len(questions) if questions else cfg.n, desc="tree search",
-               unit=" questions" if questions else " traces")
-    for number in itertools.count():
-        batch = next_batch(cfg, questions, side, number, len(traces))
-        if not batch:
-            break
-        digests = [files.digest(sample) for sample in batch]
-        new = [s for s, digest in zip(batch, digests) if digest not in trees]
-        if new:
-            trees |= grow_trees(vlm, new, within, cfg, log, counts)
-        for sample, digest in zip(batch, digests):
-            chains = linearise(trees[digest], cfg)
-            counts["trees"] += 1
-            counts["solved"] += any(chain.kind == "direct" for chain in chains)
-            for chain in chains:
-                turns = to_turns(chain.steps, chain.answer, style, cfg.max_zooms,
-                                 cfg.min_distance, cfg.reorder, rng)
-                traces.append(Trace(sample, turns, chain.kind))
-        counts["seconds"] = round(time.time() - began, 1)
-        solved = f"{counts['solved']} of {counts['trees']} questions solved"
-        bar.set_postfix_str(solved, refresh=False)
-        bar.update((counts["trees"] if questions else len(traces)) - bar.n)
-    bar.close()
+    with tqdm(total=len(questions) if questions else cfg.n, desc="tree search",
+              unit=" questions" if questions else " traces") as bar:
+        for number in itertools.count():
+            batch = next_batch(cfg, questions, side, number, len(traces))
+            if not batch:
+                break
+            digests = [files.digest(sample) for sample in batch]
+            new = [s for s, digest in zip(batch, digests) if digest not in trees]
+            if new:
+                trees |= grow_trees(vlm, new, within, cfg, log, counts)
+            for sample, digest in zip(batch, digests):
+                chains = linearise(trees[digest], cfg)
+                counts["trees"] += 1
+                counts["solved"] += any(chain.kind == "direct" for chain in chains)
+                for chain in chains:
+                    turns = to_turns(chain.steps, chain.answer, style, cfg.max_zooms,
+                                     cfg.min_distance, cfg.reorder, rng)
+                    traces.append(Trace(sample, turns, chain.kind))
+            counts["seconds"] = round(time.time() - began, 1)
+            solved = f"{counts['solved']} of {counts['trees']} questions solved"
+            bar.set_postfix_str(solved, refresh=False)
+            bar.update((counts["trees"] if questions else len(traces)) - bar.n)
     if not traces:
         raise files.DataError(
             f"tree search found no right answer to any of {counts['trees']} questions: search more "

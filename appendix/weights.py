@@ -69,6 +69,19 @@ def is_tiny(name):
     return os.path.exists(os.path.join(name, "vlm.json")) and card_of(name)["name"] == "tiny"
 
 
+def note_on_tiny(name, samples, command):
+    """Print a note if the tiny model is asked about anything but toy scenes.
+
+    samples: the rows of a file; command: what was typed, without its flags.
+    """
+    if not is_tiny(name) or all("scenes" in s.meta for s in samples):
+        return
+    print("note: the tiny model knows the toy world only, so expect no right answers to these "
+          f"questions. They need a released model (one GPU): python {command} --model qwen2.5-vl-3b"
+          " --data FILE. To try a file of your own without one: python data.py draw search 64, "
+          "then --data scenes/search.jsonl")
+
+
 # --------------------------------------------------------------------------------------------------
 # device and precision
 

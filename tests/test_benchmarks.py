@@ -313,7 +313,7 @@ def test_folder_of_files(folder):
         put(folder, f"pro/annotations/{i}.json", [{**row, "id": f"i{i}"}])
     put(folder, "pro/annotations/._0.json", b"\0\5\x16"), put(folder, f"pro/images/{A}", FILES[A])
     assert [s.id for s in convert("screenspot_pro", str(folder / "pro"), images=str(folder / "pro" / "images"))] == ["i0", "i1", "i2"]
-    with pytest.raises(data.DataError, match="sub holds no .json, .jsonl or .parquet file"):
+    with pytest.raises(data.DataError, match="sub holds no file that ends in .json, .jsonl, .parquet$"):
         converting.convert("screenspot_pro", str(folder / "sub"))
 
 # -----------------------------------------------------------------------------
@@ -502,16 +502,110 @@ def test_counts_and_first_options(folder, capsys):
     out = capsys.readouterr().out
     assert "whole file" not in out and "always the first option" in out and "150 of 150 gold answers" in out
     convert("screenspot", put(folder, "web.json", [ROWS["screenspot"][0]]))
-    assert "0 of 436 web" in capsys.readouterr().out
+    assert "not the whole file: 1 of 1272 rows (0 of 502 mobile, 0 of 334 desktop, 0 of 436 web)\n" in capsys.readouterr().out
     convert("sat", put(folder, "sat.json", [row] * 11 + [{**row, "correct_answer": "right"}]))
     out = capsys.readouterr().out
     assert "12 of 150 or 4000 or 4001 rows" in out and "always the first" not in out
 
+@pytest.mark.parametrize("case, key", [
+    ("vlm-r1", "solution"), ("vlm-r1", "problem"), ("vlm-r1", "image"), ("lisa", "boxes"), ("lisa", "instruction"), ("lisa", "image_path"), ("llmseg", "bbox"),
+    ("llmseg", "question"), ("screenspot", "img_filename"), ("screenspot", "bbox"), ("screenspot_pro", "img_filename"), ("robospatial yes", "img"),
+    ("vigorl eval", "image"), ("vigorl eval", "conversations"), ("vstar jsonl", "text"), ("mig_bench", "answer"), ("univg-r1", "images")])
+def test_a_missing_field_has_the_name_of_its_layout(folder, case, key):
+    """Bug: a file of VLM-R1 that lacks "solution" is told to have no "bbox"; one without its image, no "images"."""
+    row = {k: v for k, v in ROWS[case][0].items() if k != key}
+    with pytest.raises(data.DataError, match=f"rows.json, record 1: field '{key}' is missing"):
+        converting.convert(case.split()[0], put(folder, "rows.json", [row]))
+
+def test_a_missing_image_of_blink_and_sat(folder):
+    blink = {"idx": "val_Jigsaw_1", "prompt": "Which?\nSelect from the following choices.\n(A) 1\n(B) 2", "choices": ["1", "2"], "answer": "(B)"}
+    sat = {k: v for k, v in ROWS["sat json"][0].items() if k != "img_paths"}
+    for name, row, key in (("blink", blink, "image_1"), ("sat", sat, "images")):
+        with pytest.raises(data.DataError, match=f"record 1: field '{key}' is missing"):
+            converting.convert(name, put(folder, "rows.json", [row]))
+
+def screens(**numbers):
+    """A file of ScreenSpot with so many rows of each platform."""
+    row = ROWS["screenspot"][0]
+    return [{**row, "img_filename": f"{kind}_{A}"} for kind, n in numbers.items() for _ in range(n)]
+
+def test_only_one_category(folder, capsys):
+    """Bug: the categories that nobody asked for are called missing; a category that does not exist leaves the reader without a hint."""
+    for kind in ("pc", "mobile", "web"):
+        put(folder, f"{kind}_{A}", FILES[A])
+    path = put(folder, "s.json", screens(web=436, pc=3))
+    checked = lambda name, path, only="": converting.check(name, *converting.convert(name, path, only=only)[:2], only)
+    checked("screenspot", path, "web")
+    assert "whole file" not in capsys.readouterr().out
+    checked("screenspot", path, "desktop")
+    assert "not the whole file: 3 of 334 desktop\n" in capsys.readouterr().out
+    checked("screenspot", path, "icon")                                             # not published by kind: nothing to compare
+    assert "whole file" not in capsys.readouterr().out
+    with pytest.raises(data.DataError, match="holds no rows of category 'icn'; its categories: web, icon, desktop$"):
+        converting.convert("screenspot", path, only="icn")
+
+def test_blink_counts_its_val_split(folder, capsys):
+    """Bug: rows of the test split, which is published too, make up for missing ones of val."""
+    row = lambda split, i: {"idx": f"{split}_Counting_{i}", "prompt": "?\nSelect from the following choices.\n", "choices": ["a", "b"], "answer": "(A)", "image_1": A}
+    path = put(folder, "b.json", [row("val", i) for i in range(100)] + [row("test", i) for i in range(20)])
+    for only in ("", "val"):
+        samples, counts, _ = converting.convert("blink", path, only=only)
+        converting.check("blink", samples, counts, only)
+        assert "not the whole file: 100 of 1901 rows (0 of 117 Art_Style, 100 of 120 Counting, " in capsys.readouterr().out
+
+def test_the_two_screenspots_are_told_apart(folder, capsys):
+    """Claim: 501, 334 and 437 rows are those of the second version, 502, 334 and 436 those of the first."""
+    for kind in ("pc", "mobile", "web"):
+        put(folder, f"{kind}_{A}", FILES[A])
+    versions = {"screenspot": dict(mobile=502, pc=334, web=436), "screenspot_v2": dict(mobile=501, pc=334, web=437)}
+    for name in versions:
+        for made, numbers in versions.items():
+            for part in (numbers, {"web": numbers["web"]}):
+                samples, counts, _ = converting.convert(name, put(folder, "s.json", screens(**part)))
+                converting.check(name, samples, counts)
+                out = capsys.readouterr().out
+                assert (f"the numbers of rows are those of {made}, not of {name}: is NAME right?" in out) == (name != made)
+                assert ("not the whole file" in out) == (name == made and len(part) == 1)
+
+def test_files_of_a_folder_are_named_and_chosen(folder, monkeypatch, capsys):
+    """Bug: a folder's other files (another version, results) are converted too, without a word."""
+    row = ROWS["screenspot"][0]
+    for name in ("web.json", "sub2/web_v2.json"):
+        put(folder, f"f/{name}", [{**row, "instruction": name}])
+    put(folder, f"f/{A}", FILES[A])
+    run(monkeypatch, capsys, "screenspot", folder / "f" / "web.json", folder / "o.jsonl")
+    said = run(monkeypatch, capsys, "screenspot", folder / "f", folder / "o.jsonl")
+    assert f"files read from {folder}/f (--files chooses): web.json, sub2/web_v2.json\n2 rows" in said
+    for pattern, taken in (("*_v2.json", "sub2/web_v2.json"), ("sub2/*", "sub2/web_v2.json"), ("web.json", "web.json")):
+        said = run(monkeypatch, capsys, "screenspot", folder / "f", folder / "o.jsonl", "--files", pattern)
+        assert f"(--files chooses): {taken}\n1 rows" in said and data.read_jsonl(str(folder / "o.jsonl"))[0].question == taken
+    with pytest.raises(data.DataError, match="no file of .* matches --files 'x'; it has web.json, sub2/web_v2.json"):
+        run(monkeypatch, capsys, "screenspot", folder / "f", folder / "o.jsonl", "--files", "x")
+    with pytest.raises(data.DataError, match="--files chooses among the files of a folder; .*web.json is read as it is"):
+        run(monkeypatch, capsys, "screenspot", folder / "f" / "web.json", folder / "o.jsonl", "--files", "x")
+
+@pytest.mark.parametrize("box", [[10, 20, 60, 50], [0.1, 0.2, 0.5, 1.2], [-0.2, 0, 1, 1]])
+def test_a_norm_box_is_on_0_to_1(folder, box):
+    """Bug: pixels under "norm_box" are multiplied by the size of the image once more."""
+    row = {"images": [A], "question": "?", "answer_type": "point", "targets": [{"image": 0, "norm_box": box}]}
+    with pytest.raises(data.DataError, match="o.jsonl, line 1: norm_box is .*; expected shares of the image's sides, 0 to 1"):
+        data.read_jsonl(put(folder, "o.jsonl", json.dumps(row)))
+
+def test_a_full_disk_leaves_no_temporary_file(folder, monkeypatch, capsys):
+    """Bug: a conversion that finds the disk full leaves out.jsonl.tmp behind."""
+    path = put(folder, "web.json", [ROWS["screenspot"][0]])
+    def full(*_):
+        raise OSError(28, "No space left on device")
+    with monkeypatch.context() as patch, pytest.raises(OSError):
+        patch.setattr(os, "replace", full)
+        run(patch, capsys, "screenspot", path, folder / "new" / "out.jsonl")
+    assert os.listdir(folder / "new") == []
+
 def test_known_numbers():
     """Bug: a slip in the published counts."""
     total = lambda name: sum(benchmarks.CONVERTERS[name].published.values())
-    assert {n: total(n) for n in ("vstar", "blink", "robospatial", "screenspot", "screenspot_pro", "mig_bench", "mig_bench_revised")} == {
-        "vstar": 191, "blink": 1901, "robospatial": 350, "screenspot": 1272, "screenspot_pro": 1581, "mig_bench": 4295, "mig_bench_revised": 4276}
+    assert {n: total(n) for n in ("vstar", "blink", "robospatial", "screenspot", "screenspot_v2", "screenspot_pro", "mig_bench", "mig_bench_revised")} == {
+        "vstar": 191, "blink": 1901, "robospatial": 350, "screenspot": 1272, "screenspot_v2": 1272, "screenspot_pro": 1581, "mig_bench": 4295, "mig_bench_revised": 4276}
 
 # -----------------------------------------------------------------------------
 # do the tests bite? Each row puts one bug into a reader, the check or rewards.py; the named test must fail.
@@ -521,8 +615,8 @@ def converter(read, to_row, layout, more=""):
 
 MUTATIONS = [
     ("appendix.benchmarks:box_target", "corners = [a, b, a + c, b + d]", "corners = [a, b, c, d]", test_row, dict(case="screenspot")),
-    ("appendix.benchmarks:CONVERTERS", converter("published_rows", "from_screenspot", "xywh px", ", {'': (1272,)}"),
-     converter("published_rows", "from_screenspot", "xyxy px", ", {'': (1272,)}"), test_row, dict(case="screenspot_v2")),
+    ("appendix.benchmarks:CONVERTERS", converter("published_rows", "from_screenspot", "xywh px", ", SCREENSPOT_V2"),
+     converter("published_rows", "from_screenspot", "xyxy px", ", SCREENSPOT_V2"), test_row, dict(case="screenspot_v2")),
     ("appendix.benchmarks:CONVERTERS", converter("published_rows", "from_screenspot", "xyxy 0-1", ", SCREENSPOT"),
      converter("published_rows", "from_screenspot", "xywh 0-1", ", SCREENSPOT"), test_screenspot_parquet, {}),
     ("appendix.benchmarks:box_target", "not low < max(a, b, c, d) <= high", "False", test_contradicted_layout, dict(name="lisa", values=[0.1, 0.2, 0.5, 0.9])),
@@ -574,14 +668,20 @@ MUTATIONS = [
     ("appendix.convert:convert", "str(row['id']) in taken", "False", test_whole_range_of_ids, {}),
     ("appendix.convert:convert", "row.get('id') is None", "not row.get('id')", test_whole_range_of_ids, {}),
     ("appendix.convert:convert", "not skip_missing", "False", test_command, {}),
-    ("appendix.data_commands:run_convert", "if args.check:\n    convert.check(args.name, samples, counts)\ndata.write_jsonl(args.out, samples)",
-     "data.write_jsonl(args.out, samples)\nif args.check:\n    convert.check(args.name, samples, counts)", test_nothing_half_written, {}),
+    ("appendix.data_commands:run_convert", "if args.check:\n    convert.check(args.name, samples, counts, args.only)",
+     "data.write_jsonl(args.out, samples)\nif args.check:\n    convert.check(args.name, samples, counts, args.only)", test_nothing_half_written, {}),
     ("appendix.convert:print_incomplete", "counts[category] not in possible", "False", test_counts_and_first_options, {}),
     ("appendix.files:parquet_rows", "raise DataError(f'{path} is a parquet file; to read it: pip install pyarrow') from None", "return []", test_no_pyarrow, {}),
-    ("appendix.benchmarks:published_rows", "name.endswith(('.json', '.jsonl', '.parquet')) and not name.startswith('.')",
-     "name.endswith(('.json', '.jsonl', '.parquet'))", test_folder_of_files, {}),
-    ("appendix.benchmarks:published_rows", "for file in files:\n    yield from read_rows(file)", "for file in files[:1]:\n    yield from read_rows(file)",
-     test_folder_of_files, {}),
+    ("appendix.benchmarks:used_key", "keys[0]", "keys[-1]", test_a_missing_field_has_the_name_of_its_layout, dict(case="vlm-r1", key="problem")),
+    ("appendix.benchmarks:image_under", "isinstance(image, (str, bytes, dict))", "True", test_a_missing_field_has_the_name_of_its_layout, dict(case="vlm-r1", key="image")),
+    ("appendix.convert:print_incomplete", "only and only != converter.split", "False", test_only_one_category, {}),
+    ("appendix.convert:convert", "not converter.split or converter.split in row['category']", "True", test_blink_counts_its_val_split, {}),
+    ("appendix.convert:same_numbers", "(converter.to_row, converter.layout) != (own.to_row, own.layout)", "True", test_the_two_screenspots_are_told_apart, {}),
+    ("appendix.convert:files_of", "not pattern", "True", test_files_of_a_folder_are_named_and_chosen, {}),
+    ("appendix.rows:read_shares", "-0.05 <= min(shares) <= max(shares) <= 1.05", "min(shares) <= 1.05", test_a_norm_box_is_on_0_to_1, dict(box=[0.1, 0.2, 0.5, 1.2])),
+    ("appendix.convert:files_of", "name.endswith(endings) and not name.startswith('.')", "name.endswith(endings)", test_folder_of_files, {}),
+    ("appendix.convert:published_rows", "for name in names:\n    yield from converter.read(os.path.join(path, name), root)",
+     "for name in names[:1]:\n    yield from converter.read(os.path.join(path, name), root)", test_folder_of_files, {}),
     ("appendix.rows:write_image", r"{b'\xff\xd8': 'jpg', b'\x89P': 'png'}", r"{b'\xff\xd8': 'jpg', b'\x89P': 'png', b'RI': 'png'}", test_webp_in_parquet, {}),
     ("appendix.benchmarks:box_target", "corners = [v / 1000 for v in corners]", "pass", test_row, dict(case="univg-r1")),
     ("rewards:point_in_target", "'polygon' in target and not in_polygon(x, y, target['polygon'])", "False", test_robospatial_place, {}),

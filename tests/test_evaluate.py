@@ -12,7 +12,7 @@ from PIL import Image
 from conftest import ROOT, check_mutation, names
 
 import data, evaluate, rewards, zoom_rollout
-from appendix import analysis, card, episode_rows, evaluation_run, files, page, predictions, prefix
+from appendix import agent_answers, analysis, card, episode_rows, evaluation_run, files, page, predictions, prefix
 from data import Sample
 from evaluate import RunOptions
 from zoom_rollout import Episode, RolloutConfig, Turn
@@ -346,6 +346,128 @@ def test_fed_pixels_are_those_of_the_family(tmp_path, monkeypatch, capsys):
     assert heights == {"qwen2.5-vl-3b": 500 / 504, "qwen3-vl-2b": 500 / 512}
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# The forms and spellings that predictions come in
+
+def write_file(path, obj):
+    path.write_text(json.dumps(obj))
+    return str(path)
+
+
+def scored(folder, path, *flags):
+    return evaluate.main(["--data", str(folder / "bench.jsonl"), "--predictions", path, "--out", str(folder / "forms"), "--fresh", *flags])
+
+
+def test_forms_of_predictions(bench):
+    """Claim: each form that --form names finds the same questions: by id, by order, by image and question, in the files of two evaluators."""
+    folder, run = bench
+    three = ["(110, 55)", "(315, 15)", "checked"]
+    questions = [("a.png", "Click it."), ("b.png", "Click it."), ("a.png", "Which pattern?")]
+    rows = [{"image": f"other/{image}", "question": q, "text": t} for (image, q), t in zip(questions, three)]
+    for form, held in {"dict": dict(zip(["p1", "p2", "c1"], three)), "order": three, "question": rows[::-1],
+                       "vlm-r1": {"results": [{"image": r["image"], "question": r["question"], "model_output": r["text"]} for r in rows]}}.items():
+        assert scored(folder, write_file(folder / "f.json", held), "--form", form)["correct"] == 3, form
+    details = [{"img_path": "x/a.png", "prompt_to_evaluate": "Click it.", "raw_response": "so", "pred": [0.55, 0.55]},
+               {"img_path": "x/b.png", "prompt_to_evaluate": "Click it.", "raw_response": "(0.7875, 0.3)", "pred": None}]
+    s = scored(folder, write_file(folder / "f.json", {"details": details}), "--form", "screenspot-pro", "--convention", "0-1")
+    assert (s["n"], s["correct"], s["wrong_format"]) == (2, 1, 1)              # its evaluator's reading counts; what it did not ask is left out
+
+
+def test_twin_questions_are_told_apart(tmp_path):
+    """Bug: of two questions with one text about one image (RefCOCO has some), each gets the other's answer. The box that a result
+    file repeats tells them apart, then the folder of the image, then the order."""
+    photo().save(tmp_path / "a.png")
+    boxes = [[10, 10, 30, 30], [50, 50, 70, 70]]
+    samples = [Sample(f"b{i}", ["a.png"], "left guy", "box", targets=[{"image": 0, "box": b}]) for i, b in enumerate(boxes)]
+    data.write_jsonl(str(tmp_path / "bench.jsonl"), samples)
+    rows = [{"image": "a.png", "question": "left  guy", "ground_truth": b, "model_output": f'```json\n[{{"bbox_2d": {b}}}]\n```'} for b in boxes[::-1]]
+    assert scored(tmp_path, write_file(tmp_path / "r.json", {"accuracy": 1.0, "results": rows}), "--form", "vlm-r1")["correct"] == 2
+    plain = [{"image": "a.png", "question": "left guy", "text": str(b)} for b in boxes]
+    assert scored(tmp_path, write_file(tmp_path / "q.json", plain), "--form", "question")["correct"] == 2
+    folders = [Sample(f"f{i}", [str(tmp_path / f"{i}" / "a.png")], "?", "text", answer=[str(i)]) for i in range(2)]
+    rows = [{"image": f"x\\{i}\\a.png", "question": "?", "text": str(i)} for i in (1, 0)]         # as Windows writes it
+    assert predictions.read_predictions(write_file(tmp_path / "q.json", rows), folders, "question") == {"f1": "1", "f0": "0"}
+
+
+def test_any_text_is_read_in_linear_time():
+    """Bug: a text of spaces or digits takes a convention minutes."""
+    began = time.process_time()
+    for answers in agent_answers.PATTERNS:
+        for part in (" ", "1", "1, ", "pyautogui.click(", '"coordinate": [', "<point>", "<point x='", "</think>"):
+            for head in ("", "pyautogui.click(", "pyautogui.click(1", "pyautogui.click(x", '"coordinate":', '"coordinate": [', "<point>", "<point>1", "<point x='"):
+                agent_answers.as_plain(head + part * (50_000 // len(part)), answers)
+    assert time.process_time() - began < 5
+
+
+@pytest.mark.parametrize("form, held, said", [
+    ("order", ["a"], "holds 1 texts for 3 questions"), ("dict", {"p1": 3}, "p1"), ("id", ["a"], "--form of this file"),
+    ("question", [{"image": "a.png", "question": "Who?", "text": "x"}], "asks no 'Who"), ("vlm-r1", {"details": []}, "results"),
+    ("question", [{"image": "b.png", "question": "Click it.", "text": "x"}] * 2, "has a prediction already")])
+def test_a_form_that_does_not_fit_is_one_line(bench, capsys, form, held, said):
+    folder, run = bench
+    with pytest.raises(SystemExit) as stop:
+        scored(folder, write_file(folder / "f.json", held), "--form", form)
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and said in err and len(err.strip().splitlines()) == 1, err
+
+
+CLICKS = [                                                                     # convention, text, what it says in the plain form
+    ("pyautogui", "pyautogui.click(x=467, y=109)", "(467, 109)"), ("pyautogui", "```\npyautogui.click(467, 109.5)\n```", "(467, 109.5)"),
+    ("pyautogui", "<think> pyautogui.click(1, 1) </think> pyautogui.moveTo(5, 6)", "(5, 6)"), ("pyautogui", "(467, 109)", ""),
+    ("tool-call", '{"name": "computer_use", "arguments": {"action": "left_click", "coordinate": [467, 109]}}', "(467, 109)"),
+    ("tool-call", "<think> at (3, 4) </think> I am done", ""), ("bare", "467, 109", "(467, 109)"), ("bare", "<answer>467,109</answer>", "(467, 109)"),
+    ("bare", "It is at 467, 109 or so", ""), ("bare", "1, 2, 3, 4", "(1, 2, 3, 4)"), ("point-tag", "<point>467 109</point>", "(467, 109)"),
+    ("point-tag", '<point x="46.7" y="10.9" alt="a cart">a cart</point>', "(46.7, 10.9)"), ("point-tag", "467, 109", "")]
+
+
+@pytest.mark.parametrize("answers, text, said", CLICKS)
+def test_clicks_of_agents(answers, text, said):
+    """Claim: a named convention reads its own spelling and nothing else; the first click counts, thoughts do not."""
+    assert rewards.answer_part(agent_answers.as_plain(text, answers))[0].strip() == said
+
+
+def test_a_convention_is_named_and_never_guessed(bench):
+    folder, run = bench
+    rows = texts("pyautogui.click(x=110, y=55)", "pyautogui.click(315, 15)")
+    assert run(rows, "--answers", "pyautogui")["correct"] == 3 and run(rows, "--answers", "bare")["correct"] == 1
+    assert run(rows)["correct"] < 3
+
+
+def test_many_unreadable_answers_are_shown(bench, capsys):
+    """Claim: where many answers cannot be read, the program says so and shows one; where most, three, and the conventions."""
+    folder, run = bench
+    run(texts("pyautogui.moveTo()", "nowhere", "none"))
+    out = capsys.readouterr().out
+    assert "3 of 3 answers cannot be read" in out and "pyautogui.moveTo()" in out and "none" in out and "known: plain, pyautogui" in out
+    run(texts("(110, 55)", "nowhere"))
+    out = capsys.readouterr().out
+    assert "1 of 3 answers cannot be read" in out and "nowhere" in out and "known:" not in out
+    run(texts("(110, 55)", "(315, 15)"))
+    assert "cannot be read" not in capsys.readouterr().out
+
+
+def test_all_images_are_read_before_the_first_mode(tmp_path, monkeypatch):
+    """Bug: only the images of samples that the first mode still lacked were checked."""
+    checked = []
+    samples = [choice(f"c{i}") for i in range(3)]
+    monkeypatch.setattr(evaluate, "load_model", lambda cfg, samples: checked.append([s.id for s in samples]) or object())
+    monkeypatch.setattr(evaluation_run.EpisodeFile, "missing", lambda self, label, samples: [0] if label == evaluate.MODES["on"] else [0, 2])
+    monkeypatch.setattr(evaluate, "run_episodes", lambda *_: [])
+    monkeypatch.setattr(evaluation_run.EpisodeFile, "collect", lambda *_: [])
+    evaluate.run_modes(evaluate.Config(zoom="all", style="zoom", out=str(tmp_path)), samples)
+    assert checked == [["c0", "c2"]]
+
+
+def test_folders_with_colons_compare(bench, capsys):
+    """Bug: --compare split its two folders at the colon of a path."""
+    folder, run = bench
+    run(texts("(110, 55)", "(315, 15)"))
+    (folder / "out").rename(folder / "a:b")
+    run(texts("(110, 55)", "(1, 1)"))
+    found = evaluate.main(["--compare", str(folder / "a:b"), str(folder / "out"), "--out", str(folder / "d")])
+    assert (found["only_a"], found["only_b"], found["n"]) == (1, 0, 3)
+
+
 def test_missing_and_unreadable_predictions_count_as_wrong_format(bench, capsys):
     _, run = bench
     s = run([{"id": "p2", "text": "(315, 15)"}, {"id": "p1", "text": "somewhere on the left"}])
@@ -474,7 +596,8 @@ def test_a_stopped_run_goes_on_and_ends_the_same(tmp_path, monkeypatch, capsys):
     assert evaluate.main(command("cut")) == whole
     assert [(ids, seed) for ids, seed, *_ in calls] == [(["c4", "c5"], 7), (["c6"], 9)]
     assert open(path).read() == open(tmp_path / "whole" / "episodes.jsonl").read()
-    assert open(tmp_path / "cut" / "report.html").read() == open(tmp_path / "whole" / "report.html").read()
+    pages = [re.sub(f"run (<b>)?{name}", "", open(tmp_path / name / "report.html").read()) for name in ("cut", "whole")]
+    assert pages[0] == pages[1]
     calls.clear()
     assert evaluate.main(command("cut", "--drawn", "1")) == whole and not calls          # finished: nothing is asked again
     capsys.readouterr()
@@ -488,6 +611,95 @@ def test_a_stopped_run_goes_on_and_ends_the_same(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):                                            # nor may predictions overwrite it
         evaluate.main(command("cut", "--predictions", str(tmp_path / "p.jsonl")))
     assert evaluate.main(command("cut", "--fresh")) == whole and len(calls) == 4
+
+
+def test_an_image_that_vanishes_names_what_is_kept(tmp_path, monkeypatch, capsys):
+    """Bug: an evaluation that loses an image after hours does not say that its episodes are kept."""
+    monkeypatch.setattr(prefix, "load_vlm", lambda *_, **__: Eyes())
+
+    def fail(samples):
+        if samples[0].id == "c4":
+            raise files.DataError("image a.png does not exist")
+    fake_rollout(monkeypatch, fail=fail)
+    with pytest.raises(SystemExit) as stop:
+        evaluate.main(["--data", choices(tmp_path), "--batch", "2", "--out", str(tmp_path / "out")])
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and err == "error: image a.png does not exist. the episodes so far are kept: the same command goes on from there\n"
+    assert len(open(tmp_path / "out" / "episodes.jsonl").readlines()) == 4
+
+
+def test_a_full_disk_ends_in_one_line(tmp_path, monkeypatch, capsys):
+    """Bug: a disk that takes a part of the rows is taken for one that took them all; or the message names no file."""
+    monkeypatch.setattr(prefix, "load_vlm", lambda *_, **__: Eyes())
+    fake_rollout(monkeypatch)
+    path, written = str(tmp_path / "out" / "episodes.jsonl"), []
+
+    class Disk:
+        """It takes nine bytes at a time, and so many in all."""
+        room = 10 ** 9
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def write(self, content):
+            if len(written) >= self.room:
+                raise OSError(28, "No space left on device")
+            written.extend(content[:9])
+            return len(content[:9])
+    opened = lambda name, *more, **options: Disk() if str(name) == path and more == ("ab",) else open(name, *more, **options)
+    monkeypatch.setattr(evaluation_run, "open", opened, raising=False)
+    command = ["--data", choices(tmp_path), "--batch", "2", "--out", str(tmp_path / "out"), "--plain"]
+    evaluate.main(command)
+    assert [json.loads(line)["id"] for line in bytes(written).decode().splitlines()] == [f"c{i}" for i in range(7)]
+    Disk.room = len(written) + 50
+    with pytest.raises(SystemExit) as stop:
+        evaluate.main([*command, "--fresh"])
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and err.startswith(f"error: {path}: No space left on device. the episodes so far are kept") and err.count("\n") == 1
+
+
+def test_predictions_replace_their_rows_at_once(bench, monkeypatch, capsys):
+    """Bug: the rows of the earlier scoring are gone before those of the next one are written."""
+    folder, run = bench
+    run(texts("(110, 55)", "(315, 15)"))
+    before = open(folder / "out" / "episodes.jsonl").read()
+    monkeypatch.setattr(evaluation_run, "record", lambda e: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        evaluate.main(["--data", str(folder / "bench.jsonl"), "--predictions", str(folder / "texts.jsonl"), "--out", str(folder / "out")])
+    assert open(folder / "out" / "episodes.jsonl").read() == before
+
+
+@pytest.mark.parametrize("line", ["{garbled", "[1]", '{"run": "zoom allowed"}', '{"run": ["x"], "id": "c0"}', "\x00\x00"])
+def test_a_garbled_row_is_named(tmp_path, monkeypatch, capsys, line):
+    """Bug: a line of episodes.jsonl that is no row ends the next run with a traceback."""
+    monkeypatch.setattr(prefix, "load_vlm", lambda *_, **__: Eyes())
+    fake_rollout(monkeypatch)
+    command = ["--data", choices(tmp_path), "--out", str(tmp_path / "out"), "--plain"]
+    evaluate.main(command)
+    path = tmp_path / "out" / "episodes.jsonl"
+    rows = path.read_text().splitlines()
+    path.write_text("\n".join([rows[0], line, *rows[1:]]) + "\n")
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        evaluate.main(command)
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and f"error: {path}, line 2 is " in err and "--fresh" in err and err.count("\n") == 1
+    assert evaluate.main([*command, "--fresh"])["n"] == 7
+
+
+def test_long_drawing_names_the_flag(bench, monkeypatch, capsys):
+    """Claim: who waits for the page is told of --drawn 0; who does not wait is not."""
+    folder, run = bench
+    monkeypatch.setattr(evaluation_run, "LONG_DRAWING", 0.05)
+    real = evaluation_run.write_page
+    for wait in (0.3, 0):
+        monkeypatch.setattr(evaluation_run, "LONG_DRAWING", 0.05 if wait else 60)
+        monkeypatch.setattr(evaluation_run, "write_page", lambda *more: time.sleep(wait) or real(*more))
+        run(texts("(110, 55)", "(315, 15)"))
+        assert ("drawing takes long: the same command with --drawn 0" in capsys.readouterr().out) == bool(wait)
 
 
 def test_options_are_permuted_unless_told_otherwise(tmp_path, monkeypatch):
@@ -577,6 +789,11 @@ MUTATIONS = [
     ("evaluate:wilson", "s * (p * (1 - p) + s / 4)", "s * p * (1 - p)", test_wilson_against_published_values, dict(correct=10, n=10, low=0.7225, high=1)),
     ("evaluate:wilson", "(p + s / 2) / (1 + s)", "(p + s / 2) / 1", test_wilson_is_symmetric_inside_0_1_and_shrinks_with_n, {}),
     ("evaluate:wilson", "math.sqrt(s * (p * (1 - p) + s / 4))", "math.sqrt(s * p * (1 - p))", test_wilson_is_symmetric_inside_0_1_and_shrinks_with_n, {}),
+    ("appendix.prediction_files:likeness", "parts += 1", "pass", test_twin_questions_are_told_apart, {}),
+    ("appendix.prediction_files:likeness", "abs(u - v) <= 1", "False", test_twin_questions_are_told_apart, {}),
+    ("appendix.prediction_files:match", "waiting[name].remove(best)", "pass", test_twin_questions_are_told_apart, {}),
+    ("appendix.evaluation_run:EpisodeFile.add", "content[f.write(content):]", "f.write(content) and b''", test_a_full_disk_ends_in_one_line, {}),
+    ("appendix.evaluation_run:said_on_error", "raise DataError(f'{e}. {saved}') from None", "raise", test_an_image_that_vanishes_names_what_is_kept, {}),
     ("appendix.episode_rows:is_right", 'components["iou"] >= 0.5 - 1e-6', 'components["iou"] > 0.4', test_right_means_the_same_for_every_recipe, {}),
     ("appendix.episode_rows:is_right", 'components["accuracy"] >= 1 - 1e-6', 'components["accuracy"] > 0', test_summarise_boxes_partial_credit_hidden_gold_and_nothing, {}),
     ("appendix.episode_rows:is_right", 'benchmark == "vlm-r1"', "False", test_overlap_of_exactly_one_half_and_at_each_threshold, {}),

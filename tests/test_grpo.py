@@ -133,7 +133,7 @@ def test_overlong():
 
 @pytest.mark.parametrize("kind, want", [("none", [1, 1, 1]), ("exp", [2.718281828, 1.648721271, 1]),
                                         ("power", [1.05, 0.55, 0.05]), ("log", [3.912023005, 0.653926467, 0]),
-                                        ("log-original", [3.912023005, 0.653926467, -0.019802627])])
+                                        ("log-original", [3.912023005, 0.653926467, -0.019802627]), ("inverse", [20, 2, 1]), ("easy", [0, 0.5, 1])])
 def test_difficulty_values(kind, want):
     """Bug: other constants than the paper's; the easy prompts up instead of the hard ones."""
     accuracy = tensor([[0, 0], [0.25, 0.75], [1, 1]])                               # group means 0, 0.5, 1
@@ -144,14 +144,15 @@ def test_difficulty_values(kind, want):
 def test_difficulty_never_negative(kind):
     """Bug: -log(0.02 + m) is negative above m = 0.98, and the prompts that are solved get unlearned."""
     weights = grpo.difficulty_weights(torch.linspace(0, 1, 1001)[:, None].expand(-1, 4), kind)
-    assert (weights.diff() <= 0).all() and weights[0] >= 1
+    assert (weights.diff() <= 0).all() and weights[0] >= 1 or kind == "easy" and (weights.diff() > 0).all()
     assert (weights >= 0).all() or kind == "log-original" and (weights < 0).sum() == 20    # asked for: m = 0.981 ... 1
 
 def test_difficulty_against_the_formulas():
     """Each weight on random groups, as the paper's code writes it (miou_weight = 1)."""
     accuracy = torch.rand(50, 8) ** 2
     for kind, phi in {"exp": lambda m: math.e ** (1 - m), "power": lambda m: (1.05 - m) ** 1, "log": lambda m: max(0, -math.log(0.02 + m)),
-                      "log-original": lambda m: -math.log(0.02 + m), "none": lambda m: 1}.items():
+                      "log-original": lambda m: -math.log(0.02 + m), "none": lambda m: 1, "easy": lambda m: m,
+                      "inverse": lambda m: 1 / max(m, 0.05)}.items():
         want = tensor([phi(sum(row) / 8) for row in accuracy.tolist()])
         close(grpo.difficulty_weights(accuracy, kind), want)
         close(grpo.difficulty_weights(accuracy, kind, normalize=True), want * 50 / want.sum())
@@ -440,7 +441,7 @@ def by_loops(rewards, accuracy, logprobs, old, ref, lengths, scale, weight, pena
         std = math.sqrt(sum((r - mean) ** 2 for r in rewards[p]) / (G - 1))
         m = sum(accuracy[p]) / G
         phi = {"none": 1, "exp": math.exp(1 - m), "power": 1.05 - m, "log": max(0, -math.log(0.02 + m)),
-               "log-original": -math.log(0.02 + m)}[weight]
+               "log-original": -math.log(0.02 + m), "inverse": 1 / max(m, 0.05), "easy": m}[weight]
         for g in range(G):
             b = p * G + g
             A = (rewards[p][g] - mean) / (std + 1e-6 if scale == "std" else 1)

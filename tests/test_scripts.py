@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import data, evaluate, model, train_rl, train_sft, zoom_rollout
-from appendix import metrics, prefix, rl_run, tiny
+from appendix import metrics, prefix, rl_options, rl_run, tiny
 from appendix import run as files_and_folders
 from conftest import ROOT
 
@@ -150,7 +150,7 @@ def whole(tmp_path_factory):
 def test_a_run_leaves_its_record(whole):
     """Claim: everything that the README and the docstring promise lies in runs/NAME, and the files agree with each other."""
     run, out = whole
-    assert {p.name for p in run.iterdir()} == {"config.json", "metrics.jsonl", "episodes.jsonl", "report.html", "summary.json", "checkpoint"}
+    assert {p.name for p in run.iterdir()} == {"config.json", "metrics.jsonl", "episodes.jsonl", "report.html", "summary.json", "held_out.jsonl", "checkpoint"}
     summary, rows, episodes = (read(run / name) for name in ("summary.json", "metrics.jsonl", "episodes.jsonl"))
     assert {"seconds", "accuracy_before", "accuracy_after", "accuracy_no_zoom", "accuracy_black_crop", "chance", "zooms_per_episode",
             "logp_gap_max"} <= set(summary)
@@ -164,7 +164,9 @@ def test_a_run_leaves_its_record(whole):
     assert (config["num_prompts"], config["lr"], config["recipe"]) == (4, train_rl.Config.lr, "vigorl-zoom")
     report = (run / "report.html").read_text()
     assert "before RL" in report and report.count("after RL") >= 4 and "<polyline" in report
-    group = report.split("<h2>one group of step 6</h2>")[1].split("</section>")[0]                     # with what it was worth, token by token
+    (latest,) = re.findall(r"<h2>one group of step (\d)</h2>", report)
+    assert "<h3>step 1</h3>" in report and f"<h3>step {latest}</h3>" in report and 1 < report.count('class="lesson"') <= 2
+    group = report.split(f"<h2>one group of step {latest}</h2>")[1].split("</section>")[0]             # with what it was worth, token by token
     assert group.count("<article") == config["group_size"] and group.count("each with advantage") >= 2 and "<s>" in group
     assert f"{summary['accuracy_after']:.1%}" in out and f"{summary['accuracy_no_zoom']:.1%}" in out
 
@@ -186,7 +188,7 @@ def test_a_checkpoint_is_a_model(whole, script):
 
 # What the chapters stand on. Everything else in the appendix may be deleted, with --plain and traces from the oracle.
 GROUND_FLOOR = ["__init__", "run", "ranks", "optimizer", "memory", "files", "prefix", "graphs", "metrics", "recipes", "rl_options", "rl_run",
-                "rows", "split", "faults", "parts", "running", "attention", "vision", "tower", "weights", "evaluation_run", "episode_rows", "averages"]
+                "rows", "split", "faults", "parts", "running", "attention", "vision", "tower", "weights", "evaluation_run", "episode_rows", "averages", "evidence"]
 
 @pytest.mark.parametrize("command", ["train_rl.py --num-prompts 4 --blind-prompts 1 --group-size 4 --sft-n 16 --eval-n 4 --steps 2", "train_sft.py --n 16",
                                      "evaluate.py --n 4"], ids=["rl", "sft", "evaluate"])
@@ -394,6 +396,44 @@ def test_ctrl_c_before_the_loop_is_no_traceback(script, monkeypatch, name):
         raise KeyboardInterrupt
     monkeypatch.setattr(prefix, "load_vlm", interrupt)
     refused(script(name), "interrupted")
+
+COMMANDS = ["train_rl.py", "train_sft.py", "evaluate.py", "data.py", *(f"-m appendix.{name}" for name in ("ablation", "figures", "speed", "tiny"))]
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_explains_and_does_nothing(script, command):
+    """Bug: a command without options ran when it was asked for help; one rewrote README.md."""
+    status, out, err = script(f"{command} --help")
+    assert status == 0 and "usage:" in out and not err and os.listdir() == []
+
+def test_ctrl_c_during_imports_is_one_line(tmp_path):
+    """Claim: from the first line of a script on, Ctrl-C says so in one line; a real error keeps its traceback."""
+    code = "import appendix; {}; import nonsense_that_is_not_there"
+    for error, said in (("raise KeyboardInterrupt", "error: interrupted"), ("pass", "No module named 'nonsense_that_is_not_there'")):
+        done = subprocess.run([sys.executable, "-c", code.format(error)], cwd=ROOT, text=True, capture_output=True)
+        assert done.returncode != 0 and done.stderr.strip().splitlines()[-1].endswith(said)
+        assert ("Traceback" in done.stderr) == (error == "pass")
+
+def test_a_bonus_that_nothing_pays_is_refused(script):
+    """Bug: flags of bonuses were ignored by recipes without a zoom."""
+    for flag in ("--distinct-bonus 0.2", "--tool-bonus 1", "--curiosity 0.5"):
+        refused(script(f"train_rl.py --task boxes {flag}"), flag.split()[0], "has none")
+    refused(script("train_rl.py --overlong 999"), "--overlong is 999", "192 tokens")
+
+def test_a_note_where_the_tiny_model_gets_other_images(script, files):
+    """Claim: rows of a file that are no toy scenes get a note with the path that works; toy scenes and other models do not."""
+    image = next(p for p in os.listdir(files) if p.startswith("questions_"))
+    write(pathlib.Path("own.jsonl"), {"id": "a", "images": [image], "question": "Which?", "answer_type": "choice", "options": ["x", "y"], "answer": 0})
+    out = works(script(f"evaluate.py --data own.jsonl --images {files} --max-new-tokens 4"))
+    assert "knows the toy world only" in out and "data.py draw search" in out
+    assert "toy world only" not in works(script(f"evaluate.py --data {files}/questions.jsonl --n 1 --max-new-tokens 4 --out o2"))
+
+def test_turns_that_a_rollout_would_cut_are_said(capsys):
+    vlm = model.load("tiny", quiet=True)
+    sample = data.toy("search", "train", 1)[0]
+    rl_options.warn_of_long_turns(vlm, [zoom_rollout.Trace(sample, ["<think> a b c </think>", "x"])], 3)
+    assert "1 of 2 turns" in capsys.readouterr().out
+    rl_options.warn_of_long_turns(vlm, [zoom_rollout.Trace(sample, ["x"])], 99)
+    assert capsys.readouterr().out == ""
 
 # -----------------------------------------------------------------------------
 # wrong use

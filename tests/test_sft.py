@@ -118,7 +118,7 @@ def test_traces_are_shown(capsys):
     turns = chains.to_turns([["At (10, 10).", A], ["At (40, 10).", B]], "lined", "zoom")
     trace_tools.show_traces([Trace(ASKED[0], turns, "direct")])
     out = capsys.readouterr().out
-    assert "At (10, 10)[1]." in out and "[10, 10][1]" in out and "At (40, 10)[2]." in out and ASKED[0].question in out and "(right: " in out
+    assert "At (10, 10)[1]." in out and '"coordinate": [10, 10]}' in out and "At (40, 10)[2]." in out and ASKED[0].question in out and "(right: " in out
 
 def test_one_question_in_twenty_is_held_out():
     """Claim: the last ones, with all their traces; of a single question, none."""

@@ -6,6 +6,7 @@ and its parts in the appendix, and requires the named test to fail.
 The rewards are given by hand (a random model earns none), so every group's advantages are known.
 """
 import contextlib, copy, dataclasses, json, os, random, shlex, signal, statistics, sys, tempfile, time, zlib
+from dataclasses import replace
 from unittest import mock
 
 import pytest
@@ -14,7 +15,7 @@ from PIL import Image
 
 import data, grpo, model, rewards, train_rl, zoom_rollout
 from appendix import metrics as step_metrics
-from appendix import averages, prefix, recipes, report, rl_options, rl_run, run, split
+from appendix import averages, evidence, group_view, prefix, recipes, report, rl_options, rl_run, run, split
 from conftest import check_mutation, close, names
 from safetensors.torch import load_file
 
@@ -171,6 +172,18 @@ def test_difficulty_weight_multiplies_the_groups_advantages(vlm):
     close([n.advantage / p.advantage for n, p in zip(normalized[:8], plain[:8])], [3 * w / (phi[0] + phi[4] + phi[8]) for w in phi[:8]], 1e-4)
     assert log["weight"] == pytest.approx(1)
 
+@pytest.mark.parametrize("flags", [{}, dict(difficulty_weight="exp", difficulty_normalize=True), dict(advantage_scale="none", difficulty_weight="power")], ids=str)
+def test_the_report_of_a_group_adds_up_to_the_step(vlm, flags):
+    """Claim: of every group, what the lesson of the report shows (mean, deviation, weight) leads to the advantages that the step used."""
+    _, episodes, _ = run_step(vlm, **flags)
+    for g in range(0, 12, 4):
+        tries = episodes[g:g + 4]
+        lesson = group_view.make_lesson(6, tries, train_rl.Config(group_size=4, **flags))
+        assert [scaled * lesson.weight for scaled in lesson.scaled] == pytest.approx([e.advantage for e in tries], abs=1e-6)
+        divisor = lesson.deviation + 1e-6 if lesson.is_divided else 1
+        assert [(e.reward_components["reward"] - lesson.mean) / divisor for e in tries] == pytest.approx(lesson.scaled, abs=1e-4)
+        assert not any(group_view.note_on(lesson, k) for k in range(4)) and all(lesson.counted)
+
 def test_kl_pulls_towards_the_reference(vlm):
     """Bug: the penalty's sign. With the policy as its own reference nothing is added; with another, kl_coef times the k3 gradient."""
     metrics, episodes, recorder = run_step(vlm, REWARDS[:8], samples=SAMPLES[:2])
@@ -195,7 +208,7 @@ def test_over_turn(vlm):
     values = [1.0, 0.0, 0.5, 0.0]
     for over_turn, A in (("train", standardized(values)), ("mask", standardized(values)), ("exclude", standardized([1.0, 0.5]))):
         episodes = [zoom_rollout.replay(vlm, s, turns, max_zooms=1) for turns in ([call, answer], [call, forced], [forced], [answer])]
-        episodes[0].turns[-1].forced, episodes[3].finish_reason = False, "length"
+        episodes[3].finish_reason = "length"
         with mock.patch.object(zoom_rollout, "rollout", return_value=episodes):
             run_step(vlm, values, samples=[s], over_turn=over_turn)
         want = A if over_turn == "train" else [A[0], 0, A[2], 0] if over_turn == "mask" else [A[0], 0, A[1], 0]
@@ -225,6 +238,43 @@ def test_bonuses_are_part_of_the_reward(vlm):
         assert metrics[name] == pytest.approx(sum(map(bonus, episodes)) / 4)
         for e, value in zip(episodes, values):
             assert e.reward_components["reward"] == pytest.approx(value) and e.reward_components[name] == pytest.approx(bonus(e))
+
+def test_evidence(vlm):
+    """Claim: an episode saw its evidence if the middle of every evidence box lies in one of its crops; unknown without evidence.
+    --evidence-bonus pays for it, whatever the answer; the shares of a summary add up."""
+    s = SAMPLES[0]
+    x1, y1, x2, y2 = s.meta["evidence"][0]["box"]
+    view = vlm.view(s.images[0])
+    x, y = view.from_source((x1 + x2) / 2, (y1 + y2) / 2)
+    far = view.from_source(*[0.1 * side if middle > side / 2 else 0.9 * side for middle, side in zip(((x1 + x2) / 2, (y1 + y2) / 2), s.images[0].size)])
+    answer = "<think> It is at (50, 50). </think>\n<answer> lined </answer>"
+    look = lambda *at: f"<think> It may be at ({at[0]}, {at[1]}). </think>\n{data.tool_call(*at)}"
+    episodes = [zoom_rollout.replay(vlm, s, turns) for turns in ([look(x, y), answer], [look(*far), answer], [answer], [look(*far), look(x, y), answer])]
+    assert [evidence.saw(e) for e in episodes] == [True, False, False, True]
+    assert evidence.share_that_saw(episodes) == 0.5 and evidence.share_that_saw(episodes[2:3]) is None
+    both = replace(episodes[0], sample=replace(s, meta={"evidence": [*s.meta["evidence"], {"image": 0, "box": [0, 0, 1, 1]}]}))
+    assert evidence.saw(both) is False and evidence.saw(replace(both, sample=replace(s, meta={}))) is None
+    with mock.patch.object(zoom_rollout, "rollout", return_value=episodes):
+        metrics, *_ = run_step(vlm, [1.0, 0.0, 0.0, 0.5], samples=[s], evidence_bonus=0.3)
+    close([e.advantage for e in episodes], standardized([1.3, 0.0, 0.0, 0.8]), 1e-4)
+    assert metrics["saw"] == 0.5 and metrics["evidence"] == pytest.approx(0.15)
+    rows = [{"saw": saw, "zooms": 1, "right": right} for saw, right in ((True, True), (True, False), (False, True), (False, False))]
+    assert set(evidence.right_and_saw([*rows, {"right": True}], lambda r, _: r["right"]).values()) == {0.5, 0.25}
+    assert evidence.right_and_saw([{**r, "zooms": 0} for r in rows], lambda r, _: r["right"]) == {}
+
+def test_control_rewards(vlm):
+    """Claim: the reward of a control is a coin that the seed decides, the form alone, or 1 for a well-formed wrong answer."""
+    s = SAMPLES[0]
+    right, wrong = (f"<think> It is at (50, 50). </think>\n<answer> {o} </answer>" for o in (s.options[s.answer], s.options[s.answer - 1]))
+    episodes = [zoom_rollout.replay(vlm, s, [text]) for text in (right, wrong, "lined", right)]
+    def rewards_with(control, seed=0):
+        cfg = train_rl.Config(control=control, recipe="vigorl-zoom", seed=seed, group_size=4)
+        train_rl.score_episodes(episodes, cfg)
+        return [e.reward_components["reward"] for e in episodes]
+    assert rewards_with("format") == [1, 1, 0, 1] and rewards_with("inverted") == [0, 1, 0, 0]
+    coins = [rewards_with("random", seed) for seed in range(40)]
+    assert coins == [rewards_with("random", seed) for seed in range(40)] and {v for c in coins for v in c} == {0, 1}
+    assert 50 < sum(map(sum, coins)) < 110 and any(c[0] != c[3] for c in coins)
 
 def test_a_bonus_is_a_signal(vlm):
     """Bug: dynamic sampling replaced groups that differ in their bonus alone."""
@@ -431,6 +481,8 @@ MUTATIONS = [
     ("train_rl:train_step", "grpo_loss(vlm, ref, micro_batch, denominator, cfg, step, log)", "grpo_loss(vlm, ref, minibatch[:len(micro_batch)], denominator, cfg, step, log)",
      test_gradient_of_a_step, dict(aggregate="token", micro_tokens=1)),
     ("train_rl:store_advantages", "advantages.flatten()", "advantages.T.flatten()", test_gradient_of_a_step, dict(aggregate="token", micro_tokens=10 ** 6)),
+    ("train_rl:store_advantages", "e.difficulty_weight = weight", "pass", test_the_report_of_a_group_adds_up_to_the_step,
+     dict(flags=dict(difficulty_weight="exp", difficulty_normalize=True))),
     ("train_rl:with_gradient", "e.advantage != 0", "True", test_no_signal_is_not_run, {}),
     ("train_rl:loss_denominator", "sum(sum(e.completion_mask) for e in minibatch)", "sum(sum(e.completion_mask) for e in minibatch if e.advantage)", test_gradient_of_a_step, dict(aggregate="token", micro_tokens=10 ** 6)),
     ("appendix.metrics:step_metrics", "(advantages == 0).all(1)", "(advantages == 0).any(1)", test_no_signal_is_not_run, {}),

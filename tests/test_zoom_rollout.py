@@ -214,6 +214,18 @@ def test_replay_equals_rollout(story):
             assert (again.ids, again.completion_mask, again.turns, again.finish_reason) == (e.ids, e.completion_mask, e.turns, e.finish_reason)
             assert [v.box for v in again.views] == [v.box for v in e.views] and again.frames == e.frames
 
+def test_a_turn_is_forced_only_if_its_text_says_so(vlm):
+    """Bug: the turn after the last zoom was marked as forced, and got FORCE before its own thought, whatever its text."""
+    sample, free, forced = ask()[0], answer("red"), data.FORCE + " red </answer>"
+    for turns, zooms in ([[call(20, 30), free], 1], [[free], 0], [[call(20, 30), call(8, 8)], 1]):
+        e = zoom_rollout.replay(vlm, sample, turns, max_zooms=zooms)
+        assert [t.text for t in e.turns] == turns and not any(t.forced for t in e.turns) and data.FORCE not in vlm.text(e.ids)
+        assert e.finish_reason == ("invalid" if turns[-1] == call(8, 8) else "answer")         # a limit stays a limit
+    for turns, zooms in ([[call(20, 30), forced], 1], [[forced], 3], [[forced], 0]):
+        e = zoom_rollout.replay(vlm, sample, turns, max_zooms=zooms)
+        assert e.turns[-1].forced and vlm.text(e.ids).count(data.FORCE) == 1
+    assert zoom_rollout.replay(vlm, sample, [free], "think").finish_reason == "answer"
+
 # -----------------------------------------------------------------------------
 # modes
 
@@ -535,7 +547,10 @@ MUTATIONS = [
     ("zoom_rollout:replay", "max_zooms - k if can_zoom else 0", "max_zooms - k + 1 if can_zoom else 0", test_replay_equals_rollout, {}),
     ("zoom_rollout:replay", "text.removeprefix(data.FORCE) if forced else text", "text", test_replay_equals_rollout, {}),
     ("zoom_rollout:RolloutConfig.zoom_limit", 'self.style == "zoom" and self.zoom != "off"', 'self.style == "zoom"', test_zoom_forbidden, dict(options=dict(zoom="off"))),
-    ("zoom_rollout:replay", "can_zoom and max_zooms == 0", "False", test_zoom_forbidden, dict(options=dict(max_zooms=0))),
+    ("zoom_rollout:replay", "can_zoom and texts[0].startswith(data.FORCE)", "False", test_zoom_forbidden, dict(options=dict(max_zooms=0))),
+    ("zoom_rollout:replay", "can_zoom and k == max_zooms and text.startswith(data.FORCE)", "can_zoom and k == max_zooms",
+     test_a_turn_is_forced_only_if_its_text_says_so, {}),
+    ("zoom_rollout:replay", "zooms_left == 1 and not next_text.startswith(data.FORCE)", "False", test_a_turn_is_forced_only_if_its_text_says_so, {}),
     ("zoom_rollout:RolloutConfig.zoom_limit", 'self.style == "zoom" and self.zoom != "off"', 'self.zoom != "off"', test_single_turn_styles, dict(style="think")),
     ("zoom_rollout:crop", "if black: source = Image.new('RGB', source.size)", "pass", test_black_crops, {}),
     ("zoom_rollout:crop", 'crop_from == "seen"', 'crop_from != "seen"', test_crop_from_seen, {}),

@@ -1,0 +1,360 @@
+"""Exercises cut from the living code and graded by its own tests, and a bug hunt.
+
+    python -m appendix.exercises list           # all exercises and bugs
+    python -m appendix.exercises start 1        # a chapter in which one function is blank
+    python -m appendix.exercises check 1        # run the tests that guard the function
+    python -m appendix.exercises solution 1     # the function as it is, and what its tests say
+    python -m appendix.exercises start bug1     # a copy of the project with a bug, and its symptom
+    python -m appendix.exercises hint bug1      # the chapter; asked again, the function
+    python -m appendix.exercises check bug1     # is it repaired?
+
+Everything happens in the folder exercises/ below the working directory; no other file is touched.
+The list itself is in appendix/exercise_list.py.
+
+An exercise is graded in a copy of the project: your function takes the place of the original, and
+the tests named in the list run there. So an exercise is always about the code as it is now.
+"""
+import argparse
+import ast
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import textwrap
+import xml.etree.ElementTree
+
+from appendix import run
+from appendix.exercise_list import BUGS, EXERCISES
+from appendix.files import DataError
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+FOLDER = "exercises"
+BLANK = 'raise NotImplementedError("write this function")'
+# What a copy of the project leaves out.
+LEFT_OUT = shutil.ignore_patterns(".*", "__pycache__", "runs", "exercises", "scenes", "*.md")
+
+
+# --------------------------------------------------------------------------------------------------
+# functions in source files
+
+def source_path(module):
+    """"grpo" -> grpo.py, "appendix.tree_search" -> appendix/tree_search.py, below the project."""
+    return module.replace(".", os.sep) + ".py"
+
+
+def read(path):
+    with open(path, encoding="utf-8") as f:
+        return f.read()
+
+
+def find_function(source, name):
+    """The syntax tree of a function or "Class.method". Raises DataError."""
+    node = ast.parse(source)
+    for part in name.split("."):
+        found = [child for child in node.body
+                 if isinstance(child, (ast.FunctionDef, ast.ClassDef)) and child.name == part]
+        if not found:
+            raise DataError(f"there is no function {name} any more; expected it to stay in place")
+        node = found[0]
+    return node
+
+
+def line_span(node):
+    """First and last line of a function, decorators included, counted from 1."""
+    first = min([node.lineno] + [decorator.lineno for decorator in node.decorator_list])
+    return first, node.end_lineno
+
+
+def function_text(source, name):
+    first, last = line_span(find_function(source, name))
+    return "\n".join(source.split("\n")[first - 1:last])
+
+
+def blanked(source, name):
+    """The source with the body of a function blank; its signature and docstring stay."""
+    node = find_function(source, name)
+    lines = source.split("\n")
+    body = node.body
+    has_docstring = isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant)
+    first = body[1].lineno if has_docstring and len(body) > 1 else body[0].lineno
+    indent = " " * body[0].col_offset
+    # Comments between the docstring and the first statement belong to the body.
+    first = body[0].end_lineno + 1 if has_docstring else first
+    return "\n".join(lines[:first - 1] + [indent + BLANK] + lines[node.end_lineno:])
+
+
+def with_function(source, name, text):
+    """The source with a function replaced by the same function from another text."""
+    first, last = line_span(find_function(source, name))
+    lines = source.split("\n")
+    return "\n".join(lines[:first - 1] + text.split("\n") + lines[last:])
+
+
+def with_bug(source, name, old, new):
+    """The source with `old` replaced by `new` in a function or in a statement NAME = ...
+
+    Raises DataError if it does not stand there exactly once.
+    """
+    lines = source.split("\n")
+    first, last = span_of_definition(source, name)
+    text = "\n".join(lines[first - 1:last])
+    if text.count(old) != 1:
+        raise DataError(f"{old!r} stands in {name} {text.count(old)} times, expected once: "
+                        "the bug needs another place")
+    return "\n".join(lines[:first - 1] + text.replace(old, new).split("\n") + lines[last:])
+
+
+def span_of_definition(source, name):
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == name:
+            return node.lineno, node.end_lineno
+    return line_span(find_function(source, name))
+
+
+# --------------------------------------------------------------------------------------------------
+# exercises
+
+def exercise_folder(name):
+    return os.path.join(FOLDER, name)
+
+
+def start(exercise):
+    """Write exercises/NAME/FILE.py: the chapter with the function blank."""
+    source = read(os.path.join(ROOT, source_path(exercise.module)))
+    path = attempt_path(exercise)
+    if os.path.exists(path):
+        raise DataError(f"{path} is there already; remove it to begin again")
+    run.make_dir(os.path.dirname(path))
+    run.write_text(path, blanked(source, exercise.function))
+    line = find_function(read(path), exercise.function).lineno
+    print(f"{exercise.question}\n\nRead first: {exercise.read_first}\n"
+          f"Write {exercise.function} in {path}, line {line} (about {exercise.minutes} minutes),\n"
+          f"then: python -m appendix.exercises check {EXERCISES.index(exercise) + 1}")
+
+
+def attempt_path(exercise):
+    return os.path.join(exercise_folder(exercise.name), os.path.basename(
+        source_path(exercise.module)))
+
+
+def check(exercise):
+    """Grade an attempt -> True if all tests pass. Prints what is wrong first."""
+    path = attempt_path(exercise)
+    if not os.path.exists(path):
+        number = EXERCISES.index(exercise) + 1
+        raise DataError(f"{path} is missing; begin with: python -m appendix.exercises start "
+                        f"{number}")
+    text = attempt_text(path, exercise.function)
+    with tempfile.TemporaryDirectory() as copy:
+        shutil.copytree(ROOT, copy, ignore=LEFT_OUT, dirs_exist_ok=True)
+        place = os.path.join(copy, source_path(exercise.module))
+        run.write_text(place, with_function(read(place), exercise.function, text))
+        failure = first_failure(copy, exercise.tests)
+    print(failure or f"Right: {len(exercise.tests)} tests pass.")
+    return not failure
+
+
+def attempt_text(path, function):
+    """The reader's function. Raises DataError where it cannot be read."""
+    source = read(path)
+    try:
+        text = function_text(source, function)
+    except SyntaxError as e:
+        raise DataError(f"{path}, line {e.lineno}: {e.msg}") from None
+    if BLANK in text:
+        raise DataError(f"{function} in {path} is still blank")
+    return text
+
+
+def solution(exercise):
+    """Print the function as it is, and the claims of the tests that guard it."""
+    print(function_text(read(os.path.join(ROOT, source_path(exercise.module))), exercise.function))
+    print("\nThe tests that guard it:")
+    for test in exercise.tests:
+        print(textwrap.indent(f"{test.split('::')[1]}: {claim_of(test)}", "    "))
+
+
+# --------------------------------------------------------------------------------------------------
+# tests
+
+def first_failure(folder, tests):
+    """Run tests of a copy of the project -> "" if all pass, else what is wrong first, in words."""
+    with tempfile.NamedTemporaryFile(suffix=".xml") as report:
+        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider",
+                   f"--junitxml={report.name}", *tests]
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": folder}
+        done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
+        if done.returncode == 0:
+            return ""
+        for case in xml.etree.ElementTree.parse(report.name).iter("testcase"):
+            for problem in [*case.findall("failure"), *case.findall("error")]:
+                name = case.get("name").split("[")[0]
+                test = next((t for t in tests if t.split("::")[1] == name), tests[0])
+                return in_words(name, claim_of(test), problem.get("message") or "")
+    return f"The tests could not run:\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
+
+
+def claim_of(test):
+    """The docstring of "tests/test_grpo.py::test_name" as one paragraph."""
+    path, name = test.split("::")
+    node = find_function(read(os.path.join(ROOT, path)), name)
+    return " ".join((ast.get_docstring(node) or "").split())
+
+
+def in_words(name, claim, message):
+    """What the first failing test is about, and what it saw."""
+    message = "\n".join(message.strip().split("\n")[:6])
+    return (f"Not yet. {name} fails.\n    What it is about: {claim}\n"
+            f"    What happened: {message[:600]}")
+
+
+# --------------------------------------------------------------------------------------------------
+# the bug hunt
+
+def start_bug(bug):
+    """Copy the project with a bug in it to exercises/NAME, run both, print the symptom."""
+    folder = exercise_folder(bug.name)
+    if os.path.exists(folder):
+        raise DataError(f"{folder} is there already; remove it to begin again")
+    shutil.copytree(ROOT, folder, ignore=LEFT_OUT)
+    plant(bug, folder)
+    print(f"{bug.story}\n")
+    print(f"healthy and buggy run of: {' '.join(bug.command)}")
+    healthy = os.path.join(FOLDER, f"{bug.name}-healthy")
+    results = run_both(bug, healthy, folder)
+    print_side_by_side(bug, *results)
+    number = BUGS.index(bug) + 1
+    print(f"\nFind the bug in {folder} (one line of one chapter or of its ground floor) and repair "
+          f"it there;\nthen: python -m appendix.exercises check bug{number}   "
+          f"(or: hint bug{number})")
+
+
+def plant(bug, folder):
+    path = os.path.join(folder, source_path(bug.module))
+    run.write_text(path, with_bug(read(path), bug.function, bug.old, bug.new))
+
+
+def run_both(bug, healthy, folder):
+    """Run the bug's command with our code and with the buggy copy, at once -> their results."""
+    processes = []
+    for root, out in ((ROOT, healthy), (folder, folder)):
+        os.makedirs(out, exist_ok=True)
+        command = [sys.executable, os.path.join(os.path.abspath(root), bug.command[0]),
+                   *bug.command[1:], "--name=bug", "--fresh"]
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.path.abspath(root)}
+        log = open(os.path.join(out, "log.txt"), "w", encoding="utf-8")
+        processes.append(subprocess.Popen(command, cwd=out, env=env, stdout=log,
+                                          stderr=subprocess.STDOUT))
+    for process in processes:
+        process.wait()
+    return [read_results(out) for out in (healthy, folder)]
+
+
+def read_results(out):
+    """The metrics and the summary of the run in a folder -> (rows of metrics.jsonl, summary)."""
+    rows = []
+    summary = {}
+    metrics = os.path.join(out, "runs", "bug", "metrics.jsonl")
+    if os.path.exists(metrics):
+        rows = [json.loads(line) for line in read(metrics).splitlines()]
+    path = os.path.join(out, "runs", "bug", "summary.json")
+    if os.path.exists(path):
+        summary = json.loads(read(path))
+    return rows, summary
+
+
+def print_side_by_side(bug, healthy, buggy):
+    """The figures that show the symptom: first and last step of metrics, then the summary."""
+    print(f"\n{'':24}{'healthy':>12}{'buggy':>12}")
+    for name in bug.look_at:
+        if name in healthy[1]:
+            print(f"{name:24}{figure(healthy[1].get(name)):>12}{figure(buggy[1].get(name)):>12}")
+            continue
+        for label, place in (("first step", 0), ("last step", -1)):
+            cells = []
+            for rows, _ in (healthy, buggy):
+                cells.append(figure(rows[place].get(name) if rows else None))
+            print(f"{name + ', ' + label:24}{cells[0]:>12}{cells[1]:>12}")
+
+
+def figure(value):
+    return "none" if value is None else f"{value:.3g}"
+
+
+def check_bug(bug):
+    """Is the bug repaired? Runs the test that knows it, in the reader's copy -> True or False."""
+    folder = exercise_folder(bug.name)
+    if not os.path.exists(folder):
+        raise DataError(f"{folder} is missing; begin with: python -m appendix.exercises start "
+                        f"bug{BUGS.index(bug) + 1}")
+    failure = first_failure(os.path.abspath(folder), bug.tests)
+    print(failure or f"Found and repaired. It was in {bug.module}, {bug.function}:\n"
+                     f"    {bug.new}\nin place of\n    {bug.old}\n{bug.lesson}")
+    return not failure
+
+
+def hint(bug):
+    """First the file, then the function."""
+    path = os.path.join(exercise_folder(bug.name), "hints.txt")
+    asked = os.path.exists(path)
+    if asked:
+        print(f"{source_path(bug.module)}, {bug.function}")
+    else:
+        run.make_dir(os.path.dirname(path))
+        run.write_text(path, "1")
+        print(source_path(bug.module))
+
+
+# --------------------------------------------------------------------------------------------------
+# the command line
+
+def show_list():
+    print("Exercises: a function is blank, you write it\n")
+    for number, exercise in enumerate(EXERCISES, 1):
+        title = f"{number:3}  {exercise.name} ({exercise.minutes} minutes, "
+        print(f"{title}{source_path(exercise.module)})")
+        print(textwrap.indent(textwrap.fill(exercise.question, 90), "     "))
+    print("\nBugs: a copy of the project with one wrong line, and its symptom\n")
+    for number, bug in enumerate(BUGS, 1):
+        print(f"  bug{number}  {bug.name}: {bug.symptom}")
+
+
+def find(word):
+    """"3" -> the third exercise, "bug3" -> the third bug; names work too. Raises DataError."""
+    found = re.fullmatch(r"(bug)?(\d{1,3})", word)
+    things = BUGS if found and found[1] else EXERCISES
+    if found and 1 <= int(found[2]) <= len(things):
+        return things[int(found[2]) - 1]
+    for thing in [*EXERCISES, *BUGS]:
+        if thing.name == word:
+            return thing
+    raise DataError(f"there is no exercise {word!r}; expected 1 to {len(EXERCISES)} or bug1 to "
+                    f"bug{len(BUGS)}")
+
+
+def main(argv=None):
+    parser = run.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["list", "start", "check", "solution", "hint"])
+    parser.add_argument("which", nargs="?", default="",
+                        help="a number such as 3 or bug3, or a name")
+    args = parser.parse_args(argv)
+    if args.what == "list":
+        return show_list()
+    thing = find(args.which)
+    is_bug = thing in BUGS
+    if args.what == ("solution" if is_bug else "hint"):
+        raise DataError(f"{args.what} is for {'exercises' if is_bug else 'bugs'}; "
+                        f"expected {'hint' if is_bug else 'solution'}")
+    actions = {"start": start_bug if is_bug else start, "check": check_bug if is_bug else check,
+               "solution": solution, "hint": hint}
+    passed = actions[args.what](thing)
+    if args.what == "check" and not passed:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    with run.exit_on_error(interrupted="interrupted"):
+        main()
