@@ -126,7 +126,7 @@ def test_bad_gradients_stop_the_run(models, capsys):
     with in_a_new_folder(), mock.patch.object(AdamW, "step", poisoned):
         run.replace_folder(models["qwen2.5"].save("random"), "random")
         with pytest.raises(SystemExit):
-            main_of("--name bad --steps 20 --save-every 3")
+            main_of("--name bad --steps 20 --save-every 3 --control random")
         out, err = capsys.readouterr()
         assert "not finite in 5 steps in a row" in err and "--lr" in err and "step 6" in err and out.count("SKIPPED") == 6
         rows = test_scripts.read("runs/bad/metrics.jsonl")
