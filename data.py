@@ -26,7 +26,7 @@ from dataclasses import asdict, dataclass, field, replace
 import numpy as np
 from PIL import Image
 
-from appendix import faults, rows
+from appendix import faults, files, rows
 from appendix.files import DataError, check_writable, read_rows
 
 
@@ -152,6 +152,14 @@ def draw_scene(scene):
         paint = np.where(gauge > 0.88, 0, paint)                            # a black outline
         canvas[window] = np.where(gauge > 1, canvas[window], paint).astype(np.uint8)
     return Image.fromarray(canvas)
+
+
+def image_of(scene):
+    """The drawn scene; one of a side above SIDE, for a larger model, is drawn only when needed."""
+    side = scene["side"]
+    if side <= SIDE:
+        return draw_scene(scene)
+    return files.LazyImage((side, side), functools.partial(draw_scene, scene))
 
 
 @functools.lru_cache(maxsize=4)
@@ -326,7 +334,7 @@ def toy(task, split, n, seed=0, difficulty="medium", side=SIDE):
             level = rng.choice(list(DIFFICULTY))
         new_scene = functools.partial(split_scene, rng, split, side=side, **DIFFICULTY[level])
         scenes, asked = ASK[task](rng, new_scene)
-        images = [draw_scene(scene) for scene in scenes]
+        images = [image_of(scene) for scene in scenes]
         meta = {"scenes": scenes, **asked.pop("meta", {})}
         category = [task, level] if difficulty == "mixed" else [task]
         name = f"{task}/{split}/{seed}/{i}"

@@ -37,7 +37,7 @@ import zoom_rollout
 from appendix import averages, evaluation_run, evidence, faults, prefix, ranks, run
 from appendix.episode_rows import is_right, right, token_texts, verdict
 from appendix.episode_rows import record    # used by appendix/rl_run.py, as evaluate.record
-from appendix.weights import note_on_tiny
+from appendix.weights import largest_prompt_image, note_on_tiny
 from model import is_tiny
 from zoom_rollout import RolloutConfig
 
@@ -374,7 +374,7 @@ def load_model(cfg, samples):
     faults.check_samples(samples)
     name = cfg.checkpoint or cfg.model
     note_on_tiny(name, samples, "evaluate.py")
-    return prefix.load_vlm(name, plain=cfg.plain, max_pixels=cfg.max_pixels)
+    return prefix.load_vlm(name, plain=cfg.plain, max_pixels=largest_prompt_image(name, cfg))
 
 
 def run_predictions(cfg, samples):

@@ -223,9 +223,8 @@ class VLM:
 
     @property
     def toy_side(self):
-        """Side of a toy scene: 4 times the side fed, so that only a crop shows fine patterns."""
-        side = 4 * int(self.spec.max_pixels ** 0.5)
-        return side // self.factor * self.factor
+        """Side of a toy scene in pixels."""
+        return weights.toy_side(self.spec.max_pixels, self.factor)
 
     # ---- images
 

@@ -99,7 +99,9 @@ class Config:
 
     # the update
     num_minibatches: int = 1    # optimizer steps per batch of rollouts
-    lr: float = 3e-4            # learning rate after 3 steps of warm-up (papers at 3B to 7B: 1e-6)
+    lr: float = 3e-4            # learning rate after the warm-up (papers at 3B to 7B: 1e-6)
+    warmup_steps: int = 3       # steps in which the learning rate rises to lr (ViGoRL: 25)
+    weight_decay: float = 0.0   # AdamW's weight decay (ViGoRL: 0.01)
     clip_grad: float = 1.0      # largest gradient norm
 
     # memory and speed; none of these changes a result
@@ -114,6 +116,7 @@ class Config:
     # the run
     eval_n: int = 200           # held-out questions, asked before and after in each zoom mode
     save_every: int = 10        # steps between checkpoints
+    weights_only: bool = False  # checkpoints without the optimizer: 6 times smaller, no --resume
     device: str = "auto"        # device: cpu, cuda or cuda:1
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # precision of the forward passes
 
@@ -420,8 +423,8 @@ def sampler_logprobs(episodes, like):
 
 
 def learning_rate(cfg, step):
-    """Linear warm-up over the first 3 steps, then constant."""
-    return cfg.lr * min(1, (step + 1) / 3)
+    """Linear warm-up over the first steps, then constant."""
+    return cfg.lr * min(1, (step + 1) / max(1, cfg.warmup_steps))
 
 
 def episode_limit(cfg):
@@ -450,6 +453,7 @@ def main():
     state = rl_run.resumable(os.path.join(folder, "checkpoint"), cfg) if cfg.resume else None
     vlm = rl_run.load_policy(cfg)
     plan = rl_run.memory_plan(vlm, cfg)
+    rl_run.check_disk(vlm, cfg)
     held_out, train_rows = rl_run.split(cfg, vlm.toy_side, rows)
     questions = Questions(cfg, vlm.toy_side, train_rows)
 
@@ -462,7 +466,7 @@ def main():
         sections = [("before RL", measured["on"].episodes)]
         progress = rl_run.Progress(before=before, sections=sections)
     ref = rl_run.load_reference(vlm, cfg)
-    optimizer = AdamW(vlm.parameters(), cfg.lr, weight_decay=0.0, offload=cfg.offload)
+    optimizer = AdamW(vlm.parameters(), cfg.lr, weight_decay=cfg.weight_decay, offload=cfg.offload)
     run_log = rl_run.RunLog(vlm, optimizer, cfg, progress, began)
     run_log.begin(held_out)
 

@@ -38,7 +38,7 @@ import zoom_rollout
 from appendix import evidence, faults, files, memory, prefix, ranks, run
 from appendix.optimizer import AdamW
 from appendix.split import hold_out
-from appendix.weights import note_on_tiny
+from appendix.weights import largest_prompt_image, note_on_tiny
 from model import is_tiny
 from zoom_rollout import RolloutConfig, Trace
 
@@ -403,8 +403,9 @@ def main():
     faults.check_samples(rows)
     note_on_tiny(cfg.model, rows, "train_sft.py")
     style = data.PROMPT_STYLES[recipe_of(cfg)]
-    vlm = prefix.load_vlm(cfg.model, plain=cfg.plain, max_pixels=cfg.max_pixels,
-                          recompute=cfg.recompute)
+    max_pixels = largest_prompt_image(cfg.model, cfg)
+    vlm = prefix.load_vlm(
+        cfg.model, plain=cfg.plain, max_pixels=max_pixels, recompute=cfg.recompute)
     held_out_rows, rows = hold_out(rows, max(len(rows) // 20, 1), cfg.seed)
     config = {**asdict(cfg), "held_out": [s.id for s in held_out_rows]}
     run.write_json(os.path.join(folder, "config.json"), config)

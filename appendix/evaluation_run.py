@@ -10,7 +10,7 @@ import threading
 from dataclasses import asdict, fields, replace
 
 import data
-from appendix import files, ranks, run
+from appendix import files, ranks, run, weights
 from appendix.episode_rows import record, restore
 from appendix.files import DataError
 
@@ -75,7 +75,10 @@ def load_samples(cfg):
         samples = data.read_jsonl(cfg.data, cfg.images or None)[:cfg.n or None]
     else:
         title = f"toy {cfg.task}, {cfg.difficulty}"
-        samples = data.toy(cfg.task, "test", cfg.n or 200, cfg.seed, cfg.difficulty)
+        # --max-pixels changes how large a scene is fed, not the scene.
+        _, spec = weights.find_model(cfg.checkpoint or cfg.model)
+        side = weights.toy_side(min(spec.max_pixels, weights.TOY_PIXELS))
+        samples = data.toy(cfg.task, "test", cfg.n or 200, cfg.seed, cfg.difficulty, side)
     # Toy options are shuffled already, and predictions answer the options as published.
     shuffle = cfg.shuffle and cfg.data and not cfg.predictions
     if cfg.circular or shuffle:

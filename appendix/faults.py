@@ -5,9 +5,8 @@
 and passes.
 """
 import numpy as np
-from PIL import Image
 
-from appendix.files import DataError, check_images
+from appendix.files import IN_MEMORY, DataError, check_images
 
 MOST_SHOWN = 20
 
@@ -128,4 +127,4 @@ def faults_of(s, sizes):
 
 def size_of(image, sizes):
     """(width, height) of an image; sizes: those of files and bytes."""
-    return image.size if isinstance(image, Image.Image) else sizes[image]
+    return image.size if isinstance(image, IN_MEMORY) else sizes[image]

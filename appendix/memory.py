@@ -40,9 +40,7 @@ def memory_plan(vlm, options):
     kv_size = text.num_key_value_heads * head_dim                       # numbers in a key
     copies = 2 if options.reference else 1
 
-    # Two moments in fp32, and an fp32 master unless the weight itself is one.
-    has_masters = size < 4 or options.offload
-    optimizer = trained * (12 if has_masters else 8)
+    optimizer = trained * optimizer_bytes(vlm.dtype, options.offload)
     slot = text.num_hidden_layers * 2 * kv_size * size                  # a key, a value per layer
     # Twice: when finished rows leave the cache, the old one and the new one exist together.
     cache = 2 * options.cache_tokens * slot
@@ -61,6 +59,15 @@ def memory_plan(vlm, options):
     update = plan["gradients"] + plan["activations"] + plan["logits"]
     plan["peak"] = always + max(plan["cache"], update)
     return plan
+
+
+def optimizer_bytes(dtype, offload):
+    """Bytes of optimizer state per trained parameter.
+
+    Two moments in fp32, and an fp32 master unless the weight itself is one.
+    """
+    has_masters = dtype.itemsize < 4 or offload
+    return 12 if has_masters else 8
 
 
 def activation_bytes(text, kv_size, size, options):

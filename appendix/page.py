@@ -97,7 +97,7 @@ class Album:
 
     def open(self, source):
         """A path or a PIL image -> PIL image."""
-        if isinstance(source, Image.Image):
+        if isinstance(source, files.IN_MEMORY):
             return source
         if self.opened[0] != source:
             self.opened = (source, files.open_image(source))
@@ -106,7 +106,7 @@ class Album:
     def add(self, source, max_side):
         """The Picture of an image or of the file at a path, at most max_side pixels a side."""
         key = source
-        if isinstance(source, Image.Image):
+        if isinstance(source, files.IN_MEMORY):
             key = (source.size, hash(source.tobytes()))
         if key not in self.pictures:
             image = self.open(source)

@@ -10,7 +10,6 @@ the numbers: (500, 300) is a fine point in any of them.
     0-100       per cent of the image's sides
     0-1         shares of the image's sides
 """
-from PIL import Image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
 import rewards
@@ -85,7 +84,7 @@ def from_predictions(samples, texts, convention="source", max_pixels=0, factor=2
 
 def frame_of(sample, image, convention, max_pixels, factor):
     """(sx, sy, width, height) of an image: a coordinate times sx or sy is a source pixel."""
-    if isinstance(image, Image.Image):
+    if isinstance(image, files.IN_MEMORY):
         w, h = image.size
     else:
         w, h = files.open_image(image, f"sample {sample.id}: ", size_only=True)

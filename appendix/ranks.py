@@ -6,6 +6,7 @@ because it samples too: gradients are added up once per step, when all micro-bat
 
 Without torchrun there is one rank, and every function here does nothing or returns its input.
 """
+import datetime
 import json
 import os
 import sys
@@ -13,6 +14,10 @@ import time
 
 import torch
 import torch.distributed as dist
+
+# How long ranks wait for each other. NCCL's own 10 minutes are too few while rank 0 writes a
+# checkpoint of 44 GB to a slow disk, or while one rank's rollouts are much longer.
+PATIENCE = datetime.timedelta(hours=2)
 
 
 def start():
@@ -25,7 +30,7 @@ def start():
     on_gpu = torch.cuda.is_available()
     if on_gpu:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if on_gpu else "gloo")
+    dist.init_process_group("nccl" if on_gpu else "gloo", timeout=PATIENCE)
     if rank() > 0:
         sys.stdout = open(os.devnull, "w")
         os.environ["TQDM_DISABLE"] = "1"

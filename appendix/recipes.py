@@ -17,22 +17,25 @@ REAL = dict(
 
 # What --recipe sets: the papers' settings where they differ from Config's. The second dict is for
 # models of 3B to 7B parameters; a tiny model keeps its own step size and lengths.
-# Sources: ViGoRL tables A2 and A3 and its script; UniVG-R1's script and trainer.
+# Sources: ViGoRL tables A2 and A3 and its script; UniVG-R1's script and trainer, whose command line
+# says max_pixels 640,000, while its image processor keeps the 401,408 it was loaded with.
+# max_pixels holds for images of --data only: see weights.largest_prompt_image.
 PAPERS = {
     "vigorl": (
         dict(task="relation", group_size=5, loss="dual-clip", kl_coef=0.01),
         dict(num_prompts=128, num_minibatches=2, steps=500, lr=1e-6, sft_lr=1e-6,
-             max_new_tokens=2048),
+             max_new_tokens=2048, warmup_steps=25, weight_decay=0.01, max_pixels=4_194_304),
     ),
     "vigorl-zoom": (
         dict(task="search", blind_prompts=0, distinct_bonus=0.2, loss="dual-clip", kl_coef=0.01),
         dict(num_prompts=128, num_minibatches=16, steps=500, lr=1e-6, sft_lr=1e-6, clip_grad=0.2,
-             max_zooms=4, max_new_tokens=1024),
+             max_zooms=4, max_new_tokens=1024, warmup_steps=25, weight_decay=0.01),
     ),
     "univg-r1": (
         dict(task="boxes", difficulty="mixed", steps=150, difficulty_weight="exp", clip_high=0.2,
              aggregate="sequence", kl_coef=0.04),
-        dict(num_prompts=16, steps=625, lr=1e-6, sft_lr=5e-6, max_new_tokens=256),
+        dict(num_prompts=16, steps=625, lr=1e-6, sft_lr=5e-6, max_new_tokens=256, warmup_steps=0,
+             max_pixels=401_408),
     ),
 }
 
@@ -52,6 +55,8 @@ def presets(cfg):
         defaults = train_sft.searchable(cfg) | algorithm
     else:
         defaults = REAL | algorithm | scale
+    if not cfg.data:
+        defaults.pop("max_pixels", None)
     if cfg.data and "traces" in defaults:
         defaults = defaults | {"traces": ""}            # the oracle knows nothing about a file
     return defaults

@@ -5,6 +5,7 @@ The functions stand about in the order in which train_rl.py calls them. `cfg` is
 import json
 import math
 import os
+import shutil
 import time
 from dataclasses import asdict, dataclass, field, replace
 
@@ -16,10 +17,11 @@ import train_sft
 import zoom_rollout
 from appendix import memory, metrics, prefix, ranks, rl_options, run
 from appendix.split import hold_out
+from appendix.weights import largest_prompt_image
 from model import is_tiny
 
 # Fields that may change when a run is resumed.
-FREE = ("resume", "fresh", "steps", "name", "save_every", "max_batch_tokens",
+FREE = ("resume", "fresh", "steps", "name", "save_every", "weights_only", "max_batch_tokens",
         "prefill_tokens", "compiled", "graphs", "micro_tokens", "recompute", "offload", "plain")
 # Files of an earlier run: where one of them is in the folder, a new run does not start.
 RESULTS = ("checkpoint", "metrics.jsonl", "summary.json")
@@ -99,12 +101,30 @@ def resumable(checkpoint, cfg):
 def load_policy(cfg):
     """The model that learns: the run's checkpoint with --resume, else --model."""
     name = os.path.join(run_folder(cfg), "checkpoint") if cfg.resume else cfg.model
-    # The sides of a toy scene are four times those of the image fed (vlm.toy_side). So a real
-    # model is fed smaller images there, or the scenes would be huge.
-    small = not cfg.data and not is_tiny(cfg.model)
-    max_pixels = cfg.max_pixels or (448 * 448 if small else 0)
     return prefix.load_vlm(name, plain=cfg.plain, device=cfg.device, dtype=cfg.dtype,
-                           max_pixels=max_pixels, recompute=cfg.recompute)
+                           max_pixels=largest_prompt_image(name, cfg), recompute=cfg.recompute)
+
+
+def check_disk(vlm, cfg):
+    """End the run now if the disk cannot hold its checkpoints; print what a real model takes."""
+    parameters = sum(p.numel() for p in vlm.model.parameters())
+    trained = sum(p.numel() for p in vlm.parameters())
+    weights = parameters * vlm.dtype.itemsize
+    moments = 0 if cfg.weights_only else trained * memory.optimizer_bytes(vlm.dtype, cfg.offload)
+    checkpoint = weights + moments
+    # A new checkpoint is whole before the old one is deleted.
+    needed = checkpoint if cfg.resume else 2 * checkpoint
+    if cfg.kl_coef > 0 and not cfg.resume:
+        needed += weights                               # the reference
+    free = shutil.disk_usage(run_folder(cfg)).free
+    what = (f"a checkpoint takes {checkpoint / 1e9:.1f} GB, and while a new one is written the old "
+            f"one stays: {needed / 1e9:.1f} GB in all, {free / 1e9:.1f} GB are free")
+    if not is_tiny(cfg.model):
+        print(f"disk: {what}")
+    if free < needed:
+        run.fail(f"the disk of {run_folder(cfg)} is too small: {what}. --weights-only leaves out "
+                 f"the optimizer ({weights / 1e9:.1f} GB a checkpoint), but then a stopped run "
+                 "cannot be resumed")
 
 
 def load_reference(vlm, cfg):
@@ -258,7 +278,8 @@ class RunLog:
         seconds = self.progress.seconds + time.time() - self.began
         state = {"step": step, "config": asdict(self.cfg), "before": self.progress.before,
                  "seconds": seconds}
-        run.save_checkpoint(self.path("checkpoint"), self.vlm, self.optimizer, state)
+        run.save_checkpoint(
+            self.path("checkpoint"), self.vlm, self.optimizer, state, self.cfg.weights_only)
         self.saved = step
 
     def stop_if_not_finite(self, episodes, step):

@@ -310,24 +310,29 @@ def restore_folder(folder):
     ranks.barrier()
 
 
-def save_checkpoint(folder, vlm, optimizer, state):
+def save_checkpoint(folder, vlm, optimizer, state, weights_only=False):
     """Write all that a run needs to go on: weights, optimizer, random generator, and `state`.
 
-    state is a dict for JSON: step, config, ... Rank 0 writes.
+    state is a dict for JSON: step, config, ... Rank 0 writes. With weights_only the optimizer and
+    the generator are left out: the model can be used, but training cannot be resumed.
     """
     if ranks.rank() > 0:
         return
     with removed_on_error(folder + ".tmp"):
         tmp = vlm.save(folder)                          # into folder.tmp
-        tensors = {name: value.contiguous() for name, value in optimizer.tensors().items()}
-        save_file(tensors, os.path.join(tmp, "optimizer.safetensors"))
-        save_file({"torch": torch.get_rng_state()}, os.path.join(tmp, "rng.safetensors"))
+        if not weights_only:
+            tensors = {name: value.contiguous() for name, value in optimizer.tensors().items()}
+            save_file(tensors, os.path.join(tmp, "optimizer.safetensors"))
+            save_file({"torch": torch.get_rng_state()}, os.path.join(tmp, "rng.safetensors"))
         write_json(os.path.join(tmp, "state.json"), state)
         replace_folder(tmp, folder)
 
 
 def load_checkpoint(folder, optimizer):
     """Restore the optimizer and the random generator -> state. The weights come with the model."""
+    if not os.path.exists(os.path.join(folder, "optimizer.safetensors")):
+        fail(f"{folder} holds weights only, so training cannot be resumed from it; "
+             f"start another run from it with --model {folder}")
     try:
         optimizer.load_tensors(load_file(os.path.join(folder, "optimizer.safetensors")))
         rng = load_file(os.path.join(folder, "rng.safetensors"))

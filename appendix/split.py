@@ -6,7 +6,7 @@ image has seen that image. The toy world needs no such split: see data.split_of.
 import os
 import random
 
-from PIL import Image
+from appendix import files
 
 
 def hold_out(samples, n, seed):
@@ -54,4 +54,4 @@ def image_key(image):
     """What tells two images apart: the path of a file, the bytes, or the very PIL image."""
     if isinstance(image, str):
         return os.path.realpath(image)
-    return id(image) if isinstance(image, Image.Image) else image
+    return id(image) if isinstance(image, files.IN_MEMORY) else image

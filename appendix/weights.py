@@ -38,6 +38,9 @@ MODELS = {
 }
 
 
+TOY_PIXELS = 448 * 448          # area at which a real model is fed a toy scene
+
+
 # --------------------------------------------------------------------------------------------------
 # names
 
@@ -80,6 +83,26 @@ def note_on_tiny(name, samples, command):
           f"questions. They need a released model (one GPU): python {command} --model qwen2.5-vl-3b"
           " --data FILE. To try a file of your own without one: python data.py draw search 64, "
           "then --data scenes/search.jsonl")
+
+
+def largest_prompt_image(name, cfg):
+    """The area in pixels at which a model is fed prompt images at most, for load_vlm.
+
+    name: a model or checkpoint folder. cfg: settings with `data` and `max_pixels`. -> 0: the
+    model's own. A toy scene has four times the sides of the image fed, so a real model is fed
+    smaller ones than usual, or the scenes would be huge.
+    """
+    if cfg.max_pixels or cfg.data:
+        return cfg.max_pixels
+    return min(find_model(name)[1].max_pixels, TOY_PIXELS)
+
+
+def toy_side(max_pixels, factor=28):
+    """Side of a toy scene: 4 times the side fed, so that only a crop shows fine patterns.
+
+    max_pixels: of an image fed. factor: side of an image token; the result is a multiple of it.
+    """
+    return 4 * int(max_pixels ** 0.5) // factor * factor
 
 
 # --------------------------------------------------------------------------------------------------

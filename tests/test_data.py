@@ -3,14 +3,14 @@ Is a toy question answered where it says, and can the answer not be seen without
 frame, and is a broken one refused with its file, its row and what was expected? At the end MUTATIONS puts bugs into data.py and
 what it reads files with.
 """
-import collections, contextlib, dataclasses, io, itertools, json, os, random, re, zlib
+import collections, contextlib, copy, dataclasses, io, itertools, json, os, random, re, zlib
 
 import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
 
 import data
-from appendix import benchmarks, faults, files
+from appendix import benchmarks, faults, files, page, split
 from conftest import check_mutation, names
 
 N = 60
@@ -418,6 +418,30 @@ def test_no_file(folder):
             data.read_jsonl(str(folder / name))
         assert str(folder / name) in str(e.value)
 
+def test_large_scenes_are_drawn_when_needed(folder, monkeypatch):
+    """Claim: the scenes of a large model are not held as pixels, and whatever takes an image takes them; small ones are as before."""
+    drawn = []
+    monkeypatch.setattr(data, "draw_scene", lambda scene, real=data.draw_scene: drawn.append(scene["side"]) or real(scene))
+    files.made.cache_clear()
+    small, = data.toy("search", "train", 1)
+    large = data.toy("search", "train", 40, side=896)
+    assert drawn == [448] and large[0].images[0].size == (896, 896) and drawn == [448]
+    scene = large[0].meta["scenes"][0]
+    whole = data.draw_scene(scene)
+    image = files.sample_image(large[0], 0)
+    assert image.crop((10, 20, 300, 400)).tobytes() == whole.crop((10, 20, 300, 400)).tobytes() and image.width == image.height == 896
+    assert [image.resize((96, 96)).tobytes(), image.tobytes()] == [whole.resize((96, 96)).tobytes(), whole.tobytes()]
+    assert drawn == [448, 896, 896]                                                 # here and once for all that was asked of it
+    for s in large:
+        s.images[0].tobytes()
+    assert files.made.cache_info().currsize <= 32
+    assert files.digest(large[0]) != files.digest(large[1]) and copy.copy(image).size == (896, 896)
+    data.write_jsonl(str(folder / "large.jsonl"), large[:2])
+    back = data.read_jsonl(str(folder / "large.jsonl"))
+    assert files.sample_image(back[0], 0).tobytes() == whole.tobytes()
+    faults.check_samples(large[:2])
+    assert page.Album().add(image, 100).width == 896 and len(split.hold_out(large, 4, 0)[0]) == 4
+
 @pytest.mark.parametrize("kind", ["png", "jpeg"])
 def test_broken_image(folder, kind):
     """Bug: half an image is padded with gray and used, or ends in PIL's traceback, which names no row."""
@@ -568,7 +592,7 @@ MUTATIONS = [
     ("appendix.files:is_numbers", "-1e9 < v < 1e9", "True", test_bad_field, dict(change={"targets": [{"box": [1, 2, 3, float("nan")]}]}, expected="4 numbers")),
     ("appendix.files:open_image", "(OSError, SyntaxError, ValueError, Image.DecompressionBombError)", "(SyntaxError, Image.DecompressionBombError)",
      test_broken_image, dict(kind="jpeg")),
-    ("data:toy", "draw_scene(scene)", "draw_scene(scenes[0])", test_pictures, {}),
+    ("data:toy", "image_of(scene)", "image_of(scenes[0])", test_pictures, {}),
     ("appendix.files:as_rgb", "im.mode in ('RGBA', 'LA', 'PA', 'P')", "False", test_transparency, {}),
 ]
 

@@ -5,7 +5,7 @@ way gives. At the end MUTATIONS puts bugs into train_rl.py and what it stands on
     python -m pytest tests/test_train.py            # seconds
     python -m pytest tests/test_train.py --slow     # and twenty SIGKILLs: minutes
 """
-import copy, json, os, random, shlex, shutil, signal, socket, subprocess, sys, time, traceback, zlib
+import copy, dataclasses, json, os, random, shlex, shutil, signal, socket, subprocess, sys, time, traceback, zlib
 from unittest import mock
 
 import pytest
@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 import data, evaluate, grpo, model, rewards, train_rl, train_sft, zoom_rollout
 import test_scripts
-from appendix import memory, prefix, ranks, recipes, run, speed
+from appendix import evaluation_run, memory, prefix, ranks, recipes, run, speed, weights
 from appendix.optimizer import AdamW
 from conftest import ROOT, check_mutation, close, names
 from test_prefix import group_of
@@ -390,6 +390,60 @@ def test_twenty_kills(tmp_path):
     status, _, err = test_scripts.finish(test_scripts.start(f"{command} --name rl {'--resume' if state() >= 0 else ''}", tmp_path))
     assert status == 0, err
     test_scripts.same_run(tmp_path / "runs" / "whole", folder)
+
+def test_disk_is_checked_before_the_work(script, monkeypatch):
+    """Bug: after the warm start the disk is full, because a checkpoint stands beside the one before it. The message has the numbers."""
+    usage = shutil.disk_usage(".")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=17_000_000))
+    vlm = prefix.load_vlm("tiny", quiet=True)
+    weights = 4 * sum(p.numel() for p in vlm.model.parameters())
+    checkpoint = weights + 8 * sum(p.numel() for p in vlm.parameters())
+    assert 17_000_000 < 2 * checkpoint and 2 * weights < 17_000_000
+    said = test_scripts.refused(script(SMALL), f"a checkpoint takes {checkpoint / 1e9:.1f} GB", "0.0 GB are free", "--weights-only")
+    assert "warm start" not in said
+
+def test_weights_only(script):
+    """Claim: --weights-only leaves the optimizer out; the model can be used, and --resume says why it cannot go on."""
+    assert script(f"{SMALL} --steps 2 --weights-only --name light")[0] == 0
+    files = os.listdir("runs/light/checkpoint")
+    assert "model.safetensors" in files and "state.json" in files and not {"optimizer.safetensors", "rng.safetensors"} & set(files)
+    test_scripts.refused(script("train_rl.py --name light --resume --steps 4"), "holds weights only", "--model runs/light/checkpoint")
+    prefix.load_vlm("runs/light/checkpoint", quiet=True)
+
+def test_ranks_wait_for_a_slow_disk(monkeypatch):
+    """Bug: NCCL gives up after ten minutes, while rank 0 still writes a checkpoint."""
+    seen = {}
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(ranks.dist, "init_process_group", lambda backend, timeout: seen.update(timeout=timeout))
+    monkeypatch.setattr(ranks.dist, "get_rank", lambda: 0)
+    ranks.start()
+    assert seen["timeout"].total_seconds() >= 3600
+
+def test_toy_scenes_of_a_real_model(script, monkeypatch):
+    """Bug: warm start and evaluation drew scenes of 6,720 pixels a side for a 3B model, or of 448, whose patterns show without a zoom."""
+    for name, side in (("tiny", 448), ("qwen2.5-vl-3b", 1792), ("qwen3-vl-2b", 1792)):
+        for config in (train_rl.Config, train_sft.Config, evaluate.Config):
+            cfg = config(model=name)
+            assert 4 * weights.largest_prompt_image(name, cfg) ** 0.5 == side
+            assert weights.largest_prompt_image(name, dataclasses.replace(cfg, data="x.jsonl")) == 0
+            assert weights.largest_prompt_image(name, dataclasses.replace(cfg, max_pixels=999)) == 999
+        asked, _ = evaluation_run.load_samples(evaluate.Config(model=name, n=1, max_pixels=50_000))
+        assert asked[0].images[0].size == (side, side)
+    asked = []
+    monkeypatch.setattr(prefix, "load_vlm", lambda *_, max_pixels, **__: asked.append(max_pixels) or run.fail("seen"))
+    for command in ("train_rl.py", "train_sft.py", "evaluate.py"):
+        test_scripts.refused(script(f"{command} --model qwen2.5-vl-3b"), "seen")
+    assert asked == [weights.TOY_PIXELS] * 3
+
+def test_settings_of_the_papers_reach_the_update():
+    """Claim: ViGoRL's recipe warms up for 5 % of its 500 steps and decays weights; image sizes of a recipe hold for --data only."""
+    of = lambda **flags: recipes.presets(train_rl.Config(model="qwen2.5-vl-3b", **flags))
+    for recipe, pixels in (("vigorl", 4_194_304), ("univg-r1", 401_408)):
+        assert of(recipe=recipe, data="x.jsonl")["max_pixels"] == pixels and "max_pixels" not in of(recipe=recipe)
+    assert all((of(recipe=r)["warmup_steps"], of(recipe=r)["weight_decay"]) == (25, 0.01) for r in ("vigorl", "vigorl-zoom"))
+    rates = [train_rl.learning_rate(train_rl.Config(lr=1.0, warmup_steps=25), step) for step in (0, 11, 24, 99)]
+    assert rates == [1 / 25, 12 / 25, 1, 1] and train_rl.learning_rate(train_rl.Config(lr=1.0, warmup_steps=0), 0) == 1
+    assert "max_pixels" in recipes.PAPERS["vigorl"][1]                              # and reading it did not take it out
 
 # -----------------------------------------------------------------------------
 # do the tests bite?

@@ -491,7 +491,7 @@ MUTATIONS = [
     ("train_rl:sampler_logprobs", "torch.tensor(e.logprobs)", "like[b, :len(e.ids)].detach()", test_sampler_and_trainer_agree_and_it_would_show, {}),
     ("train_rl:split_minibatches", "order[m::cfg.num_minibatches]", "order", test_minibatches_split_the_step, {}),
     ("train_rl:split_minibatches", "order[m::cfg.num_minibatches]", "order[m * 2:m * 2 + 2]", test_minibatches_split_the_step, {}),
-    ("train_rl:learning_rate", "min(1, (step + 1) / 3)", "min(1, step / 3)", test_learning_rate_warms_up, {}),
+    ("train_rl:learning_rate", "min(1, (step + 1) / max(1, cfg.warmup_steps))", "min(1, step / max(1, cfg.warmup_steps))", test_learning_rate_warms_up, {}),
     ("train_rl:roll_out", "'off'", "'on'", test_blind_prompts, {}),
     ("train_rl:roll_out", "samples[:num_blind]", "samples[-num_blind:]", test_blind_prompts, {}),
     ("train_rl:num_blind_prompts", "can_zoom and num_prompts > cfg.blind_prompts", "can_zoom", test_blind_prompts, {}),
