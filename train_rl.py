@@ -447,12 +447,12 @@ def main():
     rl_run.check_config(cfg, num_blind_prompts(cfg, cfg.num_prompts))
     rl_options.check_bonuses(cfg, episode_limit(cfg))
     rows = data.read_jsonl(cfg.data, cfg.images or None) if cfg.data else []
-    faults.check_samples(rows)
+    sizes = faults.check_samples(rows)                  # of the images
     note_on_tiny(cfg.model, rows, "train_rl.py")
     state = rl_run.resumable(os.path.join(folder, "checkpoint"), cfg) if cfg.resume else None
     vlm = rl_run.load_policy(cfg)
-    plan = rl_run.memory_plan(vlm, cfg)
     held_out, train_rows = rl_run.split(cfg, vlm.toy_side, rows)
+    plan = rl_run.memory_plan(vlm, cfg, held_out + train_rows, sizes)
     questions = Questions(cfg, vlm.toy_side, train_rows)
 
     if cfg.resume:
