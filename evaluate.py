@@ -371,10 +371,12 @@ def run_modes(cfg, samples):
 
 def load_model(cfg, samples):
     """Read all images, so that a broken one ends the program before the work; load the model."""
-    faults.check_samples(samples)
+    sizes = faults.check_samples(samples)               # of the images
     name = cfg.checkpoint or cfg.model
     note_on_tiny(name, samples, "evaluate.py")
-    return prefix.load_vlm(name, plain=cfg.plain, max_pixels=largest_prompt_image(name, cfg))
+    vlm = prefix.load_vlm(name, plain=cfg.plain, max_pixels=largest_prompt_image(name, cfg))
+    evaluation_run.print_memory(vlm, cfg, samples, sizes)
+    return vlm
 
 
 def run_predictions(cfg, samples):
@@ -467,7 +469,7 @@ def presets(cfg):
 def main(argv=None):
     argv = evaluation_run.join_folders(sys.argv[1:] if argv is None else argv)
     ranks.start()
-    with run.exit_on_error(out_of_memory="--max-pixels, --max-zooms, --max-new-tokens",
+    with run.exit_on_error(out_of_memory=evaluation_run.KNOBS,
                            interrupted=f"interrupted; {SAVED}", saved=SAVED):
         return evaluate(run.parse_config(Config, argv, __doc__, presets=presets))
 

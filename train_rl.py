@@ -294,14 +294,16 @@ def dynamic_sampling(vlm, batch, questions, cfg, step, log):
         prompts = questions.of_step(step, again)[before:before + len(dull)]
         if not prompts:                                 # but another rank may have such groups,
             continue                                    # and all ranks must call gather again
+        dull = dull[:len(prompts)]
+        for first in dull:
+            for e in batch.episodes[first:first + G]:
+                e.views = []                            # features are large and not needed
         config = rl_run.rollout_config(cfg, rollout_seed(cfg, step) + again * 10 ** 9)
         new = zoom_rollout.rollout(vlm, prompts, G, config, first_sample=before)
         score_episodes(new, cfg)
-        for k, first in enumerate(dull[:len(prompts)]):
+        for k, first in enumerate(dull):
             batch.dropped += batch.episodes[first:first + G]
             batch.episodes[first:first + G] = new[k * G:(k + 1) * G]
-    for e in batch.dropped:
-        e.views = []                                    # features are large and not needed
     log.lap("rollout")
 
 
@@ -448,13 +450,13 @@ def main():
     rl_run.check_config(cfg, num_blind_prompts(cfg, cfg.num_prompts))
     rl_options.check_bonuses(cfg, episode_limit(cfg))
     rows = data.read_jsonl(cfg.data, cfg.images or None) if cfg.data else []
-    faults.check_samples(rows)
+    sizes = faults.check_samples(rows)                  # of the images
     note_on_tiny(cfg.model, rows, "train_rl.py")
     state = rl_run.resumable(os.path.join(folder, "checkpoint"), cfg) if cfg.resume else None
     vlm = rl_run.load_policy(cfg)
-    plan = rl_run.memory_plan(vlm, cfg)
     rl_run.check_disk(vlm, cfg)
     held_out, train_rows = rl_run.split(cfg, vlm.toy_side, rows)
+    plan = rl_run.memory_plan(vlm, cfg, held_out + train_rows, sizes)
     questions = Questions(cfg, vlm.toy_side, train_rows)
 
     if cfg.resume:
@@ -477,6 +479,7 @@ def main():
         run_log.stop_if_not_finite(episodes, step)
         run_log.write(row, episodes)
         groups = rl_run.groups_to_show(groups, step, episodes, cfg)
+        del episodes                                    # their features go before the next rollout
         if run_log.stops_after(row):
             return
     rl_run.finish(vlm, held_out, run_log, groups, plan["peak"])

@@ -323,7 +323,7 @@ def sample_turn(vlm, cache, logits, positions, u, options):
     live = torch.ones(B, dtype=torch.bool, device=device)
     # Everything stays on the device. To find out whether all rows have ended, the CPU must wait
     # for the GPU. So on a GPU that is checked every 8 tokens only.
-    check_every = 8 if device.type == "cuda" else 1
+    check_every = 1 if device.type == "cpu" else 8
     cache.reserve(n)
     decode_step = decoder(vlm, cache, options)
     for t in range(n):

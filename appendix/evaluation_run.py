@@ -10,9 +10,11 @@ import threading
 from dataclasses import asdict, fields, replace
 
 import data
-from appendix import files, ranks, run, weights
+from appendix import files, memory, ranks, run, weights
 from appendix.episode_rows import record, restore
 from appendix.files import DataError
+from model import is_tiny
+from zoom_rollout import RolloutConfig
 
 # Settings that may change when an evaluation is continued.
 FREE = ("out", "drawn", "fresh", "compare")
@@ -125,6 +127,34 @@ def style_of(cfg, samples):
     # A box may lie in any image, but the zoom tool only cuts from the first image.
     only_boxes = all(s.answer_type == "box" for s in samples)
     return "boxes" if only_boxes else "zoom"
+
+
+# --------------------------------------------------------------------------------------------------
+# memory
+
+KNOBS = ("a smaller --batch (it changes the random numbers), --max-pixels, --max-zooms, "
+         "--max-new-tokens")
+
+
+def print_memory(vlm, cfg, samples, sizes):
+    """Print how much memory a released model will need at the worst moment, and if it is too much.
+
+    sizes: those of the samples' images, see memory.longest_prompt.
+    """
+    if is_tiny(cfg.checkpoint or cfg.model):
+        return
+    prompt_tokens = memory.longest_prompt(vlm, samples, cfg.style, sizes)
+    plan = memory.memory_plan(vlm, memory_options(vlm, cfg, prompt_tokens))
+    parts = [f"{part} {plan[part] / 1e9:.1f}" for part in memory.PARTS if plan[part]]
+    print(f"memory: {plan['peak'] / 1e9:.1f} GB at most ({', '.join(parts)}); the longest prompt "
+          f"has {prompt_tokens} tokens")
+    memory.warn_if_too_large(plan, vlm.device, KNOBS)
+
+
+def memory_options(vlm, cfg, prompt_tokens):
+    """-> memory.MemoryOptions of an evaluation. prompt_tokens: of the longest prompt."""
+    config = run.pick_fields(cfg, RolloutConfig)
+    return memory.rollout_options(vlm, config, cfg.batch, prompt_tokens)
 
 
 # --------------------------------------------------------------------------------------------------

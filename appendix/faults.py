@@ -12,7 +12,10 @@ MOST_SHOWN = 20
 
 
 def check_samples(samples):
-    """Read every image and check every row. Raises DataError with all faults in one list."""
+    """Read every image and check every row -> {path or bytes of an image: (width, height)}.
+
+    Raises DataError with all faults in one list.
+    """
     sizes = check_images(samples)
     faults = []
     for s in samples:
@@ -23,6 +26,7 @@ def check_samples(samples):
             faults.append(f"sample {s.id}: {why}")
         faults += [f"sample {fault}" for fault in faults_of(s, sizes)]
     raise_faults(faults, "rows cannot be used")
+    return sizes
 
 
 def raise_faults(faults, what):

@@ -45,8 +45,13 @@ class PromptCache(model.KVCache):
     """The plain cache, whose rows other rows may continue without copying them."""
 
     def branch(self, group):
-        """A cache of B empty rows; row b continues row group[b] of this one."""
-        return self.resume([None] * len(group), group)
+        """A cache of B empty rows; row b continues row group[b] of this one, which it takes over.
+
+        When its rows leave, so do their prompts, from this cache too.
+        """
+        cache = self.resume([None] * len(group), group)
+        cache.owns_prompts = True
+        return cache
 
     def resume(self, kept, group):
         """`branch` with rows that hold tokens already.
@@ -108,6 +113,7 @@ class SharedCache(model.KVCache):
 
     def __init__(self, prompts, group, keys, values, lengths):
         super().__init__(keys, values, lengths)
+        self.owns_prompts = False                       # else other caches may continue them
         self.assign(prompts, group)
 
     def assign(self, prompts, group):
@@ -203,8 +209,9 @@ class SharedCache(model.KVCache):
         super().keep_rows(index)
         used, group = self.group[index].unique(return_inverse=True)
         prompts = self.prompts
-        if len(used) < len(prompts.lengths):            # a copy: others may continue the old one
-            prompts = PromptCache(list(prompts.keys), list(prompts.values), prompts.lengths)
+        if len(used) < len(prompts.lengths):
+            if not self.owns_prompts:
+                prompts = PromptCache(list(prompts.keys), list(prompts.values), prompts.lengths)
             prompts.keep_rows(used)
         self.assign(prompts, group)
 
@@ -225,7 +232,7 @@ class SharedCache(model.KVCache):
 
 
 def stack_rows(cache, other):
-    """Add the rows of `other` to `cache`, in place, block by block."""
+    """Add the rows of `other` to `cache`, in place, block by block; `other` is used up."""
     cache.lengths = torch.cat([cache.lengths, other.lengths])
     slots = max(cache.keys[0].shape[2], other.keys[0].shape[2])
     for blocks, more in ((cache.keys, other.keys), (cache.values, other.values)):
@@ -233,6 +240,7 @@ def stack_rows(cache, other):
             block = F.pad(block, (0, 0, 0, slots - block.shape[2]))
             rows = F.pad(rows, (0, 0, 0, slots - rows.shape[2]))
             blocks[i] = torch.cat([block, rows])
+            more[i] = None
 
 
 # --------------------------------------------------------------------------------------------------

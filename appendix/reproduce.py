@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 import train_rl
 import train_sft
-from appendix import recipes, rl_run, run, speed_setup
+from appendix import memory, recipes, rl_run, run, speed_setup
 from appendix.weights import MODELS, ROOT
 from evaluate import wilson
 
@@ -225,9 +225,8 @@ def needs_table():
         if model_name not in made:
             made[model_name] = speed_setup.random_weights(model_name, "meta")
         vlm = made[model_name]
-        with contextlib.redirect_stdout(io.StringIO()):
-            plan = rl_run.memory_plan(vlm, cfg)
         lengths = LENGTHS[name]
+        plan = memory.memory_plan(vlm, rl_run.memory_options(vlm, cfg, lengths.prompt))
         seconds = sum(step_seconds(vlm, cfg, lengths).values())
         hours = seconds * cfg.steps / 3600
         host = f"{plan['optimizer'] / GB:.0f}" if cfg.offload else ""

@@ -139,15 +139,44 @@ def load_reference(vlm, cfg):
                            max_pixels=vlm.spec.max_pixels, quiet=True)
 
 
-def memory_plan(vlm, cfg):
-    """What the run will need in bytes, by part; printed for a real model."""
-    options = memory.MemoryOptions(
-        micro_tokens=cfg.micro_tokens, cache_tokens=cfg.max_batch_tokens, recompute=cfg.recompute,
-        offload=cfg.offload, reference=cfg.kl_coef > 0)
+def memory_plan(vlm, cfg, samples, sizes):
+    """What the run will need in bytes, by part; printed for a real model, with warnings.
+
+    sizes: those of the samples' images, see memory.longest_prompt.
+    """
+    style = data.PROMPT_STYLES[cfg.recipe]
+    prompt_tokens = memory.longest_prompt(vlm, samples, style, sizes)
+    options = memory_options(vlm, cfg, prompt_tokens)
     plan = memory.memory_plan(vlm, options)
     if not is_tiny(cfg.model):
         memory.print_plan(plan, cfg.offload)
+    memory.warn_if_too_large(plan, vlm.device, memory.knobs_for(plan, cfg.offload))
+    warn_of_long_prompts(options)
     return plan
+
+
+def memory_options(vlm, cfg, prompt_tokens):
+    """The settings of one rank that decide how much memory it needs -> memory.MemoryOptions.
+
+    prompt_tokens: of the longest prompt.
+    """
+    return memory.rollout_options(
+        vlm, rollout_config(cfg, seed=0), math.ceil(cfg.num_prompts / ranks.world_size()),
+        prompt_tokens, group_size=cfg.group_size, micro_tokens=cfg.micro_tokens,
+        recompute=cfg.recompute, offload=cfg.offload, reference=cfg.kl_coef > 0,
+        passes=2 if cfg.papo_coef > 0 else 1)
+
+
+def warn_of_long_prompts(options):
+    """Print a line if a prompt is longer than --micro-tokens: it is run once for each episode."""
+    tokens = options.prompt_tokens
+    if tokens <= options.micro_tokens:
+        return
+    whole_group = tokens + options.group_size * options.own_tokens
+    print(f"warning: the longest prompt has {tokens} tokens, more than --micro-tokens "
+          f"{options.micro_tokens}, so the update runs it anew for each of its "
+          f"{options.group_size} episodes. --micro-tokens {whole_group} runs it once (with more "
+          "memory); a smaller --max-pixels makes it shorter")
 
 
 # --------------------------------------------------------------------------------------------------

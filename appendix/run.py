@@ -330,7 +330,8 @@ def save_checkpoint(folder, vlm, optimizer, state, weights_only=False):
 
 def load_checkpoint(folder, optimizer):
     """Restore the optimizer and the random generator -> state. The weights come with the model."""
-    if not os.path.exists(os.path.join(folder, "optimizer.safetensors")):
+    is_whole = os.path.exists(os.path.join(folder, "state.json"))
+    if is_whole and not os.path.exists(os.path.join(folder, "optimizer.safetensors")):
         fail(f"{folder} holds weights only, so training cannot be resumed from it; "
              f"start another run from it with --model {folder}")
     try:

@@ -159,6 +159,7 @@ class Running:
             self.rows = []
             self.positions = []
             self.cache = None
+            self.logits = None
             return
         chunks = [responses[b][0] for b in staying]
         if parts.padded_tokens(chunks) > self.config.prefill_tokens:
@@ -168,6 +169,7 @@ class Running:
         if staying != list(range(len(self.rows))):
             self.cache.keep_rows(torch.tensor(staying, device=self.vlm.device))
             self.rows = [self.rows[b] for b in staying]
+        self.logits = None                              # the old ones go before the new ones come
         self.logits, self.positions = self.prefill(
             self.cache, chunks, [positions[b] for b in staying], views)
 

@@ -25,31 +25,39 @@ gradients relative to the largest gradient. Then a whole GRPO step of one turn, 
 Without `--micro-tokens` the update is one pass, so that peaks can be compared, and the step has the
 micro-batches of train_rl.py.
 
-search: see speed_search.py. gpu: see speed_gpu.py. plan: the parts of memory.memory_plan for two
-cards.
+search: see speed_search.py. gpu: see speed_gpu.py. plan: the parts of memory.memory_plan for the
+settings in PLANS.
 
 Where TRL is installed (see speed_trl.py), rollout and train measure it too. Without it, rollout
 leaves its fields out and train writes null.
 """
 import argparse
+import contextlib
 import importlib.util
+import io
 import json
 import sys
+from dataclasses import replace
 from functools import partial
 
 import torch
 
+import evaluate
 import train_rl
+import train_sft
 import zoom_rollout
-from appendix import memory, run, speed_gpu, speed_peers, speed_search, speed_setup, speed_train
+from appendix import (
+    evaluation_run, memory, recipes, rl_run, run, speed_gpu, speed_peers, speed_search, speed_setup,
+    speed_train)
 from appendix.speed_setup import Load, Rounds
 
-# Two settings of `plan`.
-CARDS = {
-    "80 GB card": memory.MemoryOptions(
-        micro_tokens=16384, cache_tokens=262144, recompute=True),
-    "40 GB card": memory.MemoryOptions(
-        micro_tokens=8192, cache_tokens=131072, recompute=True, offload=True),
+# Settings of `plan`: flags of train_rl.py, or None for evaluate.py; tokens of the longest prompt.
+PLANS = {
+    "80 GB": ("", 450),
+    "40 GB": ("--offload --micro-tokens 8192 --max-batch-tokens 131072", 450),
+    "univg-r1": ("--recipe univg-r1 --data FILE", 18_000),         # five images of 2.85 MP
+    "vigorl-zoom": ("--recipe vigorl-zoom --data FILE", 3750),     # one
+    "evaluation": (None, 3750),
 }
 
 
@@ -159,21 +167,39 @@ def compare_trl_generation(vlm, load, num_rounds):
 # plan
 
 def plan(args):
-    """The memory plan of a released model in bf16, counted from shapes on the meta device.
+    """The memory plans of a released model in bf16, counted from shapes on the meta device.
 
-    -> {card: GB at the peak}
+    -> {setting: GB at the peak}
     """
     vlm = speed_setup.random_weights(args.model, "meta")
-    plans = {card: memory.memory_plan(vlm, options) for card, options in CARDS.items()}
-    titles = "".join(f"{card:>14}" for card in plans)
-    print(f"{args.model}, GB{'':14}{titles}")
-    for part in plans["80 GB card"]:
+    plans = {}
+    offloads = set()
+    for setting, (flags, prompt_tokens) in PLANS.items():
+        options = plan_options(vlm, args.model, flags, prompt_tokens)
+        plans[setting] = memory.memory_plan(vlm, options)
+        if options.offload:
+            offloads.add(setting)
+    print(f"{args.model}, GB".ljust(20) + "".join(f"{setting:>16}" for setting in plans))
+    for part in plans["80 GB"]:
         cells = []
-        for card, sizes in plans.items():
-            on_cpu = part == "optimizer" and CARDS[card].offload
-            cells.append(f"{sizes[part] / 1e9:10.1f}{' CPU' if on_cpu else '    '}")
-        print(f"{part:32}{''.join(cells)}")
-    return {card: sizes["peak"] / 1e9 for card, sizes in plans.items()}
+        for setting, sizes in plans.items():
+            on_cpu = part == "optimizer" and setting in offloads
+            cells.append(f"{sizes[part] / 1e9:12.1f}{' CPU' if on_cpu else '    '}")
+        print(f"{part:20}{''.join(cells)}")
+    return {setting: sizes["peak"] / 1e9 for setting, sizes in plans.items()}
+
+
+def plan_options(vlm, model_name, flags, prompt_tokens):
+    """-> memory.MemoryOptions of train_rl.py with these flags; flags None: of evaluate.py."""
+    argv = ["--model", model_name]
+    with contextlib.redirect_stdout(io.StringIO()):     # else the settings are printed
+        if flags is None:
+            cfg = run.parse_config(evaluate.Config, argv, presets=evaluate.presets)
+            return evaluation_run.memory_options(vlm, replace(cfg, style="zoom"), prompt_tokens)
+        argv += flags.split()
+        cfg = run.parse_config(train_rl.Config, argv, presets=recipes.presets)
+    cfg = replace(cfg, recipe=train_sft.recipe_of(cfg))
+    return rl_run.memory_options(vlm, cfg, prompt_tokens)
 
 
 # --------------------------------------------------------------------------------------------------

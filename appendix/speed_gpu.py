@@ -49,7 +49,8 @@ import data
 import model
 import train_rl
 import zoom_rollout
-from appendix import prefix, ranks, rl_run, run, speed_peers, speed_setup, speed_train
+from appendix import (
+    memory, prefix, ranks, rl_run, run, speed_peers, speed_setup, speed_train)
 from appendix.speed_setup import Load, Rounds
 from appendix.weights import ROOT
 
@@ -86,6 +87,8 @@ class Shape:
     turn_tokens: int = 120      # sampled tokens per turn of these
 
 
+# Tokens of a prompt beside those of its image, about.
+TEXT_TOKENS = 200
 # The first one that fits is taken, see `choose_shape`.
 SHAPES = (
     Shape("qwen2.5-vl-3b", micro_tokens=16384, max_batch_tokens=262144),
@@ -283,7 +286,7 @@ def choose_shape(card_bytes, cpu_bytes):
     """The first of SHAPES whose plan fits into 92 % of the card's memory; else the last."""
     for shape in SHAPES:
         vlm = speed_setup.random_weights(shape.model, "meta")
-        plan = rl_run.memory_plan(vlm, step_config(shape))
+        plan = step_plan(vlm, shape, shape.image_tokens + TEXT_TOKENS)
         fits_cpu = not shape.offload or plan["optimizer"] < 0.7 * cpu_bytes
         if plan["peak"] < 0.92 * card_bytes and fits_cpu:
             return shape
@@ -484,6 +487,12 @@ def step_config(shape):
         recompute=shape.recompute, offload=shape.offload)
 
 
+def step_plan(vlm, shape, prompt_tokens):
+    """The memory plan of that step."""
+    options = rl_run.memory_options(vlm, step_config(shape), prompt_tokens)
+    return memory.memory_plan(vlm, options)
+
+
 class ZoomSteps(speed_train.OurSteps):
     """GRPO steps in which every turn but the last ends with a zoom at a random point."""
 
@@ -514,7 +523,8 @@ def measure_step(bench, found):
     """
     vlm = bench.need_vlm()
     cfg = step_config(bench.shape)
-    plan = rl_run.memory_plan(vlm, cfg)
+    prompt_tokens = memory.longest_prompt(vlm, bench.samples, "zoom", sizes={})
+    plan = step_plan(vlm, bench.shape, prompt_tokens)
     found["planned_gb"] = plan["peak"] / GB
     steps = ZoomSteps(vlm, bench.samples, cfg)
     for num_prompts in (max(cfg.num_prompts // 4, 1), cfg.num_prompts):

@@ -717,6 +717,7 @@ def test_options_are_permuted_unless_told_otherwise(tmp_path, monkeypatch):
 def test_a_real_model_may_say_more(tmp_path, monkeypatch, capsys):
     """Bug: a thought of a real model is cut off after the 64 tokens that the tiny one needs, and counts as unreadable."""
     monkeypatch.setattr(prefix, "load_vlm", lambda *_, **__: Eyes())
+    monkeypatch.setattr(evaluation_run, "print_memory", lambda *_: None)
     calls, file = fake_rollout(monkeypatch), choices(tmp_path)
     for n, (more, length) in enumerate([([], 64), (["--model", "qwen3-vl-2b"], 512), (["--model", "qwen3-vl-2b", "--max-new-tokens", "9"], 9)]):
         evaluate.main(["--data", file, "--out", str(tmp_path / str(n)), *more])

@@ -26,31 +26,6 @@ SMALL = "train_rl.py --num-prompts 4 --blind-prompts 1 --group-size 4 --max-new-
 # -----------------------------------------------------------------------------
 # memory
 
-@pytest.mark.parametrize("recompute", [False, True])
-def test_memory_plan(models, recompute):
-    """Claim: the plan's activations are what autograd keeps (its peak, of which one layer is recomputed at a time), within a third."""
-    vlm, episodes = models["qwen2.5"], group_of(models["qwen2.5"], 3, 2, 3, 1)
-    tokens, kept, vlm.recompute = 0, {}, recompute
-    def keep(x):
-        if x.untyped_storage().data_ptr() not in owned:
-            kept[x.untyped_storage().data_ptr()] = x
-        return x
-    owned = {p.untyped_storage().data_ptr() for p in vlm.model.parameters()}
-    try:
-        vlm.encode([v for e in episodes for v in e.views])
-        packed = vlm.pack(episodes)
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-            h = vlm.forward(packed.ids, packed.positions, packed.views, packed)
-    finally:
-        vlm.recompute = False
-    plan = memory.memory_plan(vlm, memory.MemoryOptions(packed.ids.numel(), 0, recompute))
-    if recompute:                                                          # the inputs of the layers; 2 layers more while one is recomputed
-        plan["activations"] -= 2 / 3 * memory.memory_plan(vlm, memory.MemoryOptions(packed.ids.numel(), 0))["activations"]
-    total = sum(x.untyped_storage().nbytes() for x in kept.values())
-    assert 0.67 < total / plan["activations"] < 1.5, (total, plan["activations"])
-    trained = sum(p.numel() for p in vlm.parameters())
-    assert plan["gradients"] == 4 * trained and plan["optimizer"] == 8 * trained and plan["peak"] >= plan["weights"] + plan["optimizer"]
-
 def test_plan_of_a_3b(capsys, monkeypatch):
     """Claim: the README's figures for Qwen2.5-VL-3B: 3.75 G parameters, 3.09 G of them trained; one 80 GB card, or, offloaded, 40 GB."""
     vlm = speed.speed_setup.random_weights("qwen2.5-vl-3b", "meta")
@@ -59,7 +34,7 @@ def test_plan_of_a_3b(capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["speed.py", "plan", "--model", "qwen2.5-vl-3b"])
     speed.main()
     peaks = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert peaks["80 GB card"] <= 70 and peaks["40 GB card"] <= 36
+    assert peaks["80 GB"] <= 70 and peaks["40 GB"] <= 36 and peaks["evaluation"] <= 40
     with open(os.path.join(ROOT, "appendix", "README.md"), encoding="utf-8") as f:          # its long tables stand there
         text = f.read()
     assert all(f"{p:.1f}" in text for p in peaks.values())
