@@ -323,13 +323,15 @@ def run_univg():
 
 
 def run_search():
-    """Trees of two questions, of which one search step and its rollouts are enough."""
+    """Trees of two questions. Whatever a turn says, it zooms where its thought says."""
     import data
     import train_sft
-    from appendix import prefix, tree_search
+    from appendix import prefix, tree_sampler, tree_search
     vlm = prefix.load_vlm("tiny", quiet=True)
-    cfg = train_sft.Config(max_new_tokens=12, simulations=1, rollout_steps=1)
-    with every_turn_zooms():
+    cfg = train_sft.Config(max_new_tokens=12, simulations=1, rollout_steps=2)
+    calls = mock.patch.object(tree_sampler.rewards, "action_of", lambda text: ("tool_call", ""))
+    agrees = mock.patch.object(tree_sampler, "points_in", lambda thought: [mock.ANY])
+    with every_turn_zooms(), calls, agrees:
         tree_search.tree_search(vlm, data.toy("search", "train", 2), "zoom", cfg)
 
 
