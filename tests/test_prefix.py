@@ -259,6 +259,16 @@ def test_shared_equals_plain_on_cuda(models, dtype):
     tolerance = 1e-4 if dtype == torch.float32 else 0.05
     close(got, want, tolerance), close(gradient(vlm, got.sum() / mask.sum()), expected, tolerance)
 
+def test_places_of_rows(models):
+    """Claim: the docstring's example; free places repeat row 0, and what is taken to the places and back is as it was."""
+    cache = models["qwen2.5"].new_cache(2)
+    cache.lengths = torch.tensor([1, 1])
+    rows = prefix.SharedCache(cache, torch.tensor([0, 1, 0, 0]), [], [], torch.zeros(4, dtype=torch.long))
+    assert rows.place_of_row.tolist() == [0, 3, 1, 2] and rows.row_at_place.tolist() == [0, 2, 3, 1, 0, 0] and not rows.in_order
+    x = torch.randn(4, 2, 3, 5)
+    assert rows.to_prompts(x).shape == (2, 2, 9, 5) and torch.equal(rows.to_rows(rows.to_prompts(x)), x)
+    assert prefix.SharedCache(cache, torch.tensor([0, 0, 1, 1]), [], [], torch.zeros(4, dtype=torch.long)).in_order
+
 # -----------------------------------------------------------------------------
 # do the tests bite? Each row puts one bug into appendix/prefix.py; the named test must fail.
 
