@@ -212,10 +212,13 @@ def activation_bytes(s, options):
     tokens = max(options.micro_tokens, options.prompt_tokens + options.own_tokens)
     padded = 0.0                                        # share of the tokens
     copies = 0.0                                        # per token
-    if s.shares_prompts and options.group_size > 1:
-        own = options.group_size * options.own_tokens
+    # How many episodes of a group stand in one micro-batch?
+    room = (options.micro_tokens - options.prompt_tokens) // options.own_tokens
+    together = min(options.group_size, max(room, 1))
+    if s.shares_prompts and together > 1:
+        own = together * options.own_tokens
         padded = own / (options.prompt_tokens + own)
-        copies = padded + options.group_size * options.prompt_tokens / (options.prompt_tokens + own)
+        copies = padded + together * options.prompt_tokens / (options.prompt_tokens + own)
     layer = 4 * s.D + (3 + padded) * s.Q + 2 * (1 + copies) * s.kv + 4 * s.I
     # Going back through the MLP adds two inner vectors. Attention comes when those of the MLP are
     # gone, and adds gradients of queries, in bf16 and fp32, and of each copy, once for every head.
