@@ -210,7 +210,7 @@ def peaks_of_a_step(vlm, cfg, samples, counted, patch, said):
         del loss
     return rollout, counted.peak - before, episodes
 
-SETTINGS = {"zooms": dict(recipe="vigorl-zoom", num_prompts=3, group_size=4, max_new_tokens=200, max_zooms=2, micro_tokens=8192),
+SETTINGS = {"zooms": dict(recipe="vigorl-zoom", num_prompts=2, group_size=4, max_new_tokens=200, max_zooms=2, micro_tokens=8192),
             "recomputed": dict(recipe="vigorl-zoom", num_prompts=3, group_size=4, max_new_tokens=200, max_zooms=1, micro_tokens=6144, recompute=True),
             "one turn": dict(recipe="vigorl", task="point", num_prompts=6, group_size=8, max_new_tokens=300, micro_tokens=8192),
             "several images": dict(recipe="univg-r1", task="boxes", num_prompts=4, group_size=4, max_new_tokens=400, micro_tokens=6400, recompute=True)}

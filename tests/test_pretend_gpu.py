@@ -11,12 +11,19 @@ from conftest import ROOT
 PER_TOKEN = {"model.py": ("attend", "decode_step", "forward", "layer", "place"), "prefix.py": ("attend", "decode_step", "place"),
              "zoom_rollout.py": ("sample_tokens",), "attention.py": ("attend", "attend_continued")}
 
-def on_pretend_gpu(activity):
+@pytest.fixture(scope="module")
+def started():
+    """All activities, begun at the same time -> {name: process}"""
+    command = [sys.executable, os.path.join(ROOT, "tests", "pretend_gpu.py")]
+    names = ("rl", "univg", "search", "sft", "evaluate", "mix", "math")
+    return {name: subprocess.Popen(command + [name], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                                   env={**os.environ, "OMP_NUM_THREADS": "1"}) for name in names}
+
+def seen_by(process):
     """-> {"attention": {"file:line dtype sm80 sm90": calls}, "waits": {"operation file:line": number}}"""
-    command = [sys.executable, os.path.join(ROOT, "tests", "pretend_gpu.py"), activity]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr[-2000:]
-    return json.loads(done.stdout.strip().splitlines()[-1])
+    out, err = process.communicate()
+    assert process.returncode == 0, err[-2000:]
+    return json.loads(out.strip().splitlines()[-1])
 
 def slow_calls(attention):
     return [call for call in attention if "bfloat16" in call and "math" in call]
@@ -33,19 +40,19 @@ def lines_of(file, functions):
 
 @pytest.mark.parametrize("activity, kernels", [("rl", {"flash", "efficient"}), ("univg", {"flash"}), ("search", {"flash", "efficient"}),
                                                ("sft", {"flash"}), ("evaluate", {"flash", "efficient"})])
-def test_no_mix_and_no_slow_kernel(activity, kernels):
+def test_no_mix_and_no_slow_kernel(started, activity, kernels):
     """Claim: no tensor of the CPU meets one of the GPU; attention in bf16 has a kernel that stores no scores, on an A100 and on Hopper;
     and no token waits for the host."""
-    seen = on_pretend_gpu(activity)
+    seen = seen_by(started[activity])
     assert seen["attention"] and not slow_calls(seen["attention"])
     chosen = {call.split()[i] for call in seen["attention"] for i in (2, 3)}
     assert chosen == kernels, seen["attention"]
     per_token = set().union(*(lines_of(file, functions) for file, functions in PER_TOKEN.items()))
     assert not [wait for wait in seen["waits"] if wait.split()[-1] in per_token]
 
-def test_a_mix_is_refused():
+def test_a_mix_is_refused(started):
     with pytest.raises(AssertionError, match="mixes devices"):
-        on_pretend_gpu("mix")
+        seen_by(started["mix"])
 
-def test_a_slow_kernel_is_seen():
-    assert slow_calls(on_pretend_gpu("math")["attention"])
+def test_a_slow_kernel_is_seen(started):
+    assert slow_calls(seen_by(started["math"])["attention"])
