@@ -9,8 +9,9 @@
 The folder --out holds one run: summary.json (the numbers), episodes.jsonl (one row per episode)
 and report.html. Rows are written batch by batch, so the same command continues after a stop.
 
-The three zoom modes are the experiment. If a model answers as well when it may not zoom, or when
-every crop is painted black, then its zooms do not help it.
+The zoom modes are the experiment. If a model answers as well when it may not zoom, when every crop
+is painted black, or when every crop shows another object than the one called for, then its zooms do
+not help it.
 
 The rules of rewards.py decide what is right. An answer that cannot be read is wrong, and counted
 as wrong_format; a web action that is half right is wrong. The options of --data are shown in a
@@ -44,7 +45,8 @@ from zoom_rollout import RolloutConfig
 # Said after Ctrl-C, and after an error of the disk.
 SAVED = "the episodes so far are kept: the same command goes on from there"
 # Zoom mode: the label of its run.
-MODES = {"on": "zoom allowed", "off": "zoom forbidden", "black": "crops painted black"}
+MODES = {"on": "zoom allowed", "off": "zoom forbidden", "black": "crops painted black",
+         "wrong": "crops of another object"}
 # Prompt style: the reward recipe (rewards.RECIPES) that scores its episodes.
 STYLE_RECIPES = {"zoom": "vigorl-zoom", "think": "vigorl", "boxes": "univg-r1"}
 
@@ -66,7 +68,7 @@ class Config:
     circular: bool = False      # one question per rotation of the options
 
     # the episodes
-    zoom: Literal["on", "off", "black", "all"] = "on"   # zoom mode: allowed, forbidden, black crops
+    zoom: Literal[*MODES, "all"] = "on"                 # zoom mode, see evaluate.MODES
     style: Literal["", "zoom", "think", "boxes"] = ""   # prompt style; empty: chosen to fit
     crop_from: Literal["source", "seen"] = "source"     # source of crops: stored image or fed copy
     temperature: float = 0.0    # sampling temperature; 0: greedy
@@ -411,21 +413,21 @@ def summarise_runs(runs):
 
 
 def zoom_controls(runs, summaries):
-    """Compare the run with zooms to those without zooms and with black crops.
+    """Compare the run with zooms to those of the other modes.
 
     zoom_gain: share of questions that are right with zooms, wrong without. zoom_harm: the reverse.
     """
     hits = {}                                           # zoom mode: {id: right or not}
     for zoom, label in MODES.items():
         hits[zoom] = {e.sample.id: right(e) for e in runs[label] if verdict(e)}
-    off = paired(hits["off"], hits["on"])
-    black = paired(hits["black"], hits["on"])
+    on = hits.pop("on")
+    comparisons = {zoom: paired(without, on) for zoom, without in hits.items()}
     n = max(summaries[MODES["on"]]["n"], 1)
     return {
         "modes": {zoom: summaries[label] for zoom, label in MODES.items()},
-        "paired": {"off": off, "black": black},
-        "zoom_gain": off["only_b"] / n,
-        "zoom_harm": off["only_a"] / n,
+        "paired": comparisons,
+        "zoom_gain": comparisons["off"]["only_b"] / n,
+        "zoom_harm": comparisons["off"]["only_a"] / n,
     }
 
 

@@ -115,6 +115,7 @@ class Config:
 
     # the run
     eval_n: int = 200           # held-out questions, asked before and after in each zoom mode
+    eval_wrong: bool = False    # a further zoom mode: crops of another object
     save_every: int = 10        # steps between checkpoints
     weights_only: bool = False  # checkpoints without the optimizer: 6 times smaller, no --resume
     device: str = "auto"        # device: cpu, cuda or cuda:1

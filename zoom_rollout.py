@@ -24,7 +24,7 @@ import torch
 from PIL import Image
 
 import data
-from appendix import files
+from appendix import evidence, files
 from appendix.running import Running
 
 
@@ -99,7 +99,7 @@ class Episode:
 class RolloutConfig:
     """How episodes unfold. The fields of the same name in a script's Config are the flags."""
     style: str = "zoom"                 # style of the prompt; only "zoom" has a tool
-    zoom: str = "on"                    # "on"; "off": no zooms; "black": crops without content
+    zoom: str = "on"                    # "on", "off": no zooms, "black" or "wrong" crops
     max_zooms: int = 3                  # tool calls per episode, failed ones included
     max_new_tokens: int = 64            # tokens per turn
     temperature: float = 1.0            # sampling temperature; 0: the most probable token
@@ -236,6 +236,8 @@ def env_step(vlm, episode, text, ended, zooms_left, forced=False, config=Rollout
         new_views = []
         message = vlm.chat("user", data.REFUSE.format(error=error))
     else:
+        if config.zoom == "wrong":
+            x, y = evidence.elsewhere(episode.sample, x, y, view.source.size)
         shown = crop(vlm, view, x, y, config.crop_from, black=config.zoom == "black")
         episode.append_turn(Turn(text, point, shown.box, forced=forced))
         new_views = [shown]

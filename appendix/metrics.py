@@ -120,6 +120,9 @@ CONTROLS = {
            "zooms are worth; if it falls to chance, one look at the whole image does not suffice.",
     "black": "Control: the model zooms, but every crop is black. If it does no better than without "
              "zooms, it is the pixels of the crops that help, not the additional turns.",
+    "wrong": "Control: every crop shows another place than the one called for: the object furthest "
+             "from it or, where no objects are known, half the image away. If it does as well, it "
+             "does not matter where it looks.",
 }
 
 
@@ -333,6 +336,8 @@ def summarise_run(before, after, held_out, curves, seconds):
     if "off" in after:
         summary["accuracy_no_zoom"] = after["off"]["accuracy"]
         summary["accuracy_black_crop"] = after["black"]["accuracy"]
+    if "wrong" in after:
+        summary["accuracy_wrong_crop"] = after["wrong"]["accuracy"]
     if "mean_iou" in on:
         summary["mean_iou_before"] = before["on"]["mean_iou"]
         summary["mean_iou_after"] = on["mean_iou"]

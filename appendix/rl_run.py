@@ -231,7 +231,9 @@ class Measurement:
 def measure(vlm, cfg, samples, label):
     """Held-out accuracy in each zoom mode, sampled as in training -> {mode: Measurement}."""
     can_zoom = data.PROMPT_STYLES[cfg.recipe] == "zoom"
-    modes = list(evaluate.MODES) if can_zoom else ["on"]
+    modes = ["on"]
+    if can_zoom:
+        modes = [mode for mode in evaluate.MODES if mode != "wrong" or cfg.eval_wrong]
     options = evaluate.RunOptions(recipe=cfg.recipe, plain=cfg.plain)
     out = {}
     for mode in modes:

@@ -734,18 +734,19 @@ def test_boxes_are_asked_for_without_zooms(tmp_path, monkeypatch):
     for n, (samples, more, style) in enumerate([([box], [], "boxes"), ([box], ["--style", "zoom"], "zoom"), ([box, point(image="a.png")], [], "zoom")]):
         data.write_jsonl(str(tmp_path / "d.jsonl"), samples)
         evaluate.main(["--data", str(tmp_path / "d.jsonl"), "--zoom", "all", "--out", str(tmp_path / str(n)), *more])
-        assert {config.style for *_, config, _ in calls} == {style} and len(calls) == (1 if style == "boxes" else 3)
+        assert {config.style for *_, config, _ in calls} == {style} and len(calls) == (1 if style == "boxes" else 4)
         calls.clear()
 
 
 def test_zoom_gain_and_harm(tmp_path, monkeypatch):
     """Right only with zoom; right only without; and black crops beside them."""
     monkeypatch.setattr(prefix, "load_vlm", lambda *_, **__: Eyes())
-    hits = {"on": {"c0", "c1", "c2", "c3"}, "off": {"c3", "c4"}, "black": {"c0"}}
+    hits = {"on": {"c0", "c1", "c2", "c3"}, "off": {"c3", "c4"}, "black": {"c0"}, "wrong": {"c0", "c3", "c4"}}
     fake_rollout(monkeypatch, lambda s, zoom: "checked" if s.id in hits[zoom] else "lined")
     s = evaluate.main(["--data", choices(tmp_path), "--zoom", "all", "--out", str(tmp_path / "out")])
     assert (s["zoom_gain"], s["zoom_harm"]) == (pytest.approx(3 / 7), pytest.approx(1 / 7))
     assert (s["paired"]["off"]["only_b"], s["paired"]["off"]["only_a"], s["paired"]["black"]["only_b"]) == (3, 1, 3)
+    assert (s["paired"]["wrong"]["only_b"], s["paired"]["wrong"]["only_a"], list(s["paired"])) == (2, 1, ["off", "black", "wrong"])
     assert s["modes"]["on"]["accuracy"] == s["accuracy"] == 4 / 7 and s["modes"]["black"]["correct"] == 1
     assert "zoom gain 42.9%, zoom harm 14.3%" in open(tmp_path / "out" / "report.html").read()
 

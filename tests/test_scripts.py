@@ -182,7 +182,7 @@ def test_a_checkpoint_is_a_model(whole, script):
     run, _ = whole
     out = works(script(f"evaluate.py --model {run}/checkpoint --zoom all --temperature 1 --n 4 --max-new-tokens 40 --difficulty easy --out out"))
     assert all(mode in out for mode in evaluate.MODES.values())
-    assert set(read("out/summary.json")["modes"]) == set(evaluate.MODES) and len(read("out/episodes.jsonl")) == 12
+    assert set(read("out/summary.json")["modes"]) == set(evaluate.MODES) and len(read("out/episodes.jsonl")) == 16
     works(script(f"train_rl.py {SMALL} --model {run}/checkpoint --traces '' --steps 1 --name more"))
     assert len(read("runs/more/metrics.jsonl")) == 1 and os.path.exists("runs/more/report.html")
 
