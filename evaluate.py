@@ -66,6 +66,7 @@ class Config:
     n: int = 0                  # number of questions; 0: 200 toy scenes, or all of --data
     shuffle: bool = True        # options of --data in a random order (drawn from --seed)
     circular: bool = False      # one question per rotation of the options
+    samples: int = 1            # episodes per question; above 1: pass@k for k = 1, 2, 4, ...
 
     # the episodes
     zoom: Literal[*MODES, "all"] = "on"                 # zoom mode, see evaluate.MODES
@@ -154,6 +155,15 @@ def mcnemar(only_a, only_b):
     return min(1.0, 2 * tail / 2 ** m)
 
 
+def pass_at_k(n, c, k):
+    """Pass@k: the probability that any of k answers is right, if c of n sampled ones are.
+
+    1 - (n - c choose k) / (n choose k): the share of the sets of k, out of the n, that hold a right
+    one. Chen et al. 2021 (2107.03374), eq. 1. It is unbiased; 1 - (1 - c / n)^k is too small.
+    """
+    return 1 - math.comb(n - c, k) / math.comb(n, k)
+
+
 # --------------------------------------------------------------------------------------------------
 # the summary of a run
 
@@ -170,11 +180,12 @@ def summary_rows(episodes):
       zooms: number of crops
       saw: did the crops show what the answer depends on (appendix/evidence.py)
       of: with --circular, the id of the question, which all its rotations share
+      sample_of: with --samples, the same for the samples of a question
     """
     rows = []
     for e in episodes:
         row = {"id": e.sample.id, "category": e.sample.category}
-        for key in ("benchmark", "of"):
+        for key in ("benchmark", "of", "sample_of"):
             if isinstance(e.sample.meta.get(key), str):
                 row[key] = e.sample.meta[key]
         if e.ids:                                       # predictions have no tokens and no zooms
@@ -198,7 +209,27 @@ def summarise(rows):
             parts.setdefault(category, []).append(r)
     summary = count(rows)
     summary["categories"] = {category: count(part) for category, part in parts.items()}
-    return summary | averages.benchmark_average(rows) | averages.all_rotations(rows)
+    averaged = averages.benchmark_average(rows) | averages.all_rotations(rows)
+    return summary | averaged | pass_at(rows)
+
+
+def pass_at(rows):
+    """With --samples -> {"pass_at": {"1": mean over the questions of pass@1, "2": ..., "4": ...}}
+
+    {} if no question was sampled more than once.
+    """
+    questions = {}                                      # id: [right or not]
+    for r in rows:
+        if "sample_of" in r and not r.get("hidden"):
+            questions.setdefault(r["sample_of"], []).append(is_right(r, r.get("benchmark")))
+    if not questions:
+        return {}
+    found = {}
+    k = 1
+    while k <= min(map(len, questions.values())):
+        found[str(k)] = mean([pass_at_k(len(hits), sum(hits), k) for hits in questions.values()])
+        k *= 2
+    return {"pass_at": found}
 
 
 def count(rows):
@@ -207,9 +238,9 @@ def count(rows):
     n = len(scored)
     correct = sum(is_right(r, r.get("benchmark")) for r in scored)
     accuracy = correct / max(n, 1)
-    # The interval is that of independent questions. The rotations of a question are not: they
-    # share r["of"] and count as one. A row without "of" is a question, counted by its index.
-    questions = len({r.get("of", i) for i, r in enumerate(scored)})
+    # The interval is that of independent questions. The rotations or samples of a question are not:
+    # they share r["of"] or r["sample_of"] and count as one. Other rows are counted by their index.
+    questions = len({r.get("of", r.get("sample_of", i)) for i, r in enumerate(scored)})
     low, high = wilson(accuracy * questions, questions)
     found = {"n": n, "correct": correct, "accuracy": accuracy, "low": low, "high": high}
     found["wrong_format"] = int(sum(r["wrong_format"] for r in scored))
