@@ -74,6 +74,7 @@ class Config:
     crop_from: Literal["source", "seen"] = "source"     # source of crops: stored image or fed copy
     temperature: float = 0.0    # sampling temperature; 0: greedy
     max_zooms: int = 3          # crops per episode, after which an answer is forced
+    template: bool = False      # first turn opened with a tool call, as in train_rl.py --template
     max_new_tokens: int = 64    # tokens per turn; 512 for a released model
     max_pixels: int = 0         # pixels of a prompt image as fed; 0: the model's default
     batch: int = 64             # episodes at a time, halved when GPU memory runs out

@@ -69,6 +69,7 @@ class Config:
     group_size: int = 8         # episodes per prompt
     blind_prompts: int = 2      # prompts per step that must answer without zooming
     max_zooms: int = 3          # crops per episode, after which an answer is forced
+    template: bool = False      # first turn opened with a tool call, as a warm start (MGPO)
     max_new_tokens: int = 48    # tokens per turn (a released model: 512 or more)
     temperature: float = 1.0    # sampling temperature, also of the trainer's log-probabilities
     resample: int = 0           # rounds of dynamic sampling (DAPO: as many as it takes)

@@ -57,6 +57,8 @@ def presets(cfg):
         defaults = REAL | algorithm | scale
     if not cfg.data:
         defaults.pop("max_pixels", None)
+    if cfg.template:                                    # it stands in for the warm start
+        defaults = defaults | {"traces": ""}
     if cfg.data and "traces" in defaults:
         defaults = defaults | {"traces": ""}            # the oracle knows nothing about a file
     return defaults

@@ -28,6 +28,8 @@ def check_bonuses(cfg, episode_limit):
         if getattr(cfg, name) and not can_zoom:
             run.fail(f"{run.flag_of(name)} pays for zooms, and the recipe {cfg.recipe} has none; "
                      "expected 0, or --recipe vigorl-zoom")
+    if cfg.template and not (can_zoom and cfg.max_zooms):
+        run.fail("--template opens a tool call; expected a recipe and --max-zooms that allow one")
     if cfg.overlong > episode_limit:
         run.fail(f"--overlong is {cfg.overlong}; expected at most the {episode_limit} tokens that "
                  "an episode may sample")

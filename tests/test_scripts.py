@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import data, evaluate, model, train_rl, train_sft, zoom_rollout
-from appendix import metrics, prefix, rl_options, rl_run, tiny
+from appendix import metrics, prefix, recipes, rl_options, rl_run, tiny
 from appendix import run as files_and_folders
 from conftest import ROOT
 
@@ -418,6 +418,13 @@ def test_a_bonus_that_nothing_pays_is_refused(script):
     for flag in ("--distinct-bonus 0.2", "--tool-bonus 1", "--curiosity 0.5"):
         refused(script(f"train_rl.py --task boxes {flag}"), flag.split()[0], "has none")
     refused(script("train_rl.py --overlong 999"), "--overlong is 999", "192 tokens")
+
+def test_a_template_is_a_warm_start(script):
+    """Claim: --template, which stands in for a warm start, makes no traces unless they are asked for; without a tool it is refused."""
+    parsed = lambda *flags: files_and_folders.parse_config(train_rl.Config, ["--template", *flags], presets=recipes.presets)
+    assert parsed().traces == "" and parsed("--traces", "oracle").traces == "oracle"
+    for flags in ("--task relation", "--max-zooms 0"):
+        refused(script(f"train_rl.py --template {flags}"), "--template", "--max-zooms")
 
 def test_a_note_where_the_tiny_model_gets_other_images(script, files):
     """Claim: rows of a file that are no toy scenes get a note with the path that works; toy scenes and other models do not."""

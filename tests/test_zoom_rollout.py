@@ -243,6 +243,24 @@ def test_zoom_forbidden(vlm, options, monkeypatch):
         again = zoom_rollout.replay(vlm, good.sample, [good.text], max_zooms=0)
         assert (again.ids, again.completion_mask) == (good.ids, good.completion_mask)
 
+def test_told_to_answer_at_once(vlm, monkeypatch):
+    """Claim: a style that thinks and has no tool obeys zoom off, too: its thought is given, only the answer is its own."""
+    (e, _), _ = tell(vlm, ask()[:1], [([" red </answer>"], "answer")] * 2, monkeypatch, 2, style="think", zoom="off")
+    assert e.text == data.FORCE + " red </answer>" and e.turns[0].forced and e.finish_reason == "answer"
+    assert vlm.text(e.ids[e.completion_mask.index(True):]) == f" red </answer>{END}" and data.SYSTEM["think"] in vlm.text(e.ids)
+
+def test_template(vlm, monkeypatch):
+    """Claim: the first turn opens with a tool call that is given, not trained on, and well formed; the policy writes the point, and goes on
+    as ever. A blind prompt is forced to answer."""
+    own = "20, 30" + data.TOOL_CLOSE
+    e, _ = tell(vlm, ask()[:1], [([own, call(90, 70), " red </answer>"], "answer")] * 2, monkeypatch, 2, template=True, max_zooms=2)[0]
+    assert e.turns[0].text == zoom_rollout.TEMPLATE + own and e.turns[0].point == (20, 30) and not e.turns[0].forced
+    assert e.turns[1].text == call(90, 70) and e.turns[2].forced and e.turns[2].text == data.FORCE + " red </answer>" and rewards.episode_well_formed(e.turns, "choice")
+    first = e.completion_mask.index(True)
+    assert vlm.text(e.ids[:first]).endswith("assistant\n" + zoom_rollout.TEMPLATE) and vlm.text(e.ids[first:]).startswith(own + END)
+    (blind, _), _ = tell(vlm, ask()[:1], [([" red </answer>"], "answer")] * 2, monkeypatch, 2, template=True, zoom="off")
+    assert blind.text == data.FORCE + " red </answer>"
+
 @pytest.mark.parametrize("style", ["think", "boxes"])
 def test_single_turn_styles(vlm, style, monkeypatch):
     """Bug: a style without a tool gets an observation, a forced prefix or the tool's prompt."""
@@ -532,6 +550,9 @@ def test_on_cuda(models, dtype, tolerance):
 TURN, STEP, UNFOLD, ROLLOUT = "zoom_rollout:sample_turn", "zoom_rollout:env_step", "zoom_rollout:unfold", "zoom_rollout:rollout"
 
 MUTATIONS = [
+    ("zoom_rollout:RolloutConfig.opening", 'self.zoom == "off" or self.style == "zoom" and number == self.zoom_limit', 'self.style == "zoom" and number == self.zoom_limit', test_told_to_answer_at_once, {}),
+    ("zoom_rollout:RolloutConfig.opening", "self.template and number == 0", "self.template", test_template, {}),
+    ("zoom_rollout:respond", "opening + row.take_turn(ended, vlm)", "row.take_turn(ended, vlm)", test_template, {}),
     (STEP, 'config.zoom == "wrong"', "False", test_wrong_crops, {}),
     ("appendix.evidence:elsewhere", "max(centers, key=lambda center: math.dist(center, (x, y)))", "min(centers, key=lambda center: math.dist(center, (x, y)))", test_wrong_crops, {}),
     (STEP, 'vlm.ids("\\n") + message', "message", test_the_whole_transcript, {}),
