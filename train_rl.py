@@ -73,6 +73,7 @@ class Config:
     max_new_tokens: int = 48    # tokens per turn (a released model: 512 or more)
     temperature: float = 1.0    # sampling temperature, also of the trainer's log-probabilities
     resample: int = 0           # rounds of dynamic sampling (DAPO: as many as it takes)
+    sampler_dtype: Literal["", "bfloat16", "float16"] = ""  # precision of rollouts; "": as trained
 
     # the reward
     distinct_bonus: float = 0.0 # reward for each further distinct point (ViGoRL: 0.2)
@@ -97,6 +98,8 @@ class Config:
     kl_coef: float = 0.0        # coefficient of the KL penalty (ViGoRL 0.01, UniVG-R1 0.04)
     kl: Literal[tuple(grpo.PENALTIES)] = "k3"           # KL estimator, see grpo.kl_penalty
     papo_coef: float = 0.0      # coefficient of PAPO's perception term (PAPO: 0.01 to 0.02)
+    mismatch: Literal[rl_options.MISMATCH] = "ratio"    # use of the sampler's log-probabilities
+    importance_cap: float = 2.0 # largest weight of a token with --mismatch truncate
 
     # the update
     num_minibatches: int = 1    # optimizer steps per batch of rollouts
@@ -126,7 +129,7 @@ class Config:
 # Fields that must be above 0.
 POSITIVE = ("num_prompts", "group_size", "num_minibatches", "max_new_tokens", "temperature",
             "save_every", "sft_n", "sft_batch", "sft_epochs", "eval_n", "max_batch_tokens",
-            "prefill_tokens", "micro_tokens")
+            "prefill_tokens", "micro_tokens", "importance_cap")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -250,8 +253,15 @@ def roll_out_share(vlm, samples, cfg, config, first):
     share = ranks.shard(len(samples))
     if not samples[share]:
         return []
-    return zoom_rollout.rollout(
-        vlm, samples[share], cfg.group_size, config, first_sample=first + share.start)
+    return sample_groups(vlm, samples[share], cfg, config, first + share.start)
+
+
+def sample_groups(vlm, samples, cfg, config, first):
+    """G episodes for each sample -> list[Episode]. first: place of samples[0] in the step."""
+    sampler = rl_options.sampler(vlm, cfg)              # the policy, or a copy of less precision
+    episodes = zoom_rollout.rollout(sampler, samples, cfg.group_size, config, first_sample=first)
+    rl_options.hand_over(episodes, sampler, vlm)
+    return episodes
 
 
 def rank_share(things):
@@ -301,7 +311,7 @@ def dynamic_sampling(vlm, batch, questions, cfg, step, log):
             for e in batch.episodes[first:first + G]:
                 e.views = []                            # features are large and not needed
         config = rl_run.rollout_config(cfg, rollout_seed(cfg, step) + again * 10 ** 9)
-        new = zoom_rollout.rollout(vlm, prompts, G, config, first_sample=before)
+        new = sample_groups(vlm, prompts, cfg, config, before)
         score_episodes(new, cfg)
         for k, first in enumerate(dull):
             batch.dropped += batch.episodes[first:first + G]
@@ -389,18 +399,23 @@ def loss_denominator(minibatch, cfg):
 def grpo_loss(vlm, ref, micro_batch, denominator, cfg, step, log):
     """The GRPO loss of a micro-batch of B episodes -> scalar tensor. Statistics go to `log`."""
     logprobs, entropy, mask = vlm.logprobs(micro_batch, cfg.temperature)        # (B, T) each
-    old_logprobs = sampler_logprobs(micro_batch, logprobs)                      # (B, T)
+    sampled_logprobs = sampler_logprobs(micro_batch, logprobs)                  # (B, T)
+    old_logprobs = sampled_logprobs if cfg.mismatch == "ratio" else logprobs.detach()
     advantages = [e.advantage for e in micro_batch]
     advantages = torch.tensor(advantages, device=logprobs.device)               # (B,)
 
     per_token = grpo.policy_loss(
         logprobs, old_logprobs, advantages, mask, cfg.clip_low, cfg.clip_high, cfg.loss)
+    if cfg.mismatch == "truncate":
+        weights = grpo.importance_weights(logprobs, sampled_logprobs, mask, cfg.importance_cap)
+        per_token = weights * per_token
+        log.add("importance", weights)
     if cfg.kl_coef > 0:
         log.lap("update")                               # the reference is timed by itself
         with torch.no_grad():
             ref_logprobs = ref.logprobs(micro_batch, cfg.temperature)[0]
         log.lap("reference")
-        penalty = grpo.kl_penalty(logprobs, ref_logprobs, cfg.kl, mask, old_logprobs)
+        penalty = grpo.kl_penalty(logprobs, ref_logprobs, cfg.kl, mask, sampled_logprobs)
         per_token = per_token + cfg.kl_coef * penalty
         log.add("kl", penalty)
     if cfg.papo_coef > 0:
@@ -411,6 +426,7 @@ def grpo_loss(vlm, ref, micro_batch, denominator, cfg, step, log):
         log.add("perception", gain)
 
     log.add("entropy", entropy)
+    log.add_gap(logprobs, sampled_logprobs, mask)
     log.add_micro_batch(micro_batch, logprobs, old_logprobs, mask, advantages)
     return grpo.aggregate(per_token, mask, cfg.aggregate, denominator)
 
@@ -450,7 +466,7 @@ def main():
     if not cfg.resume:
         run.refuse_to_overwrite(folder, rl_run.RESULTS, cfg.fresh, "continue it with --resume, ")
     rl_run.check_config(cfg, num_blind_prompts(cfg, cfg.num_prompts))
-    rl_options.check_bonuses(cfg, episode_limit(cfg))
+    rl_options.check_options(cfg, episode_limit(cfg))
     rows = data.read_jsonl(cfg.data, cfg.images or None) if cfg.data else []
     sizes = faults.check_samples(rows)                  # of the images
     note_on_tiny(cfg.model, rows, "train_rl.py")

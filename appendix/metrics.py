@@ -71,6 +71,8 @@ GLOSSARY = {
     "entropy": Metric("entropy of the policy in nats per token; falls slowly, not to 0"),
     "kl": Metric("KL penalty per token (0 without --kl-coef); small"),
     "perception": Metric("PAPO's KL to the policy that sees mostly black images; rises slowly"),
+    "importance": Metric("mean weight of a token, trainer / sampler, cut off at --importance-cap "
+                         "(--mismatch truncate); near 1"),
     "logp_gap": Metric("mean gap between the sampler's and the trainer's log-probabilities of the "
                        "same tokens; below 1e-4 in fp32, below 0.01 in bf16"),
     "logp_gap_max": Metric("largest such gap; below 1e-3 in fp32, about 0.1 in bf16"),
@@ -148,6 +150,8 @@ class StepLog:
         self.sums = {"clipfrac": 0.0, "entropy": 0.0, "kl": 0.0}        # over tokens
         if cfg.papo_coef:
             self.sums["perception"] = 0.0
+        if cfg.mismatch == "truncate":
+            self.sums["importance"] = 0.0
         self.tokens = 0                                 # policy tokens that were trained on
         self.trained_tokens = 0                         # all tokens of the episodes trained on
         self.gap_sum = 0.0                              # of |sampler - trainer| log-probabilities
@@ -169,7 +173,7 @@ class StepLog:
         self.sums[name] += per_token.sum().item()
 
     def add_micro_batch(self, episodes, logprobs, old_logprobs, mask, advantages):
-        """Count tokens, clipped tokens, and the gap between sampler and trainer.
+        """Count tokens and clipped tokens.
 
         episodes: B; logprobs, old_logprobs, mask (B, T); advantages (B,).
         """
@@ -180,11 +184,15 @@ class StepLog:
         self.sums["clipfrac"] += n * stats["clipfrac"]
         self.tokens += n
         self.trained_tokens += sum(len(e.ids) for e in episodes)
-        if not self.grad_norms:                         # before any update the policy has not moved
-            gap = (logprobs.detach() - old_logprobs).abs()[mask]
-            self.gap_sum += gap.sum().item()
-            self.gap_max = max(self.gap_max, gap.max().item())
-            self.gap_tokens += n
+
+    def add_gap(self, logprobs, sampled_logprobs, mask):
+        """The gap between trainer and sampler, (B, T) each, before the first update of the step."""
+        if self.grad_norms:                             # the policy has moved since it sampled
+            return
+        gap = (logprobs.detach() - sampled_logprobs).abs()[mask]
+        self.gap_sum += gap.sum().item()
+        self.gap_max = max(self.gap_max, gap.max().item())
+        self.gap_tokens += len(gap)
 
 
 def step_metrics(log, batch, reward, advantages, weights):

@@ -5,9 +5,11 @@
     --control                   rewards that know nothing of the right answer
     --over-turn                 what becomes of episodes that a limit cut off
     --papo-coef                 a second look at images that are mostly black
+    --sampler-dtype, --mismatch rollouts in another precision, and what is done about that
 
 The formulas are in grpo.py; here stands what they need to know about episodes.
 """
+import copy
 import random
 from dataclasses import replace
 
@@ -18,8 +20,14 @@ import grpo
 from appendix import evidence, run
 
 
-def check_bonuses(cfg, episode_limit):
-    """End the program if a bonus is asked for that this recipe would never pay.
+# What the loss does with the sampler's log-probabilities, which may not be quite the trainer's.
+# ratio: they are the denominator of its ratio, which is clipped. ignore: the trainer's own take
+# their place, as if both agreed. truncate: the same, times a weight (grpo.importance_weights).
+MISMATCH = ("ratio", "ignore", "truncate")
+
+
+def check_options(cfg, episode_limit):
+    """End the program if an option is asked for that would do nothing, or something else.
 
     episode_limit: tokens that an episode may sample at most.
     """
@@ -33,6 +41,9 @@ def check_bonuses(cfg, episode_limit):
     if cfg.overlong > episode_limit:
         run.fail(f"--overlong is {cfg.overlong}; expected at most the {episode_limit} tokens that "
                  "an episode may sample")
+    if cfg.mismatch != "ratio" and cfg.num_minibatches > 1:
+        run.fail(f"--mismatch {cfg.mismatch} takes the policy of the update for the one that "
+                 "sampled; expected --num-minibatches 1")
 
 
 def warn_of_long_turns(vlm, traces, max_new_tokens):
@@ -143,3 +154,24 @@ def blindfold(vlm, episodes, step, share=0.6):
                 dark_views[id(view)] = dark
         out.append(replace(e, views=[dark_views[id(view)] for view in e.views]))
     return out
+
+
+def sampler(vlm, cfg):
+    """The VLM that samples: the policy, or with --sampler-dtype a copy in that precision."""
+    if not cfg.sampler_dtype:
+        return vlm
+    model = copy.deepcopy(vlm.model)
+    for p in model.parameters():                        # not the rotary frequencies
+        p.data = p.data.to(getattr(torch, cfg.sampler_dtype))
+    return type(vlm)(model, vlm.tokenizer, vlm.processor, vlm.name, vlm.spec)
+
+
+def hand_over(episodes, sampler, vlm):
+    """From a sampler of another precision to the trainer, which encodes the images by itself."""
+    if sampler is vlm:
+        return
+    for kind, done in sampler.work.items():
+        vlm.work[kind] += done
+    for e in episodes:
+        for view in e.views:
+            view.drop_features()

@@ -418,6 +418,7 @@ def test_a_bonus_that_nothing_pays_is_refused(script):
     for flag in ("--distinct-bonus 0.2", "--tool-bonus 1", "--curiosity 0.5"):
         refused(script(f"train_rl.py --task boxes {flag}"), flag.split()[0], "has none")
     refused(script("train_rl.py --overlong 999"), "--overlong is 999", "192 tokens")
+    refused(script("train_rl.py --mismatch ignore --num-minibatches 2"), "--mismatch ignore", "expected --num-minibatches 1")
 
 def test_a_template_is_a_warm_start(script):
     """Claim: --template, which stands in for a warm start, makes no traces unless they are asked for; without a tool it is refused."""

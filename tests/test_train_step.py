@@ -5,7 +5,7 @@ and its parts in the appendix, and requires the named test to fail.
 
 The rewards are given by hand (a random model earns none), so every group's advantages are known.
 """
-import contextlib, copy, dataclasses, json, os, random, shlex, signal, statistics, sys, tempfile, time, zlib
+import contextlib, copy, dataclasses, itertools, json, os, random, shlex, signal, statistics, sys, tempfile, time, zlib
 from dataclasses import replace
 from unittest import mock
 
@@ -276,6 +276,26 @@ def test_control_rewards(vlm):
     assert coins == [rewards_with("random", seed) for seed in range(40)] and {v for c in coins for v in c} == {0, 1}
     assert 50 < sum(map(sum, coins)) < 110 and any(c[0] != c[3] for c in coins)
 
+def test_a_sampler_of_another_precision(vlm):
+    """Claim: a bf16 sampler shows in logp_gap, and images are encoded anew for the trainer. ignore has REINFORCE's gradient, as if both
+    agreed; truncate weights each token by min(trainer / sampler, cap), by hand; ratio has the same weights where nothing is clipped."""
+    grads = {}
+    for mismatch, cap in (("ratio", 2.0), ("ignore", 2.0), ("truncate", 1.0), ("truncate", 50.0)):
+        metrics, episodes, recorder = run_step(vlm, sampler_dtype="bfloat16", mismatch=mismatch, importance_cap=cap, clip_low=1.0, clip_high=50.0)
+        assert 1e-4 < metrics["logp_gap"] < 0.2 and vlm.dtype == torch.float32 and metrics["tokens_run"] > 0
+        assert all(view.features.dtype == torch.float32 for e in episodes if e.advantage for view in e.views)
+        logprobs, _, mask = vlm.logprobs(episodes, 0.7)
+        weights = torch.ones_like(logprobs) if mismatch == "ignore" else (logprobs - train_rl.sampler_logprobs(episodes, logprobs)).exp().detach().clamp(max=cap)
+        A = torch.tensor([e.advantage for e in episodes])[:, None]
+        (-(weights * A * logprobs)[mask].sum() / mask.sum()).backward()
+        close(recorder.grads[0], flat(vlm), 1e-3)
+        assert metrics.get("importance", 1) == pytest.approx(weights[mask & (A != 0)].mean().item() if mismatch == "truncate" else 1, rel=1e-4)
+        grads[mismatch, cap] = recorder.grads[0]
+    assert run_step(vlm)[0]["logp_gap"] < 1e-4
+    for one, other in itertools.combinations(grads, 2):
+        same = {one, other} == {("ratio", 2.0), ("truncate", 50.0)}
+        assert torch.allclose(grads[one], grads[other], rtol=1e-3, atol=1e-6) == same
+
 def test_a_bonus_is_a_signal(vlm):
     """Bug: dynamic sampling replaced groups that differ in their bonus alone."""
     s, answer = SAMPLES[0], "<think> It is at (50, 50). </think>\n<answer> lined </answer>"
@@ -469,6 +489,11 @@ def test_only_the_number_of_steps_may_differ(tmp_path, capsys):
 # mutations
 
 MUTATIONS = [
+    ("train_rl:grpo_loss", 'cfg.mismatch == "ratio"', 'cfg.mismatch != "ignore"', test_a_sampler_of_another_precision, {}),
+    ("grpo:importance_weights", "logprobs.detach() - sampled_logprobs", "sampled_logprobs - logprobs.detach()", test_a_sampler_of_another_precision, {}),
+    ("grpo:importance_weights", "gap.exp().clamp(max=cap)", "gap.exp()", test_a_sampler_of_another_precision, {}),
+    ("appendix.rl_options:hand_over", "view.drop_features()", "pass", test_a_sampler_of_another_precision, {}),
+    ("appendix.rl_options:hand_over", "vlm.work[kind] += done", "pass", test_a_sampler_of_another_precision, {}),
     ("train_rl:grpo_loss", "grpo.aggregate(per_token, mask, cfg.aggregate, denominator)", "grpo.aggregate(per_token, mask, cfg.aggregate)",
      test_gradient_of_a_step, dict(aggregate="token", micro_tokens=1)),
     ("train_rl:loss_denominator", "count = len(minibatch)", "count = sum(sum(e.completion_mask) for e in minibatch)",
