@@ -173,7 +173,8 @@ def compare(rng, picture):
     side = {(0, -1): "left", (0, 1): "right", (1, -1): "up", (1, 1): "down"}[axis, sign]
     further = max(a, b, key=lambda o: sign * o["center"][axis])
     question = f"Which is further {side}, the {a['name']} or the {b['name']}?"
-    return [picture.view, question], f"{place(picture, a)}, {place(picture, b)}: {further['name']}"
+    places = f"{place(picture, a)}, {place(picture, b)}"
+    return [picture.view, question], f"{places}: {further['name']}"
 
 
 def read_crop(vlm, rng, picture):
@@ -226,7 +227,7 @@ def which_other_image(vlm, rng, draw):
 
 
 def box_in_one_image(vlm, rng, draw):
-    """Two or three images, some of them frames in which the same things move: box in one of them."""
+    """Two or three images, perhaps frames in which the same things move: box in one of them."""
     if rng.random() < 0.5:
         frames, _ = data.ask_video(rng, draw)
         rng.shuffle(frames)

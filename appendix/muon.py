@@ -1,9 +1,9 @@
 """Muon: a momentum step whose directions all have the same length (Jordan et al. 2024).
 
 The momentum of a matrix is replaced by the nearest orthogonal matrix, found by a Newton-Schulz
-iteration. torch.optim.Muon does the same one matrix at a time in bf16, which CPUs without bf16 units
-emulate: there a step of it takes longer than the forward and the backward pass. Here it is fp32, for
-all matrices of a shape at once.
+iteration. torch.optim.Muon does the same one matrix at a time in bf16, which CPUs without bf16
+units emulate: there a step of it takes longer than the forward and the backward pass. Here it is
+fp32, for all matrices of a shape at once.
 """
 import torch
 

@@ -3,8 +3,8 @@
     python -m appendix.skills                       # the shipped model
     python -m appendix.skills --model FOLDER --n 500
 
-Every skill asks the question of a lesson (appendix/lessons.py) about scenes of the test split, which
-no lesson has shown. The replies are greedy.
+Every skill asks the question of a lesson (appendix/lessons.py) about scenes of the test split,
+which no lesson has shown. The replies are greedy.
 """
 import functools
 import random

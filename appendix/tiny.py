@@ -4,11 +4,10 @@
     python -m appendix.tiny --out runs/mine --steps 4    # far too short, to try it
     python -m appendix.tiny --out runs/tenth --until 1400    # the first tenth, to compare losses
 
-What it learns is in appendix/lessons.py, what it then can do in appendix/skills.py. A killed command
-continues where it last saved: the same line again.
+What it learns is in appendix/lessons.py, what it then can do in appendix/skills.py. A killed
+command continues where it last saved: the same line again.
 
-The matrices are trained by Muon (appendix/muon.py); embeddings, norms and biases by AdamW. In trials
-of the same length Muon learned several times as much as AdamW alone.
+The matrices are trained by Muon (appendix/muon.py); embeddings, norms and biases by AdamW.
 """
 import math
 import os

@@ -187,7 +187,7 @@ def test_a_checkpoint_is_a_model(whole, script):
     assert len(read("runs/more/metrics.jsonl")) == 1 and os.path.exists("runs/more/report.html")
 
 # What the chapters stand on. Everything else in the appendix may be deleted, with --plain and traces from the oracle.
-GROUND_FLOOR = ["__init__", "run", "ranks", "optimizer", "memory", "files", "prefix", "graphs", "metrics", "recipes", "rl_options", "rl_run",
+GROUND_FLOOR = ["__init__", "motion", "terminal", "run", "ranks", "optimizer", "memory", "files", "prefix", "graphs", "metrics", "recipes", "rl_options", "rl_run",
                 "rows", "split", "faults", "parts", "running", "attention", "vision", "tower", "weights", "evaluation_run", "episode_rows", "averages", "evidence"]
 
 @pytest.mark.parametrize("command", ["train_rl.py --num-prompts 4 --blind-prompts 1 --group-size 4 --sft-n 16 --eval-n 4 --steps 2", "train_sft.py --n 16",
