@@ -1,7 +1,7 @@
 """What is asked: samples, a toy world that draws its own, the prompts, and JSONL in and out.
 
 A `Sample` is a question about one or more images, with an answer that a rule can check. Its source:
-  - the toy world below: six tasks drawn from a seed, so that nothing has to be downloaded;
+  - the toy world below: seven tasks drawn from a seed, so that nothing has to be downloaded;
   - a JSONL file in the one layout that the whole repository reads (`read_jsonl`);
   - a published file, converted to that layout (appendix/benchmarks.py knows twenty of them).
 
@@ -26,7 +26,7 @@ from dataclasses import asdict, dataclass, field, replace
 import numpy as np
 from PIL import Image
 
-from appendix import faults, files, rows
+from appendix import faults, files, motion, rows
 from appendix.files import DataError, check_writable, read_rows
 
 
@@ -251,8 +251,8 @@ def ask_video(rng, new_scene):
     frames = [new_scene()]
     steps = {}
     while len(frames) < 3:
-        frame = next_frame(rng, frames[-1], steps)
-        if no_collision(frame) and split_of(frame) == split_of(frames[0]):
+        frame = motion.next_frame(rng, frames[-1], steps)
+        if motion.no_collision(frame) and split_of(frame) == split_of(frames[0]):
             frames.append(frame)
         else:                                       # start over
             frames = [new_scene()]
@@ -263,44 +263,28 @@ def ask_video(rng, new_scene):
     return frames, dict(question=question, answer_type="box", targets=[target(o, image)])
 
 
-def next_frame(rng, scene, steps):
-    """The scene one step later. steps: {name: [dx, dy]} in pixels, filled and changed here."""
-    side = scene["side"]
-    moved = []
-    for o in scene["objects"]:
-        # Drawn for every frame, but used for the first step only. To draw less often would change
-        # the scenes of every seed.
-        first_step = [random_step(rng, side), random_step(rng, side)]
-        step = steps.setdefault(o["name"], first_step)
-        center = list(o["center"])
-        for axis in (0, 1):
-            wall = o["radius"] + 4
-            if not wall <= center[axis] + step[axis] <= side - wall:
-                step[axis] = -step[axis]
-            center[axis] += step[axis]
-        moved.append({**o, "center": center})
-    return {"side": side, "objects": moved}
-
-
-def random_step(rng, side):
-    return rng.choice((-1, 1)) * rng.randint(side // 14, side // 6)
-
-
-def no_collision(scene):
-    for i, a in enumerate(scene["objects"]):
-        if not all(apart(a["center"], a["radius"], b) for b in scene["objects"][:i]):
-            return False
-    return True
+def ask_count(rng, new_scene):
+    """Counting: the answer is sure after a look at every thing of one color."""
+    color = rng.choice(list(COLORS))
+    n = rng.randint(1, 3)
+    names = [f"{color} {shape}" for shape in rng.sample(list(SHAPES), n)]
+    others = [name for name in NAMES if color not in name]
+    names += rng.sample(others, rng.choice((4, 5)) - n)     # their sum says nothing about n
+    scene = new_scene(names=names)
+    options = rng.sample(["1", "2", "3"], 3)
+    return [scene], dict(
+        question=f"How many {color} things are there?", answer_type="choice", options=options,
+        answer=options.index(str(n)), meta={"evidence": [target(o) for o in scene["objects"][:n]]})
 
 
 # A new task is an ask_* function, a line in ASK and in TASK_RECIPES, and traces to begin with: a
 # function in train_sft.ORACLES.
 ASK = {"search": ask_search, "point": ask_point, "relation": ask_relation,
-       "boxes": ask_boxes, "find": ask_find, "video": ask_video}
+       "boxes": ask_boxes, "find": ask_find, "video": ask_video, "count": ask_count}
 TASKS = tuple(ASK)
 # The default recipe of each task, a key of rewards.RECIPES.
 TASK_RECIPES = {"search": "vigorl-zoom", "point": "vigorl", "relation": "vigorl",
-                "boxes": "univg-r1", "find": "univg-r1", "video": "univg-r1"}
+                "boxes": "univg-r1", "find": "univg-r1", "video": "univg-r1", "count": "vigorl"}
 
 
 def split_of(scene):

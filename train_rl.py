@@ -481,7 +481,7 @@ def main():
         progress = rl_run.Progress(state["step"], state["seconds"], state["before"])
     else:
         rl_run.fine_tune_on_traces(vlm, train_rows, held_out, cfg)
-        measured = rl_run.measure(vlm, cfg, held_out, "before RL")
+        measured = rl_run.measure_before(vlm, cfg, held_out)
         before = {mode: measurement.summary for mode, measurement in measured.items()}
         sections = [("before RL", measured["on"].episodes)]
         progress = rl_run.Progress(before=before, sections=sections)

@@ -232,6 +232,16 @@ def oracle_of_point(vlm, sample, rng, max_zooms):
     return [f"<think> {thought} </think>\n<answer> {near(o, view, rng)} </answer>"]
 
 
+def oracle_of_count(vlm, sample, rng, max_zooms):
+    view = vlm.view(sample.images[0])
+    objects = sample.meta["scenes"][0]["objects"]
+    guess = rng.random() < 0.33
+    option = rng.choice(sample.options) if guess else sample.options[sample.answer]
+    counted = [object_in(e["box"], objects) for e in sample.meta["evidence"]]
+    thought = " ".join(f"The {o['name']} is at {near(o, view, rng)}." for o in counted)
+    return [f"<think> {thought} </think>\n<answer> {option} </answer>"]
+
+
 def oracle_of_boxes(vlm, sample, rng, max_zooms):
     """Tasks whose answer is a box in one of several images."""
     target = sample.targets[0]
@@ -245,7 +255,8 @@ def oracle_of_boxes(vlm, sample, rng, max_zooms):
 
 
 ORACLES = {"search": oracle_of_search, "relation": oracle_of_relation, "point": oracle_of_point,
-           "boxes": oracle_of_boxes, "find": oracle_of_boxes, "video": oracle_of_boxes}
+           "boxes": oracle_of_boxes, "find": oracle_of_boxes, "video": oracle_of_boxes,
+           "count": oracle_of_count}
 
 
 def object_in(box, objects):

@@ -15,7 +15,7 @@ import data
 import evaluate
 import train_sft
 import zoom_rollout
-from appendix import memory, metrics, prefix, ranks, rl_options, run
+from appendix import memory, metrics, prefix, ranks, rl_options, run, terminal
 from appendix.split import hold_out
 from appendix.weights import largest_prompt_image
 from model import is_tiny
@@ -201,6 +201,7 @@ def split(cfg, side, rows):
 
 def fine_tune_on_traces(vlm, train_rows, held_out, cfg):
     """The warm start, in place, if the run asks for one. train_rows, held_out: those of --data."""
+    terminal.print_plan(cfg)
     if not cfg.traces:
         return
     began = time.time()
@@ -248,6 +249,14 @@ def measure(vlm, cfg, samples, label):
         shares.append(f"{what} {s['accuracy']:.1%} [{s['low']:.1%}, {s['high']:.1%}]")
     print(f"{label}: {'; '.join(shares)}")
     return out
+
+
+def measure_before(vlm, cfg, samples):
+    """`measure`, and one question that is answered wrong is shown."""
+    measured = measure(vlm, cfg, samples, "before RL")
+    episodes = measured["on"].episodes
+    terminal.print_example(episodes, "before RL", terminal.wrong_one(episodes))
+    return measured
 
 
 # --------------------------------------------------------------------------------------------------
@@ -404,6 +413,8 @@ def finish(vlm, held_out, run_log, groups, planned_bytes):
     after = measure(vlm, cfg, held_out, "after RL")
     if ranks.rank() > 0:
         return
+    for _, episodes in progress.sections[:1]:           # none after --resume
+        terminal.print_example(after["on"].episodes, "after RL", terminal.wrong_one(episodes))
     folder = run_folder(cfg)
     with open(os.path.join(folder, "metrics.jsonl"), encoding="utf-8") as f:
         curves = [json.loads(line) for line in f]
@@ -420,6 +431,7 @@ def finish(vlm, held_out, run_log, groups, planned_bytes):
     planned = "" if is_tiny(cfg.model) else f" (planned {planned_bytes / 1e9:.1f})"
     print(f"{summary['seconds']:.0f} s in all, peak memory {memory.peak_memory() / 1e9:.2f} GB"
           f"{planned}; {folder}/{page}")
+    terminal.print_next(cfg)
 
 
 def held_out_rows(after):

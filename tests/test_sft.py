@@ -56,7 +56,7 @@ def test_oracle_of_search(vlm):
     assert sum(n == 1 and not right for n, right in zip(lengths, stopped_at)) > 10            # gave up at a wrong object
     assert set(lengths) == {0, 1, 2} and 0.2 < sum(map(bool, stopped_at)) / 80 < 0.7 and 0.25 < sum(answers) / 80 < 0.8
 
-@pytest.mark.parametrize("task", ["point", "relation", "boxes", "find", "video"])
+@pytest.mark.parametrize("task", ["point", "relation", "boxes", "find", "video", "count"])
 def test_oracle_of_the_other_tasks(vlm, task):
     """Claim: all in the recipe's form, some wrong on purpose."""
     recipe = data.TASK_RECIPES[task]

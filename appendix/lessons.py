@@ -1,0 +1,313 @@
+"""What the tiny model is taught before any warm start: chats about pictures, and drills.
+
+Pointing alone hardly teaches a small model to see, because the name that it must write stands in
+the question. A mixture in which the image is needed to predict the text does. So a *lesson* is a
+chat about one scene or several: list what is there, name what is at a point, point, box, compare,
+find the image that shows a thing, tell what a crop shows. A *drill* is an episode in the form of
+the zoom protocol whose question says where to zoom, in numbers.
+
+The questions of the tasks are never asked here. Where to zoom for a question, when, and when to
+answer is left for the warm start and for RL. All scenes are of the train split.
+
+Progress runs from 0 at the beginning of pretraining to 1 at its end.
+"""
+import functools
+import math
+import random
+from dataclasses import dataclass
+
+import data
+import model
+import train_sft
+import zoom_rollout
+from zoom_rollout import Episode
+
+DRILLS_FROM = 0.4               # progress from which on drills are mixed in
+DRILLS = 0.15                   # their share of the episodes from then on
+CROWDED_FROM = 0.1              # progress at which all sizes of scenes are in use
+SEVERAL_FROM = 0.2              # progress from which on lessons about several images have
+SEVERAL_IMAGES = 0.4            # this share of the lessons; before, the share rises from 0
+
+# How the scenes of a lesson look. "first" has few and large objects.
+LOOKS = {"first": dict(objects=(1, 2), radius=(46, 60)), **data.DIFFICULTY}
+FREQUENCY = {"first": 2, "easy": 3, "medium": 5, "hard": 3}
+
+
+def draw_episode(vlm, rng, progress=1.0):
+    """-> Episode, a lesson or a drill; the loss is on the assistant's tokens."""
+    if progress >= DRILLS_FROM and rng.random() < DRILLS:
+        return drill(vlm, rng)
+    return lesson(vlm, rng, progress)
+
+
+# --------------------------------------------------------------------------------------------------
+# a lesson
+
+@dataclass
+class Picture:
+    """A scene, and the model's view of it."""
+    scene: dict
+    view: model.View
+
+    @property
+    def objects(self):
+        return self.scene["objects"]
+
+    def left_to_right(self):
+        return sorted(self.objects, key=lambda o: o["center"][0])
+
+    def named(self, name):
+        """The object of this name, or None."""
+        return next((o for o in self.objects if o["name"] == name), None)
+
+
+def lesson(vlm, rng, progress=1.0):
+    """-> Episode of one or two questions and their answers, which are what is learned."""
+    episode = start_chat(vlm)
+    draw = functools.partial(new_scene, rng, progress)
+    if rng.random() < SEVERAL_IMAGES * min(1, progress / SEVERAL_FROM):
+        ask = pick(rng, LESSONS_ABOUT_SEVERAL)
+        exchange(vlm, episode, *ask(vlm, rng, draw))
+        return episode
+    picture = show(vlm, draw())
+    ask = pick(rng, LESSONS)
+    if ask is not read_crop:
+        exchange(vlm, episode, *ask(rng, picture))
+        return episode
+    if rng.random() < 0.3:                      # as in a rollout: after a look at the whole image
+        exchange(vlm, episode, *point_to(rng, picture))
+    exchange(vlm, episode, *read_crop(vlm, rng, picture))
+    return episode
+
+
+def pick(rng, weighted):
+    values, weights = zip(*weighted)
+    return rng.choices(values, weights=weights)[0]
+
+
+def new_scene(rng, progress=1.0, names=None, split="train"):
+    """A scene of the split: at first with few and large objects, later with more."""
+    level = "first"
+    if rng.random() <= 0.2 + progress / CROWDED_FROM:
+        level = pick(rng, FREQUENCY.items())
+    return data.split_scene(rng, split, **LOOKS[level], names=names)
+
+
+def show(vlm, scene, index=0):
+    return Picture(scene, vlm.view(data.draw_scene(scene), index))
+
+
+def start_chat(vlm):
+    """-> Episode that holds a system message and nothing else yet."""
+    episode = Episode(None)
+    episode.append_given(vlm.chat("system", data.SYSTEM["boxes"]))
+    return episode
+
+
+def exchange(vlm, episode, question, answer):
+    """Append a user message, a list of texts and views, and the assistant's answer to it."""
+    views = [part for part in question if isinstance(part, model.View)]
+    message = vlm.chat("user", *question) + vlm.chat("assistant", open=True)
+    episode.append_given(message, views)
+    episode.append_sampled(vlm.ids(answer) + [vlm.im_end])
+    episode.append_given(vlm.ids("\n"))
+
+
+def place(picture, o):
+    """An object's name and center, as the model writes points."""
+    x, y = picture.view.from_source(*o["center"])
+    return f"{o['name']} ({x}, {y})"
+
+
+def box(picture, o):
+    """An object's name and box."""
+    return f"{o['name']} {train_sft.box_text(data.object_box(o), picture.view)}"
+
+
+# --------------------------------------------------------------------------------------------------
+# lessons about one image: (rng, picture) -> (question, answer)
+
+def list_objects(rng, picture):
+    places = [place(picture, o) for o in picture.left_to_right()]
+    return [picture.view, "List the objects."], ", ".join(places)
+
+
+def point_to(rng, picture):
+    o = rng.choice(picture.objects)
+    return [picture.view, f"Point to the {o['name']}."], place(picture, o)
+
+
+def name_at(rng, picture):
+    """The question names a point somewhere in the object."""
+    o = rng.choice(picture.objects)
+    spot = [c + round(rng.uniform(-0.5, 0.5) * o["radius"]) for c in o["center"]]
+    x, y = picture.view.from_source(*spot)
+    return [picture.view, f"What is at ({x}, {y})?"], o["name"]
+
+
+def list_alike(rng, picture):
+    """All objects of one color, or of one shape, and their number."""
+    if rng.random() < 0.8:
+        word = rng.choice(rng.choice(picture.objects)["name"].split())
+    else:                                       # perhaps there is none
+        word = rng.choice([*data.COLORS, *data.SHAPES])
+    alike = [o for o in picture.left_to_right() if word in o["name"]]
+    places = [place(picture, o) for o in alike] or ["nothing"]
+    return [picture.view, f"What is {word}?"], f"{', '.join(places)}: {len(alike)}"
+
+
+def box_object(rng, picture):
+    o = rng.choice(picture.objects)
+    return [picture.view, f"Box the {o['name']}."], box(picture, o)
+
+
+def compare(rng, picture):
+    """Which of two objects is further to one side? Both are located first."""
+    if len(picture.objects) < 2:
+        return name_at(rng, picture)
+    a, b = rng.sample(picture.objects, 2)
+    axis = rng.randrange(2)
+    if abs(a["center"][axis] - b["center"][axis]) < 0.05 * picture.scene["side"]:
+        axis = 1 - axis                         # no question that a pixel decides
+    sign = rng.choice((-1, 1))
+    side = {(0, -1): "left", (0, 1): "right", (1, -1): "up", (1, 1): "down"}[axis, sign]
+    further = max(a, b, key=lambda o: sign * o["center"][axis])
+    question = f"Which is further {side}, the {a['name']} or the {b['name']}?"
+    places = f"{place(picture, a)}, {place(picture, b)}"
+    return [picture.view, question], f"{places}: {further['name']}"
+
+
+def read_crop(vlm, rng, picture):
+    """What does a crop show? Shown in the words of an observation."""
+    before, after = data.OBSERVE
+    crop, seen = show_crop(vlm, rng, picture.view, picture.objects)
+    return [before, crop, after], seen
+
+
+def show_crop(vlm, rng, view, objects):
+    """A crop as a rollout makes it, mostly of an object and off center -> (crop, what it shows)."""
+    width, height = view.source.size
+    x = rng.randrange(width)
+    y = rng.randrange(height)
+    if rng.random() < 0.15 and is_empty(x, y, objects):
+        return zoom_rollout.crop(vlm, view, x, y), "nothing"
+    o = rng.choice(objects)
+    x, y = [c + round(rng.uniform(-0.7, 0.7) * o["radius"]) for c in o["center"]]
+    return zoom_rollout.crop(vlm, view, x, y), f"{o['name']}, {o['pattern']}"
+
+
+def is_empty(x, y, objects):
+    """Is the source pixel (x, y) far from all objects?"""
+    return all(math.dist((x, y), o["center"]) > 1.8 * o["radius"] for o in objects)
+
+
+LESSONS = [(list_objects, 6), (point_to, 6), (name_at, 2), (list_alike, 3), (box_object, 4),
+           (compare, 2), (read_crop, 3)]
+
+
+# --------------------------------------------------------------------------------------------------
+# lessons about several images: (vlm, rng, draw) -> (question, answer)
+
+def box_what_is_shown(vlm, rng, draw):
+    """Image 1 shows one object alone: box it in the image whose number is given."""
+    pictures, name, found = several_pictures(vlm, rng, draw)
+    views = [p.view for p in pictures]
+    picture = pictures[found]
+    question = f"Box in image {found + 1} what image 1 shows."
+    return [*views, question], box(picture, picture.named(name))
+
+
+def which_other_image(vlm, rng, draw):
+    """Image 1 shows one object alone: which other image has it, and where?"""
+    pictures, name, found = several_pictures(vlm, rng, draw)
+    views = [p.view for p in pictures]
+    picture = pictures[found]
+    answer = f"image {found + 1}: {box(picture, picture.named(name))}"
+    return [*views, "Which other image has what image 1 shows?"], answer
+
+
+def box_in_one_image(vlm, rng, draw):
+    """Two or three images, perhaps frames in which the same things move: box in one of them."""
+    if rng.random() < 0.5:
+        frames, _ = data.ask_video(rng, draw)
+        rng.shuffle(frames)
+        scenes = frames[:rng.randint(2, 3)]
+    else:
+        scenes = [draw() for _ in range(rng.randint(2, 3))]
+    pictures = [show(vlm, scene, i) for i, scene in enumerate(scenes)]
+    i = rng.randrange(len(pictures))
+    o = rng.choice(pictures[i].objects)
+    views = [p.view for p in pictures]
+    return [*views, f"Box the {o['name']} in image {i + 1}."], box(pictures[i], o)
+
+
+def several_pictures(vlm, rng, draw):
+    """-> (pictures, the name of the first one's only object, the index of the other that has it)"""
+    scenes, asked = data.ask_boxes(rng, draw)
+    pictures = [show(vlm, scene, i) for i, scene in enumerate(scenes)]
+    return pictures, scenes[0]["objects"][0]["name"], asked["targets"][0]["image"]
+
+
+LESSONS_ABOUT_SEVERAL = [(box_what_is_shown, 3), (which_other_image, 3), (box_in_one_image, 3)]
+
+
+# --------------------------------------------------------------------------------------------------
+# drills: the zoom protocol, told where to zoom
+
+def drill(vlm, rng):
+    """-> Episode in the zoom protocol whose question gives the points to zoom into.
+
+    An instruction-tuned model brings this along: it can write a tool call, read what comes back and
+    pick an option when it must answer. Which point a question calls for is not taught: the drills
+    name points by their coordinates only.
+    """
+    level = rng.choice(("easy", "medium", "medium", "hard"))
+    scene = data.split_scene(rng, "train", **data.DIFFICULTY[level])
+    image = data.draw_scene(scene)
+    view = vlm.view(image)
+    chosen = rng.sample(scene["objects"], rng.randint(1, 2))
+    forced = rng.random() < 0.2
+    options = rng.sample(list(data.PATTERNS), len(data.PATTERNS))
+    spots = [train_sft.near(o, view, rng) for o in chosen]
+    question = f"Zoom into {', then '.join(str(spot) for spot in spots)}."
+    sample = data.Sample("", [image], question, "choice", options)
+
+    if forced and rng.random() < 0.5:           # no zoom allowed: any option
+        answer = f"{data.FORCE} {rng.choice(options)} </answer>"
+        return zoom_rollout.replay(vlm, sample, [answer])
+    turns = []
+    seen = ""                                   # what the crop before showed
+    for o, (x, y) in zip(chosen, spots):
+        thought = f"<think>{seen} The {o['name']} may be at ({x}, {y}). </think>"
+        turns.append(f"{thought}\n{data.tool_call(x, y)}")
+        seen = f" This is the {o['name']}, {o['pattern']}."
+    opening = data.FORCE                        # the answer is about the last crop
+    if not forced:
+        opening = f"<think>{seen[:-1]}, at ({x}, {y}). </think>\n<answer>"
+    turns.append(f"{opening} {o['pattern']} </answer>")
+    max_zooms = len(chosen) if forced else 3
+    return zoom_rollout.replay(vlm, sample, turns, max_zooms=max_zooms)
+
+
+# Words of traces and questions that no lesson contains; the tokenizer should know them.
+TRACE_WORDS = (" The may be at. Look at. This is nothing, not the. Click the Image 1 shows. "
+               "How many things are there seen from above below left right. "
+               "It lined barred slanted checked")
+
+
+def tokenizer_corpus(stub, seed=0):
+    """Texts to learn a tokenizer from: 2000 lessons, words of the traces, and prompts.
+
+    stub: a model whose tokenizer knows single bytes.
+    """
+    rng = random.Random(seed)
+    texts = []
+    for _ in range(2000):
+        ids = lesson(stub, rng).ids
+        texts.append(stub.text([token for token in ids if token != stub.image_token]))
+    texts += [TRACE_WORDS] * 200
+    for task in data.TASKS:
+        for sample in data.toy(task, "train", 30):
+            _, question = data.prompt(sample, "zoom")
+            texts.append(question)
+    return texts

@@ -1,0 +1,68 @@
+"""What a run says in the terminal: the plan, one question before and after, what to try next."""
+import re
+import shlex
+
+import pytest
+
+import data
+import evaluate
+import train_rl
+import zoom_rollout
+from appendix import run, terminal
+
+def episodes_that_say(vlm, *answers):
+    """One zoom into a place, then an answer, for one question per answer; "right" and "wrong" are replaced by options."""
+    out = []
+    for s, answer in zip(data.toy("search", "test", len(answers)), answers):
+        option = s.options[s.answer if answer == "right" else s.answer - 1]
+        texts = [f"<think> The red square may be at (20, 30). </think>\n{data.tool_call(20, 30)}", f"<think> This is it. </think>\n<answer> {option} </answer>"]
+        e = zoom_rollout.replay(vlm, s, texts)
+        evaluate.finish_episode(vlm, e, zoom_rollout.RolloutConfig(), evaluate.RunOptions(recipe="vigorl-zoom"), False)
+        out.append(e)
+    return out
+
+def test_the_same_question_before_and_after(vlm, capsys):
+    """Bug: an example that was right already, or another question after RL; a crop or the answer is missing."""
+    before = episodes_that_say(vlm, "right", "wrong", "wrong")
+    sample_id = terminal.wrong_one(before)
+    assert sample_id == before[1].sample.id
+    terminal.print_example(before, "before RL", sample_id)
+    said = capsys.readouterr().out
+    s = before[1].sample
+    assert f"before RL: {s.question} (right: {s.options[s.answer]})" in said and "  wrong\n" in said
+    assert "The red square may be at (20, 30)" in said and "This is it." in said and f"<answer> {s.options[s.answer - 1]} </answer>" in said
+    x1, y1, x2, y2 = map(int, re.search(r"pixels \((\d+), (\d+)\) to \((\d+), (\d+)\)", said).groups())
+    x, y = vlm.view(s.images[0]).to_source(20, 30)
+    assert x1 <= x <= x2 and y1 <= y <= y2 and max(len(line) for line in said.splitlines()) < 100
+    terminal.print_example(episodes_that_say(vlm, "right", "right", "wrong"), "after RL", sample_id)
+    said = capsys.readouterr().out
+    assert s.question in said and "  right\n" in said
+    terminal.print_example(before, "after RL", "no such question")
+    assert not capsys.readouterr().out
+    assert terminal.wrong_one(before[:1]) == before[0].sample.id and terminal.wrong_one([]) is None
+
+@pytest.mark.parametrize("flags, says, does_not", [
+    ({}, ["find 1200 traces by tree search", "60 steps", "16 prompts x 8 episodes"], []),
+    ({"traces": "oracle", "steps": 7}, ["traces (oracle)", "7 steps"], ["tree search"]),
+    ({"traces": ""}, ["60 steps"], ["traces"])])
+def test_plan(capsys, flags, says, does_not):
+    terminal.print_plan(train_rl.Config(**{"sft_n": 1200, **flags}))
+    said = " ".join(capsys.readouterr().out.split())
+    assert all(part in said for part in says) and not any(part in said for part in does_not), said
+
+def test_next_commands_are_valid(capsys):
+    """Bug: a command that the scripts refuse, or that repeats the run."""
+    for task in data.TASKS:
+        terminal.print_next(train_rl.Config(name="a b", task=task))
+        commands = [shlex.split(line) for line in capsys.readouterr().out.splitlines() if line.startswith("  python")]
+        scripts = {"evaluate.py": evaluate, "train_rl.py": train_rl}
+        seen = set()
+        for _, script, *args in commands:
+            if script in scripts:
+                seen.add(script)
+                cfg = run.parse_config(scripts[script].Config, args)
+                assert getattr(cfg, "task", "") != task or script == "evaluate.py"
+        assert seen == set(scripts)
+    capsys.readouterr()
+    terminal.print_next(train_rl.Config(model="qwen2.5-vl-3b"))
+    assert not capsys.readouterr().out
