@@ -33,7 +33,7 @@ import grpo
 import rewards
 import train_sft
 import zoom_rollout
-from appendix import faults, memory, metrics, ranks, recipes, rl_options, rl_run, run
+from appendix import faults, memory, metrics, mixture, ranks, recipes, rl_options, rl_run, run
 from appendix.optimizer import AdamW
 from appendix.weights import note_on_tiny
 
@@ -49,6 +49,7 @@ class Config:
 
     # the questions
     task: Literal[data.TASKS] = "search"                # toy task
+    also: Literal["", *data.TASKS] = ""                 # toy task of every second question
     difficulty: Literal[data.DIFFICULTIES] = "medium"   # difficulty of the toy scenes
     data: str = ""              # JSONL file of questions, in place of the toy world
     images: str = ""            # image folder of --data (default: the folder of the file)
@@ -57,7 +58,9 @@ class Config:
     crop_from: Literal["source", "seen"] = "source"     # source of crops: stored image or fed copy
 
     # the warm start
-    traces: str = "mcts"        # warm-start traces: "mcts", "oracle", a JSONL file, or "" for none
+    traces: str = "mcts"        # warm-start traces: see train_sft.py; "" for none
+    sft_target: Literal["full", "answer", "ungrounded"] = "full"    # part learned of each trace
+    sft_corrected: int = 0      # search chains per tree, at most, that go wrong first
     sft_n: int = 1200           # warm-start traces from the toy world
     sft_epochs: int = 1         # passes over the traces
     sft_batch: int = 8          # traces per optimizer step of the warm start
@@ -81,6 +84,7 @@ class Config:
     curiosity: float = 0.0      # reward for zooming while few do (Pixel-Reasoner: 0.5)
     overlong: int = 0           # tokens before the length limit that cost up to 1 (DAPO: 4096)
     evidence_bonus: float = 0.0 # reward for crops that show what the answer depends on
+    zoom_cost: float = 0.0      # reward lost per crop
     control: Literal["", *rl_options.CONTROLS] = ""     # a reward without the right answer in it
 
     # the advantages
@@ -215,7 +219,7 @@ class Questions:
             seed = f"rl{cfg.seed}/{step}"
             if again:
                 seed += f"/{again}"
-            return data.toy(cfg.task, "train", cfg.num_prompts, seed, cfg.difficulty, self.side)
+            return mixture.toy_questions(cfg, "train", cfg.num_prompts, seed, self.side)
         if again:
             rng = random.Random(f"{cfg.seed}/{step}/{again}")
             return rng.choices(self.rows, k=cfg.num_prompts)

@@ -80,9 +80,7 @@ def load_samples(cfg):
         samples = data.read_jsonl(cfg.data, cfg.images or None)[:cfg.n or None]
     else:
         title = f"toy {cfg.task}, {cfg.difficulty}"
-        # --max-pixels changes how large a scene is fed, not the scene.
-        _, spec = weights.find_model(cfg.checkpoint or cfg.model)
-        side = weights.toy_side(min(spec.max_pixels, weights.TOY_PIXELS))
+        side = weights.toy_side(*weights.find_model(cfg.checkpoint or cfg.model))
         samples = data.toy(cfg.task, "test", cfg.n or 200, cfg.seed, cfg.difficulty, side)
     # Toy options are shuffled already, and predictions answer the options as published.
     shuffle = cfg.shuffle and cfg.data and not cfg.predictions

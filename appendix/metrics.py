@@ -52,6 +52,7 @@ GLOSSARY = {
     "curiosity": Metric("mean bonus for zooming while few episodes do (--curiosity)"),
     "evidence": Metric("mean bonus for crops that show what the answer depends on "
                        "(--evidence-bonus)"),
+    "zoom_cost": Metric("mean cost of the crops (--zoom-cost)"),
     "overlong": Metric("mean penalty for coming close to the length limit (--overlong); near 0"),
     "length": Metric("sampled tokens per episode"),
     "zooms": Metric("crops per episode"),

@@ -2,6 +2,7 @@
 
     --curiosity, --overlong     bonuses that depend on the group or on the length in tokens
     --evidence-bonus            a bonus for looking at the right place, whatever the answer
+    --zoom-cost                 a price for each crop
     --control                   rewards that know nothing of the right answer
     --over-turn                 what becomes of episodes that a limit cut off
     --papo-coef                 a second look at images that are mostly black
@@ -32,9 +33,9 @@ def check_options(cfg, episode_limit):
     episode_limit: tokens that an episode may sample at most.
     """
     can_zoom = data.PROMPT_STYLES[cfg.recipe] == "zoom"
-    for name in ("distinct_bonus", "tool_bonus", "curiosity", "evidence_bonus"):
+    for name in ("distinct_bonus", "tool_bonus", "curiosity", "evidence_bonus", "zoom_cost"):
         if getattr(cfg, name) and not can_zoom:
-            run.fail(f"{run.flag_of(name)} pays for zooms, and the recipe {cfg.recipe} has none; "
+            run.fail(f"{run.flag_of(name)} depends on zooms, and the recipe {cfg.recipe} has none; "
                      "expected 0, or --recipe vigorl-zoom")
     if cfg.template and not (can_zoom and cfg.max_zooms):
         run.fail("--template opens a tool call; expected a recipe and --max-zooms that allow one")
@@ -62,13 +63,15 @@ def warn_of_long_turns(vlm, traces, max_new_tokens):
 def add_group_bonuses(episodes, cfg, episode_limit):
     """Add the bonuses of --curiosity and --overlong to the rewards of whole groups, in place.
 
-    The same for --evidence-bonus. Each bonus is a reward component of its own, too.
+    The same for --evidence-bonus and --zoom-cost. Each is a reward component of its own, too.
     episode_limit: tokens that an episode may sample at most.
     """
+    zooms = [float(sum(t.crop is not None for t in e.turns)) for e in episodes]
+    zooms = torch.tensor(zooms).view(-1, cfg.group_size)                        # (P, G)
     if cfg.curiosity:
-        zooms = [float(sum(t.crop is not None for t in e.turns)) for e in episodes]
-        zooms = torch.tensor(zooms).view(-1, cfg.group_size)                    # (P, G)
         add_bonus(episodes, "curiosity", grpo.curiosity(zooms, cfg.curiosity))
+    if cfg.zoom_cost:
+        add_bonus(episodes, "zoom_cost", -cfg.zoom_cost * zooms)
     if cfg.overlong:
         lengths = torch.tensor([float(sum(e.completion_mask)) for e in episodes])
         add_bonus(episodes, "overlong", grpo.overlong(lengths, episode_limit, cfg.overlong))

@@ -15,7 +15,7 @@ import data
 import evaluate
 import train_sft
 import zoom_rollout
-from appendix import memory, metrics, prefix, ranks, rl_options, run, terminal
+from appendix import memory, metrics, mixture, prefix, ranks, rl_options, run, terminal
 from appendix.split import hold_out
 from appendix.weights import largest_prompt_image
 from model import is_tiny
@@ -189,8 +189,7 @@ def split(cfg, side, rows):
     training draws its scenes step by step. Raises DataError if all rows are about one image.
     """
     if not cfg.data:
-        held_out = data.toy(cfg.task, "test", cfg.eval_n, cfg.seed, cfg.difficulty, side)
-        return held_out, []
+        return mixture.toy_questions(cfg, "test", cfg.eval_n, cfg.seed, side), []
     n = min(cfg.eval_n, max(len(rows) // 10, 1))
     held_out, train_rows = hold_out(rows, n, cfg.seed)
     if not held_out:
@@ -207,8 +206,9 @@ def fine_tune_on_traces(vlm, train_rows, held_out, cfg):
     began = time.time()
     defaults = {} if is_tiny(cfg.model) else train_sft.REAL
     sft = replace(
-        train_sft.Config(**defaults), traces=cfg.traces, task=cfg.task, difficulty=cfg.difficulty,
-        n=cfg.sft_n, epochs=cfg.sft_epochs, batch=cfg.sft_batch, lr=cfg.sft_lr, seed=cfg.seed,
+        train_sft.Config(**defaults), traces=cfg.traces, task=cfg.task, also=cfg.also,
+        difficulty=cfg.difficulty, target=cfg.sft_target, corrected=cfg.sft_corrected, n=cfg.sft_n,
+        epochs=cfg.sft_epochs, batch=cfg.sft_batch, lr=cfg.sft_lr, seed=cfg.seed,
         max_zooms=cfg.max_zooms, micro_tokens=cfg.micro_tokens, offload=cfg.offload,
         plain=cfg.plain)
     style = data.PROMPT_STYLES[cfg.recipe]

@@ -37,14 +37,15 @@ from appendix.files import DataError
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 # What determines a warm start. Runs that agree in all of these share one.
-WARM = ("model", "seed", "task", "difficulty", "data", "images", "recipe", "max_pixels", "traces",
-        "sft_n", "sft_epochs", "sft_batch", "sft_lr", "max_zooms", "dtype")
+WARM = ("model", "seed", "task", "also", "difficulty", "data", "images", "recipe", "max_pixels",
+        "traces", "sft_target", "sft_corrected", "sft_n", "sft_epochs", "sft_batch", "sft_lr",
+        "max_zooms", "dtype")
 # Settings that the sweep itself decides.
 OURS = ("name", "seed", "resume", "fresh")
 # About how long a part takes on two cores like those of the README, in seconds.
 SECONDS_PER_EPISODE = 0.006     # of an RL step, sampling and update, per episode
 SECONDS_PER_ANSWER = 0.02       # of a measurement, per held-out question, all zoom modes
-SECONDS_PER_TRACE = {"mcts": 0.04, "oracle": 0.01}
+SECONDS_PER_TRACE = {"mcts": 0.04, "path": 0.03, "oracle": 0.01}
 SECONDS_TO_START = 8
 
 

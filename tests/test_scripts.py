@@ -187,7 +187,7 @@ def test_a_checkpoint_is_a_model(whole, script):
     assert len(read("runs/more/metrics.jsonl")) == 1 and os.path.exists("runs/more/report.html")
 
 # What the chapters stand on. Everything else in the appendix may be deleted, with --plain and traces from the oracle.
-GROUND_FLOOR = ["__init__", "motion", "terminal", "run", "ranks", "optimizer", "memory", "files", "prefix", "graphs", "metrics", "recipes", "rl_options", "rl_run",
+GROUND_FLOOR = ["__init__", "motion", "mixture", "terminal", "run", "ranks", "optimizer", "memory", "files", "prefix", "graphs", "metrics", "recipes", "rl_options", "rl_run",
                 "rows", "split", "faults", "parts", "running", "attention", "vision", "tower", "weights", "evaluation_run", "episode_rows", "averages", "evidence"]
 
 @pytest.mark.parametrize("command", ["train_rl.py --num-prompts 4 --blind-prompts 1 --group-size 4 --sft-n 16 --eval-n 4 --steps 2", "train_sft.py --n 16",
@@ -415,7 +415,7 @@ def test_ctrl_c_during_imports_is_one_line(tmp_path):
 
 def test_a_bonus_that_nothing_pays_is_refused(script):
     """Bug: flags of bonuses were ignored by recipes without a zoom."""
-    for flag in ("--distinct-bonus 0.2", "--tool-bonus 1", "--curiosity 0.5"):
+    for flag in ("--distinct-bonus 0.2", "--tool-bonus 1", "--curiosity 0.5", "--zoom-cost 0.1"):
         refused(script(f"train_rl.py --task boxes {flag}"), flag.split()[0], "has none")
     refused(script("train_rl.py --overlong 999"), "--overlong is 999", "192 tokens")
     refused(script("train_rl.py --mismatch ignore --num-minibatches 2"), "--mismatch ignore", "expected --num-minibatches 1")

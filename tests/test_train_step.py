@@ -5,7 +5,7 @@ and its parts in the appendix, and requires the named test to fail.
 
 The rewards are given by hand (a random model earns none), so every group's advantages are known.
 """
-import contextlib, copy, dataclasses, itertools, json, os, random, shlex, signal, statistics, sys, tempfile, time, zlib
+import contextlib, copy, dataclasses, itertools, json, os, random, re, shlex, signal, statistics, sys, tempfile, time, zlib
 from dataclasses import replace
 from unittest import mock
 
@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-import data, grpo, model, rewards, train_rl, zoom_rollout
+import data, grpo, model, rewards, train_rl, train_sft, zoom_rollout
 from appendix import metrics as step_metrics
 from appendix import averages, evidence, group_view, prefix, recipes, report, rl_options, rl_run, run, split
 from conftest import check_mutation, close, names
@@ -226,7 +226,8 @@ def test_bonuses_are_part_of_the_reward(vlm):
     rows show them."""
     s, answer = SAMPLES[0], "<think> It is at (50, 50). </think>\n<answer> lined </answer>"
     call = f"<think> It may be at (50, 50). </think>\n{data.tool_call(50, 50)}"
-    for flags, bonus in ((dict(curiosity=0.5), lambda e: 0.5 * (0.3 - 0.25) * (len(e.turns) > 1)),
+    for flags, bonus in ((dict(zoom_cost=0.07), lambda e: -0.07 * (len(e.turns) > 1)),
+                         (dict(curiosity=0.5), lambda e: 0.5 * (0.3 - 0.25) * (len(e.turns) > 1)),
                          (dict(overlong=60, max_new_tokens=40), lambda e: max(-1, min(0, (80 - 60 - sum(e.completion_mask)) / 60)))):
         episodes = [zoom_rollout.replay(vlm, s, turns) for turns in ([call, answer], [answer], [answer], [answer])]
         with mock.patch.object(zoom_rollout, "rollout", return_value=episodes):
@@ -234,7 +235,7 @@ def test_bonuses_are_part_of_the_reward(vlm):
         values = [v + bonus(e) for v, e in zip([1.0, 0.0, 0.0, 0.5], episodes)]
         close([e.advantage for e in episodes], standardized(values), 1e-4)
         assert metrics["reward"] == pytest.approx(sum(values) / 4) != 1.5 / 4
-        (name,) = set(flags) & {"curiosity", "overlong"}
+        (name,) = set(flags) & {"zoom_cost", "curiosity", "overlong"}
         assert metrics[name] == pytest.approx(sum(map(bonus, episodes)) / 4)
         for e, value in zip(episodes, values):
             assert e.reward_components["reward"] == pytest.approx(value) and e.reward_components[name] == pytest.approx(bonus(e))
@@ -429,6 +430,33 @@ def test_rows_that_share_an_image_stay_on_one_side():
     began = time.process_time()
     assert len(split.image_groups(many)) == 2 and time.process_time() - began < 2
 
+def test_two_tasks_in_turn(vlm):
+    """Claim: --also asks a second task in every other question: of a step, held out, and in the warm start, whose oracle knows both; the
+    questions of the first task stay what they are. The summary has the accuracy of each."""
+    cfg = train_rl.Config(also="relation", num_prompts=4, eval_n=3)
+    alone = train_rl.Questions(replace(cfg, also=""), 448).of_step(2)
+    for found in (train_rl.Questions(cfg, 448).of_step(2), rl_run.split(cfg, 448, [])[0]):
+        assert [s.category[0] for s in found] == ["search", "relation", "search", "relation"][:len(found)] and len({s.id for s in found}) == len(found)
+    assert [s.id for s in alone][::2] == [s.id for s in train_rl.Questions(cfg, 448).of_step(2)][::2]
+    seen = []
+    with mock.patch.object(train_sft, "finetune", lambda vlm, episodes, cfg: seen.extend(episodes) or [0.0, 0.0]):
+        rl_run.fine_tune_on_traces(vlm, [], [], replace(cfg, traces="oracle", sft_n=4, recipe="vigorl-zoom"))
+    assert [e.sample.category[0] for e in seen] == ["search", "relation"] * 2 and "is at" in seen[1].text and "<tool_call>" not in seen[1].text
+
+def test_the_warm_start_learns_what_the_run_names(vlm):
+    """Claim: --sft-target and --sft-corrected reach the warm start; the answers alone are learned alone."""
+    seen, asked = [], []
+    find = train_sft.find_traces
+    with mock.patch.object(train_sft, "finetune", lambda vlm, episodes, cfg: seen.extend(episodes) or [0.0, 0.0]), \
+         mock.patch.object(train_sft, "find_traces", lambda vlm, cfg, *a, **k: asked.append(cfg) or find(vlm, cfg, *a, **k)):
+        rl_run.fine_tune_on_traces(vlm, [], [], train_rl.Config(task="relation", recipe="vigorl-ungrounded", traces="oracle", sft_n=3, sft_target="answer", sft_corrected=2))
+    assert all(re.fullmatch(r"<answer> \w+ </answer>", e.text) for e in seen) and len(seen) == 3 and asked[0].corrected == 2
+
+def test_more_pixels_show_the_same_scene(vlm):
+    """Bug: --max-pixels made the scenes larger, so a finer overview showed nothing new."""
+    own = model.VLM(vlm.model, vlm.tokenizer, vlm.processor, "tiny", replace(model.MODELS["tiny"], max_pixels=224 * 224))
+    assert own.toy_side == data.SIDE and own.view(Image.new("RGB", (448, 448))).fed == (224, 224)
+
 def test_chance():
     """Bug: in a file where "yes" is right three times of four, a model that always says so is no better than chance."""
     kinds = [data.Sample("", [], "", "choice", ["a", "b"]), data.Sample("", [], "", "point")]
@@ -489,6 +517,10 @@ def test_only_the_number_of_steps_may_differ(tmp_path, capsys):
 # mutations
 
 MUTATIONS = [
+    ("appendix.rl_options:add_group_bonuses", "-cfg.zoom_cost * zooms", "cfg.zoom_cost * zooms", test_bonuses_are_part_of_the_reward, {}),
+    ("appendix.mixture:toy_questions", "others[1::2]", "others[::2]", test_two_tasks_in_turn, {}),
+    ("train_sft:warm_start", "learned_parts(traces, cfg.target)", "traces", test_the_warm_start_learns_what_the_run_names, {}),
+    ("appendix.weights:toy_side", "MODELS.get(name, spec)", "spec", test_more_pixels_show_the_same_scene, {}),
     ("train_rl:grpo_loss", 'cfg.mismatch == "ratio"', 'cfg.mismatch != "ignore"', test_a_sampler_of_another_precision, {}),
     ("grpo:importance_weights", "logprobs.detach() - sampled_logprobs", "sampled_logprobs - logprobs.detach()", test_a_sampler_of_another_precision, {}),
     ("grpo:importance_weights", "gap.exp().clamp(max=cap)", "gap.exp()", test_a_sampler_of_another_precision, {}),
