@@ -475,7 +475,7 @@ def univg_r1(found, sample, text, **_):
     boxed = re.fullmatch(rf"{image}{corner},{corner}</answer>\s*", answer)
     form = float(thought and boxed is not None)
     soft = found.get("iou", found["accuracy"])
-    return {"reward": soft + form, "accuracy": soft, "format": form}
+    return {"reward": soft + form, "accuracy": soft, "format": form, "hit": found["accuracy"]}
 
 
 def accuracy(found, **_):

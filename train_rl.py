@@ -68,6 +68,7 @@ class Config:
 
     # the rollouts
     steps: int = 60             # RL steps
+    max_episodes: int = 0       # sampled episodes after which RL ends, too; 0: no limit
     num_prompts: int = 16       # prompts per step (ViGoRL: 128)
     group_size: int = 8         # episodes per prompt
     blind_prompts: int = 2      # prompts per step that must answer without zooming
@@ -85,6 +86,7 @@ class Config:
     overlong: int = 0           # tokens before the length limit that cost up to 1 (DAPO: 4096)
     evidence_bonus: float = 0.0 # reward for crops that show what the answer depends on
     zoom_cost: float = 0.0      # reward lost per crop
+    reward_parts: str = ""      # components to be summed, as in "hit,format"; "": the recipe's
     control: Literal["", *rl_options.CONTROLS] = ""     # a reward without the right answer in it
 
     # the advantages
@@ -285,6 +287,7 @@ def score_episodes(episodes, cfg):
     for e in episodes:
         e.reward_components = rewards.score(
             e.sample, e.text, e.turns, cfg.recipe, e.frames, cfg.max_zooms, bonuses)
+    rl_options.choose_parts(episodes, cfg)
     rl_options.add_group_bonuses(episodes, cfg, episode_limit(cfg))
     rl_options.replace_by_control(episodes, cfg)
 
@@ -482,7 +485,8 @@ def main():
     questions = Questions(cfg, vlm.toy_side, train_rows)
 
     if cfg.resume:
-        progress = rl_run.Progress(state["step"], state["seconds"], state["before"])
+        progress = rl_run.Progress(state["step"], state["seconds"], state["before"],
+                                   sampled=state.get("sampled", 0))
     else:
         rl_run.fine_tune_on_traces(vlm, train_rows, held_out, cfg)
         measured = rl_run.measure_before(vlm, cfg, held_out)
@@ -496,6 +500,8 @@ def main():
 
     groups = []                                         # of the report: [(step, its episodes)]
     for step in range(progress.step, cfg.steps):
+        if run_log.is_over(step):
+            break
         row, episodes = train_step(vlm, ref, optimizer, questions, cfg, step)
         rl_run.stop_if_nothing_succeeds(episodes, step)
         run_log.stop_if_not_finite(episodes, step)

@@ -45,6 +45,7 @@ GLOSSARY = {
     "wrong_format": rate("share of answers that cannot be read; near 0"),
     "grounded": rate("share of turns whose thought names points, all inside the image; near 1"),
     "distinct": Metric("mean bonus for points at least 10 pixels apart"),
+    "hit": rate("share of boxes whose IoU is 0.5 or more; should rise"),
     "iou": rate("mean IoU of box answers: overlap with the right box, by their union; should rise"),
     "easy": rate("share of box prompts whose group has a mean IoU above 0.7; should rise"),
     "medium": rate("share of box prompts whose group has a mean IoU from 0.3 to 0.7"),
@@ -64,6 +65,7 @@ GLOSSARY = {
     "frac_zero_std": rate("share of groups whose advantages are all 0, blind ones included; rises "
                           "as the task is solved"),
     "weight": Metric("mean difficulty weight of a prompt"),
+    "sampled": Metric("episodes that the step sampled, those that were replaced included"),
     "resampled": Metric("groups that dynamic sampling replaced; the means are over those kept"),
 
     # the update
@@ -258,6 +260,7 @@ def add_work(row, log, batch):
     """Tokens prefilled and patches encoded: by our rollouts, and by naive ones without a cache."""
     naive = zoom_rollout.naive_work(log.vlm, batch.episodes + batch.dropped)
     share = 1 / ranks.world_size()                      # adds up to 1, so the ratio is the sum
+    row["sampled"] = len(batch.episodes + batch.dropped), share
     for kind in ("tokens", "patches"):
         row[f"{kind}_run"] = log.rollout_work[kind], share
         row[f"{kind}_naive"] = naive[kind], share
@@ -354,7 +357,7 @@ def summarise_run(before, after, held_out, curves, seconds):
     for name, part in difficulty_levels(on).items():
         accuracy_before = before["on"]["categories"][name]["accuracy"]
         levels[name] = {"n": part["n"], "accuracy_before": accuracy_before,
-                        "accuracy_after": part["accuracy"]}
+                        "accuracy_after": part["accuracy"], "zooms": part["zooms"]}
     if levels:
         summary["levels"] = levels
     return summary

@@ -3,6 +3,7 @@
     --curiosity, --overlong     bonuses that depend on the group or on the length in tokens
     --evidence-bonus            a bonus for looking at the right place, whatever the answer
     --zoom-cost                 a price for each crop
+    --reward-parts              another sum of the recipe's components
     --control                   rewards that know nothing of the right answer
     --over-turn                 what becomes of episodes that a limit cut off
     --papo-coef                 a second look at images that are mostly black
@@ -21,6 +22,13 @@ import grpo
 from appendix import evidence, run
 
 
+# The components that --reward-parts may add up, by recipe. hit: is the IoU of a box 0.5 or more?
+REWARD_PARTS = {
+    "vigorl": ("accuracy", "format", "grounded"),
+    "vigorl-ungrounded": ("accuracy", "format"),
+    "vigorl-zoom": ("accuracy", "format", "grounded", "distinct"),
+    "univg-r1": ("iou", "hit", "format"),
+}
 # What the loss does with the sampler's log-probabilities, which may not be quite the trainer's.
 # ratio: they are the denominator of its ratio, which is clipped. ignore: the trainer's own take
 # their place, as if both agreed. truncate: the same, times a weight (grpo.importance_weights).
@@ -42,6 +50,10 @@ def check_options(cfg, episode_limit):
     if cfg.overlong > episode_limit:
         run.fail(f"--overlong is {cfg.overlong}; expected at most the {episode_limit} tokens that "
                  "an episode may sample")
+    for name in filter(None, cfg.reward_parts.split(",")):
+        if name not in REWARD_PARTS[cfg.recipe]:
+            run.fail(f"--reward-parts names {name!r}; expected some of "
+                     f"{', '.join(REWARD_PARTS[cfg.recipe])}")
     if cfg.mismatch != "ratio" and cfg.num_minibatches > 1:
         run.fail(f"--mismatch {cfg.mismatch} takes the policy of the update for the one that "
                  "sampled; expected --num-minibatches 1")
@@ -78,6 +90,15 @@ def add_group_bonuses(episodes, cfg, episode_limit):
     if cfg.evidence_bonus:
         saw = torch.tensor([float(evidence.saw(e) or 0) for e in episodes])
         add_bonus(episodes, "evidence", cfg.evidence_bonus * saw)
+
+
+def choose_parts(episodes, cfg):
+    """Put the sum of --reward-parts in place of the episodes' rewards, if any are named."""
+    if not cfg.reward_parts:
+        return
+    for e in episodes:
+        parts = e.reward_components
+        parts["reward"] = sum(parts[name] for name in cfg.reward_parts.split(","))
 
 
 def add_bonus(episodes, name, bonus):

@@ -35,6 +35,7 @@ class Progress:
     step: int = 0                                       # steps done
     seconds: float = 0.0                                # seconds spent by earlier processes
     before: dict = field(default_factory=dict)          # held-out summary by zoom mode, before RL
+    sampled: int = 0                                    # episodes sampled by RL so far
     sections: list = field(default_factory=list)        # sections of the report: (title, episodes)
 
 
@@ -317,7 +318,7 @@ class RunLog:
     def save(self, step):
         seconds = self.progress.seconds + time.time() - self.began
         state = {"step": step, "config": asdict(self.cfg), "before": self.progress.before,
-                 "seconds": seconds}
+                 "seconds": seconds, "sampled": self.progress.sampled}
         run.save_checkpoint(
             self.path("checkpoint"), self.vlm, self.optimizer, state, self.cfg.weights_only)
         self.saved = step
@@ -348,16 +349,22 @@ class RunLog:
 
         Ends the program after PATIENCE steps in a row without a finite gradient.
         """
+        self.progress.sampled += round(row["sampled"])
         self.skipped = self.skipped + 1 if row["skipped"] else 0
         if self.skipped == PATIENCE:
             run.fail(self.diverged())
         done = row["step"] + 1
         stopping = ranks.all_reduce([int(self.interrupt.asked)])[0] > 0         # on any rank
-        if done % self.cfg.save_every == 0 or done == self.cfg.steps or stopping:
+        if done % self.cfg.save_every == 0 or self.is_over(done) or stopping:
             self.save(done)
         if stopping:
             print(f"stopped and saved; continue with: --name {self.cfg.name} --resume")
         return stopping
+
+    def is_over(self, done):
+        """Is RL over after so many steps: all of --steps, or --max-episodes sampled?"""
+        limit = self.cfg.max_episodes
+        return done == self.cfg.steps or 0 < limit <= self.progress.sampled
 
     def diverged(self):
         return (f"the gradient was not finite in {PATIENCE} steps in a row, so nothing was learned "

@@ -5,7 +5,7 @@ and its parts in the appendix, and requires the named test to fail.
 
 The rewards are given by hand (a random model earns none), so every group's advantages are known.
 """
-import contextlib, copy, dataclasses, itertools, json, os, random, re, shlex, signal, statistics, sys, tempfile, time, zlib
+import contextlib, copy, dataclasses, itertools, json, math, os, random, re, shlex, signal, statistics, sys, tempfile, time, zlib
 from dataclasses import replace
 from unittest import mock
 
@@ -297,6 +297,24 @@ def test_a_sampler_of_another_precision(vlm):
         same = {one, other} == {("ratio", 2.0), ("truncate", 50.0)}
         assert torch.allclose(grads[one], grads[other], rtol=1e-3, atol=1e-6) == same
 
+def test_reward_parts():
+    """Claim: --reward-parts replaces the recipe's reward by a sum of its components; hit is the IoU cut at one half. Another name is
+    refused before any work."""
+    s = data.toy("boxes", "test", 1)[0]
+    x1, y1, x2, y2 = map(round, s.targets[0]["box"])
+    episodes = [zoom_rollout.Episode(s, turns=[zoom_rollout.Turn(f"{thought}<answer>({x1},{y1}),({x2},{bottom})</answer>")])
+                for thought, bottom in (("<think>so</think>", y2), ("<think>so</think>", y2 - round(0.2 * (y2 - y1))), ("", y1 + 2))]
+    for parts, expected in (("", lambda c: c["iou"] + c["format"]), ("hit,format", lambda c: c["hit"] + c["format"]), ("iou", lambda c: c["iou"])):
+        train_rl.score_episodes(episodes, train_rl.Config(reward_parts=parts, recipe="univg-r1", task="boxes", group_size=3))
+        found = [e.reward_components for e in episodes]
+        assert [c["reward"] for c in found] == [expected(c) for c in found] and [c["hit"] for c in found] == [1, 1, 0]
+    assert 0.5 < found[1]["iou"] < 0.9 and [c["format"] for c in found] == [1, 1, 0]
+    for recipe, parts in itertools.product(rl_options.REWARD_PARTS, ("iou", "distinct", "format")):
+        cfg = train_rl.Config(recipe=recipe, reward_parts=parts)
+        with contextlib.nullcontext() if parts in rl_options.REWARD_PARTS[recipe] else pytest.raises(SystemExit):
+            rl_options.check_options(cfg, 99)
+    assert set(rl_options.REWARD_PARTS) == set(rewards.RECIPES) - {"accuracy"}
+
 def test_a_bonus_is_a_signal(vlm):
     """Bug: dynamic sampling replaced groups that differ in their bonus alone."""
     s, answer = SAMPLES[0], "<think> It is at (50, 50). </think>\n<answer> lined </answer>"
@@ -500,6 +518,21 @@ def test_resume_equals_unbroken(vlm):
             whole, parts = (load_file(f"runs/{name}/checkpoint/{file}.safetensors") for name in ("whole", "parts"))
             assert whole.keys() == parts.keys() and not [k for k, v in whole.items() if not torch.equal(v, parts[k])]
 
+def test_an_end_by_episodes(vlm):
+    """Claim: --max-episodes ends RL, and the run, after the step that reaches it, those that dynamic sampling replaced included; a resumed
+    run counts on from where it was."""
+    with in_a_new_folder():
+        run.replace_folder(vlm.save("random"), "random")
+        count = lambda name: [json.loads(line)["sampled"] for line in open(f"runs/{name}/metrics.jsonl")]
+        main_of("--name whole --steps 9 --max-episodes 13")
+        each = count("whole")[0]
+        assert count("whole") == [each] * math.ceil(13 / each) and os.path.exists("runs/whole/summary.json")
+        main_of("--name parts --steps 1 --max-episodes 13")
+        main_of("--name parts --steps 9 --max-episodes 13 --resume")
+        assert count("parts") == count("whole") and run.read_json("runs/parts/checkpoint/state.json")["step"] == len(count("whole"))
+    metrics, *_ = run_step(vlm, [0.5] * 99, resample=1)
+    assert metrics["sampled"] == 24 and run_step(vlm)[0]["sampled"] == 12
+
 def test_only_the_number_of_steps_may_differ(tmp_path, capsys):
     """Bug: a run goes on with another learning rate, and config.json tells of one of the two."""
     cfg = train_rl.Config()
@@ -517,6 +550,9 @@ def test_only_the_number_of_steps_may_differ(tmp_path, capsys):
 # mutations
 
 MUTATIONS = [
+    ("appendix.rl_options:choose_parts", "sum(parts[name] for name in cfg.reward_parts.split(','))", "parts[cfg.reward_parts.split(',')[0]]", test_reward_parts, {}),
+    ("train_rl:main", "run_log.is_over(step)", "False", test_an_end_by_episodes, {}),
+    ("appendix.rl_run:RunLog.save", "self.progress.sampled", "0", test_an_end_by_episodes, {}),
     ("appendix.rl_options:add_group_bonuses", "-cfg.zoom_cost * zooms", "cfg.zoom_cost * zooms", test_bonuses_are_part_of_the_reward, {}),
     ("appendix.mixture:toy_questions", "others[1::2]", "others[::2]", test_two_tasks_in_turn, {}),
     ("train_sft:warm_start", "learned_parts(traces, cfg.target)", "traces", test_the_warm_start_learns_what_the_run_names, {}),
