@@ -322,7 +322,7 @@ def test_the_page_of_an_evaluation_explains_its_columns(tmp_path):
     p = Page(str(tmp_path / "ev" / "report.html"))
     assert "run ev, written" in p.source and "questions 2, chance 100.0%</title>" in p.source     # all answers are "checked"
     heads = [t for t in p.all("th")[1:] if "title" in t]
-    assert len(heads) == 9 + 3 and re.findall(r'class="purpose">(.*?)</p>', p.source) == list(metrics.CONTROLS.values())
+    assert len(heads) == 9 + 4 and re.findall(r'class="purpose">(.*?)</p>', p.source) == list(metrics.CONTROLS.values())
 
 
 def test_table_of_summaries(tmp_path):
