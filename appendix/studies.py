@@ -1,8 +1,8 @@
 """Claims of papers, each put to the test by a small experiment, with a verdict by a fixed rule.
 
     python -m appendix.sweep --list                     # all studies
-    python -m appendix.sweep --study controls           # run one of them on two cores
-    python -m appendix.sweep --study controls --seeds 0 --steps 5       # a trial
+    python -m appendix.sweep --study zoom               # run one of them on two cores
+    python -m appendix.sweep --study zoom --seeds 0 --steps 5           # a trial
     python -m appendix.studies                          # studies.md and the README's table
 
 appendix/study_list.py says what each study claims, runs and takes for enough, before it is run. A
@@ -18,6 +18,7 @@ the smallest difference that matters:
     does not hold here             high < least
     not decided by these seeds     anything else, or fewer than two seeds
 """
+import argparse
 import hashlib
 import math
 import operator
@@ -209,7 +210,7 @@ def row_of(study, r, evaluations):
 # --------------------------------------------------------------------------------------------------
 # run a study
 
-def main(args, axes, more):
+def run_command(args, axes, more):
     """`python -m appendix.sweep --study` and `--list`. args, axes, more: see sweep.parse."""
     if axes:
         raise DataError(f"a study has arms of its own; leave out {axes[0]}")
@@ -517,6 +518,12 @@ def pass_at_k_picture(record):
     return sweep_results.draw_lines(lines, "k = 1", f"k = {names[-1].rpartition('.')[2]}")
 
 
+def main(argv=None):
+    parser = run.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.parse_args(argv)
+    write_pages()
+
+
 if __name__ == "__main__":
     with run.exit_on_error():
-        write_pages()
+        main()

@@ -3,7 +3,7 @@
     python -m appendix.sweep kl_coef=0,0.01 --seeds 0,1 --steps 20
     python -m appendix.sweep loss=grpo,gspo num_minibatches=1,4 --seeds 0,1,2 --task relation
     python -m appendix.sweep --list                     # the studies: claims put to the test
-    python -m appendix.sweep --study controls           # one of them (appendix/studies.py)
+    python -m appendix.sweep --study zoom               # one of them (appendix/studies.py)
 
 FIELD=V1,V2 names a setting of train_rl.py (its flag, with underscores) and its values. An arm is
 one combination; every arm runs once per seed, one thread per run, as many runs at once as there are
@@ -389,7 +389,7 @@ def main(argv=None):
             raise DataError(f"{word} is decided by the sweep; see --name and --seeds")
     if args.study or args.list:
         from appendix import studies
-        studies.main(args, axes, shared)
+        studies.run_command(args, axes, shared)
         return
     if not axes:
         raise DataError("nothing to sweep; expected FIELD=V1,V2 such as kl_coef=0,0.01, "
