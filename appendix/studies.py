@@ -356,7 +356,7 @@ def write_pages():
     os.makedirs(RECORDS, exist_ok=True)
     run.write_text(PAGE, page_text(records))
     run.write_text(os.path.join(RECORDS, "weights.svg"), weights_picture())
-    if records["pass-at-k"]:
+    if records.get("pass-at-k"):
         picture = pass_at_k_picture(records["pass-at-k"])
         run.write_text(os.path.join(RECORDS, "pass-at-k-curve.svg"), picture)
     with open(README, encoding="utf-8") as f:
