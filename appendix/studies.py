@@ -118,6 +118,8 @@ def evaluations_of(study, runs):
     found = []
     for r in runs:
         for label, flags in study.evaluate.items():
+            if not is_asked_for(study, r.arm, label):
+                continue
             settings = [f"{run.flag_of(name)}={getattr(r.config, name)}" for name in SAME]
             style = data.PROMPT_STYLES[train_sft.recipe_of(r.config)]
             name = f"{r.name}/{sweep.slug(label)}"
@@ -128,6 +130,13 @@ def evaluations_of(study, runs):
                 config = run.parse_config(evaluate.Config, argv, presets=evaluate.presets)
             found.append(Evaluation(r.arm, r.seed, name, argv, config))
     return found
+
+
+def is_asked_for(study, arm, label):
+    """Does the table, or a claim about this arm, name a figure of this evaluation?"""
+    formulas = list(study.show)
+    formulas += [claim.figure for claim in study.claims if arm in (claim.arm, claim.than)]
+    return any(f"{label}." in formula for formula in formulas)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -145,7 +145,7 @@ STUDIES = [
             "no bonus": "distinct_bonus=0",
             "bonus": "distinct_bonus=0.2",
         },
-        shared="--task count --recipe vigorl-zoom --traces mcts --sft-n 400 --loss grpo "
+        shared="--task relation --recipe vigorl-zoom --traces mcts --sft-n 400 --loss grpo "
                "--kl-coef 0 --blind-prompts 2 --steps 60",
         claims=(
             Claim("With the bonus the policy looks more often.",
@@ -153,10 +153,10 @@ STUDIES = [
             Claim("With the bonus it is right more often.", "bonus", "no bonus"),
         ),
         show=("zooms_per_episode", "saw", "accuracy_no_zoom"),
-        limits="How many things are red takes several looks to be sure of, but the colors show in "
-               "the overview, so looking again is worth less here than on V*. That a bonus for "
-               "points makes more points is no surprise; what it does to the accuracy is the "
-               "question.",
+        limits="Where one thing is, seen from another, takes two looks, one at each, and `saw` "
+               "asks for both; but colors and places show in the overview, so a second look is "
+               "worth less here than on V*. That a bonus for points makes more points is no "
+               "surprise; what it does to the accuracy is the question.",
         read="`rewards.distinct_bonus`, and the table of bounds in `rewards.vigorl_zoom`."),
     Study(
         "behaviours", VIGORL,
@@ -167,7 +167,7 @@ STUDIES = [
             "warm start": "steps=0",
             "after RL": "steps=60",
         },
-        shared="--task count --recipe vigorl --traces mcts --sft-n 400 --sft-corrected 1 "
+        shared="--task relation --recipe vigorl --traces mcts --sft-n 400 --sft-corrected 1 "
                "--loss grpo --kl-coef 0 --group-size 8",
         claims=(
             Claim("More regions are named.", "after RL", "warm start",
@@ -290,8 +290,7 @@ STUDIES = [
         evaluate={name: f"--task={name}" for name in ("boxes", "video", "search", "relation")},
         limits="`find` is left out: its answers must name an image, a form that no other task "
                "teaches, so every arm would stay at 0. A policy keeps the prompt it was trained "
-               "with (`search` and `relation`: with the zoom tool). Every task is asked in every "
-               "arm; only the pairs of the claims make sense.",
+               "with (`search` and `relation`: with the zoom tool).",
         read="`data.ASK`; `appendix/mixture.py` for training on two kinds at a time."),
 
     Study(

@@ -117,7 +117,7 @@ def test_the_figures_of_a_claim_exist(study):
 
 SMALL = Study("small", "group", "More is better.", "nobody", {"less": "lr=1e-4", "more": "lr=1e-3 steps=7", "none": "steps=0"}, "--traces oracle --steps 5",
               (Claim("It is.", "more", "less", least=0.05), Claim("Elsewhere, too.", "more", "less", figure="other.accuracy", least=0.05)),
-              "It is made up.", "nothing", evaluate={"other": "--task=relation --n=3"}, show=("other.accuracy",))
+              "It is made up.", "nothing", evaluate={"other": "--task=relation --n=3"})
 
 @pytest.fixture
 def pretend(tmp_path, monkeypatch):
@@ -153,10 +153,10 @@ def test_a_study_from_end_to_end(pretend, capsys):
     record = json.load(open("kept/small.json"))
     assert record == json.load(open("runs/sweeps/study-small/record.json"))
     assert [c["verdict"] for c in record["claims"]] == [studies.HOLDS, studies.FAILS] and out.count(studies.HOLDS) == 1
-    assert len(pretend) == 9 + 3 + 9 and record["minutes"] == pytest.approx(12 * 60 / 120, abs=0.2) and len(record["base"]) == 12
+    assert len(pretend) == 9 + 3 + 6 and record["minutes"] == pytest.approx(12 * 60 / 120, abs=0.2) and len(record["base"]) == 12
     assert record["rows"][0] == {"arm": "less", "seed": 0, "figures": {"accuracy_before": 0.4, "accuracy_after": 0.5, "other.accuracy": 0.5}}
     page, readme = open("studies.md").read(), open("README.md").read()
-    assert "| less (`lr=1e-4`) | 0.400 ± 0.000 | 0.510 ± 0.025 | 0.500 ± 0.000 |" in page and "+0.200 [+0.200, +0.200] | 0.05 | holds here" in page
+    assert "| less (`lr=1e-4`) | 0.400 ± 0.000 | 0.510 ± 0.025 | 0.500 ± 0.000 |" in page and "| none (`steps=0`) | 0.400 ± 0.000 | 0.410 ± 0.025 |  |" in page and "+0.200 [+0.200, +0.200] | 0.05 | holds here" in page
     assert "studies/small.svg" in page and os.path.exists("kept/small.svg") and "6 minutes on two cores" in page
     assert readme == f"before\n{studies.BEGIN}\n{studies.readme_table({'small': record})}\n{studies.END}\nafter\n"
     assert "| [More is better.](appendix/studies.md#small) | holds here | 6 |" in readme
