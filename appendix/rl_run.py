@@ -229,10 +229,13 @@ class Measurement:
     episodes: list                                      # of this rank
 
 
-def measure(vlm, cfg, samples, label):
-    """Held-out accuracy in each zoom mode, sampled as in training -> {mode: Measurement}."""
+def measure(vlm, cfg, samples, label, modes=tuple(evaluate.MODES)):
+    """Held-out accuracy in each zoom mode, sampled as in training -> {mode: Measurement}.
+
+    modes: those to ask in; without a zoom tool "on" is the only one.
+    """
     can_zoom = data.PROMPT_STYLES[cfg.recipe] == "zoom"
-    modes = list(evaluate.MODES) if can_zoom else ["on"]
+    modes = modes if can_zoom else ["on"]
     options = evaluate.RunOptions(recipe=cfg.recipe, plain=cfg.plain)
     out = {}
     for mode in modes:
