@@ -6,7 +6,8 @@ import ast, importlib, os, re
 
 import pytest
 
-from appendix import exercises
+from appendix import exercises, sweep
+from appendix.exercise_list import BUGS, EXERCISES
 from conftest import ROOT
 
 def rows(name):
@@ -34,3 +35,65 @@ def test_equations_lead_to_functions(paper, equation, what, function):
     assert number in text or re.search(rf"\b{re.escape(paper_name)}\b", text), f"{name} does not name {paper}"
     if re.match(r"eq\.|p\.|figure", equation):
         assert equation in text, f"{name} does not name {equation}"
+
+# -----------------------------------------------------------------------------
+# the twelve stops (test_readme.py holds their commands, functions, files and headings)
+
+def stops():
+    """[(number, its lines)] of course.md."""
+    parts = re.split(r"^## (\d+)\. ", open_course(), flags=re.M)[1:]
+    return [(int(number), text) for number, text in zip(parts[::2], parts[1::2])]
+
+def open_course():
+    with open(os.path.join(ROOT, "appendix", "course.md"), encoding="utf-8") as f:
+        return f.read()
+
+def test_every_stop_is_whole():
+    """Claim: twelve stops, each with something to read, a command, something to look at and to see, and two questions whose answers are
+    folded away."""
+    assert [number for number, _ in stops()] == list(range(1, 13))
+    for number, text in stops():
+        for part in ("**Read** ", "\n    python ", "**Look at** ", "**You should see** "):
+            assert text.count(part) >= 1, (number, part)
+        questions = re.findall(r"<details>\n<summary>(.+?)</summary>\n\n(.+?)\n</details>", text, re.S)
+        assert len(questions) == text.count("<details>") == 2, number
+        assert all(question.endswith("?") or "?" in question for question, _ in questions), number
+
+def test_the_chapters_come_in_order():
+    """Claim: stop n reads chapter n; the last four are studies, which run sweeps."""
+    chapters = ("data", "rewards", "grpo", "model", "zoom_rollout", "train_sft", "train_rl", "evaluate")
+    for (number, text), chapter in zip(stops(), chapters):
+        assert f"`{chapter}." in text.split("**Read** ")[1].split("\n\n")[0], number
+    for number, text in stops()[8:]:
+        assert text.startswith("Study: ") and "python -m appendix.sweep " in text, number
+
+def test_the_lecture_takes_ninety_minutes():
+    """Claim: the last column adds up, and names the stops that have a line for it."""
+    minutes = {int(number): int(lecture) if lecture.strip() else 0 for number, lecture in re.findall(
+        r"^\| \[(\d+)\]\(#.*?\) \|.*?\| *\d+ *\|([\d ]*)\|$", open_course(), re.M)}
+    assert sorted(minutes) == list(range(1, 13)) and sum(minutes.values()) == 90
+    assert [number for number, text in stops() if "*Lecture.*" in text] == [number for number, n in minutes.items() if n]
+
+def test_exercises_of_the_course():
+    """Claim: a stop's exercises exist and are about what it reads; no exercise is left out."""
+    names = {e.name: e for e in EXERCISES}
+    named = [name for _, text in stops() for part in re.findall(r"\*\*Practise\*\* with the exercises? (.+?)\.\n\n", text, re.S)
+             for name in re.findall(r"`([\w-]+)`", part)]
+    assert sorted(named) == sorted(names)
+
+def test_tests_that_a_stop_runs():
+    """Bug: `-k` names tests that are gone, and pytest runs none of them."""
+    for path, words in re.findall(r'-m pytest (\S+) -q -k "(.+?)"', open_course()):
+        tests = re.findall(r"^def (test_\w+)", exercises.read(os.path.join(ROOT, path)), re.M)
+        for word in words.split(" or "):
+            assert any(word in test for test in tests), word
+
+def test_every_arm_of_a_study_is_a_run():
+    """Claim: all arms of the course's sweeps are settings that train_rl.py takes."""
+    commands = re.findall(r"^    python -m appendix\.sweep (.+)$", open_course(), re.M)
+    assert len(commands) >= 5
+    for command in commands:
+        args, axes, shared = sweep.parse(command.split())
+        plan = sweep.Plan("name", sweep.arms_of(axes), sweep.seeds_of(args.seeds), shared)
+        runs, _ = sweep.runs_of(plan)
+        assert len(runs) == len(plan.arms) * len(plan.seeds) >= 4
