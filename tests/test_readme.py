@@ -118,6 +118,7 @@ def test_files_exist(where):
     known = set(FILES) | {f"{m}.py" for m in APPENDIX} | {f"tests/{os.path.basename(f)}" for f in glob.glob(os.path.join(ROOT, "tests", "*.py"))}
     assert sources and not sources - known
     links = {link for link in re.findall(r'\]\(([^)\s]+)\)', text) if "://" not in link}
+    links |= set(re.findall(r'(?:src|srcset)="([^"]+)"', text))
     assert links
     for link in links:
         path, _, anchor = link.partition("#")
