@@ -167,6 +167,11 @@ def draw_frame(sample, pair, moments):
     return page
 
 
+def last_frame(sample, pair):
+    """Both episodes at their ends -> PIL image."""
+    return draw_frame(sample, pair, [moments_of(episode)[-1] for episode in pair])
+
+
 def draw_panel(page, pen, left, episode, moment, label, right):
     top = 64
     pen.text((left, 40), label, INK, ImageFont.load_default(16))

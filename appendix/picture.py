@@ -86,7 +86,7 @@ def find_group(vlm, seed=0):
         group = score(zoom_rollout.rollout(vlm, [sample], GROUP_SIZE, config))
         right = sum(e.reward_components["accuracy"] == 1 for e in group.episodes)
         is_mixed = 2 <= right <= GROUP_SIZE - 2 and len(set(group.rewards)) >= 3
-        if is_mixed and group.shown is not None:
+        if is_mixed and looked_and_was_right(group.episodes[group.shown]):
             return group
     raise data.DataError(
         "no group of fifty has two right tries, two wrong ones and three different rewards; "
@@ -94,14 +94,14 @@ def find_group(vlm, seed=0):
 
 
 def score(episodes):
-    """The episodes of one prompt -> Group. shown is None if no try looked and was right."""
+    """The episodes of one prompt -> Group. Shown is the first that looked and was right, if any."""
     for e in episodes:
         e.reward_components = rewards.score(
             e.sample, e.text, e.turns, RECIPE, e.frames, MAX_ZOOMS)
     values = [e.reward_components["reward"] for e in episodes]
     advantages = grpo.group_advantages(torch.tensor([values]))[0].tolist()
     good = [i for i, e in enumerate(episodes) if looked_and_was_right(e)]
-    shown = good[0] if good else None
+    shown = good[0] if good else 0
     return Group(episodes, values, advantages, shown)
 
 
@@ -121,21 +121,26 @@ class Piece:
     logprob: float = None           # None: given by the environment
     in_call: bool = False           # part of a tool call
     tokens: int = 1
+    view: int = 0                   # number of the crop among the episode's views; 0: none
 
 
 def pieces_of(vlm, episode):
     """What follows the prompt -> list[Piece]."""
     pieces = []
     in_call = False
-    given = 0
+    given = []                                          # ids since the last token of the policy
     first = episode.completion_mask.index(True)
+    num_views = episode.ids[:first].count(vlm.vision_start)
     for i in range(first, len(episode.ids)):
         if not episode.completion_mask[i]:
-            given += 1
+            given.append(episode.ids[i])
             continue
         if given:
-            pieces.append(Piece("observation", tokens=given))
-            given = 0
+            has_crop = vlm.vision_start in given
+            view = num_views if has_crop else 0
+            pieces.append(Piece("observation", tokens=len(given), view=view))
+            num_views += has_crop
+            given = []
         text = vlm.text([episode.ids[i]])
         in_call = in_call or "<tool_call>" in text
         pieces.append(Piece(in_short(text), episode.logprobs[i], in_call))
@@ -212,7 +217,7 @@ def draw(vlm, group, palette):
         "<title>One prompt, a group of tries, their rewards and advantages</title>",
         "<defs>",
         image_tag("scene", episode.views[0].pixels()),
-        image_tag("crop", episode.views[1].pixels()),
+        *[image_tag(f"crop{n}", view.pixels()) for n, view in enumerate(episode.views) if n > 0],
         "</defs>",
         f'<rect width="{WIDTH}" height="{height:.0f}" fill="{palette.page}"/>',
         *draw_prompt(group, palette),
@@ -267,7 +272,7 @@ def windows(episode, left, top, side, color):
 
 def draw_tokens(pieces, palette):
     """The tokens in lines, each with its log-probability and its mask -> (SVG, lower edge)."""
-    longest = max(-piece.logprob for piece in pieces if piece.logprob is not None)
+    longest = max(-piece.logprob for piece in pieces if piece.logprob is not None) or 1.0
     svg = [
         words(LEFT, TRY_TOP, "2. One try, token by token", palette.ink, 16, weight="bold"),
         words(LEFT + 226, TRY_TOP, "A bar is the token's −log p: the longer, the less likely it "
@@ -307,16 +312,19 @@ def draw_sampled(piece, x, y, width, longest, palette):
 
 
 def draw_given(piece, x, y, width, longest, palette):
-    """What the environment put in: the crop, in a box as high as a whole line of tokens."""
+    """What the environment put in: a crop, in a box as high as a whole line of tokens."""
     height = BOX + LONGEST_BAR + 2
     side = height - 6
-    return [
+    shows = "a crop" if piece.view else "an error"
+    svg = [
         box(x, y, width, height, palette.given, palette.given_edge, 'stroke-dasharray="4 3"'),
-        use_image("crop", x + width - side - 4, y + 3, side),
         words(x + 8, y + 20, "observation", palette.ink, 12, mono=True),
-        words(x + 8, y + 36, f"{piece.tokens} tokens: a crop", palette.soft, 12),
+        words(x + 8, y + 36, f"{piece.tokens} tokens: {shows}", palette.soft, 12),
         words(x + width / 2, y + BOX + LONGEST_BAR + 14, "0", palette.soft, 11, "middle"),
     ]
+    if piece.view:
+        svg.append(use_image(f"crop{piece.view}", x + width - side - 4, y + 3, side))
+    return svg
 
 
 def draw_group(group, palette, top):
@@ -329,7 +337,7 @@ def draw_group(group, palette, top):
               palette.soft),
     ]
     step = (RIGHT - LEFT) / len(group.episodes)
-    largest = max(map(abs, group.advantages))
+    largest = max(map(abs, group.advantages)) or 1.0
     for i in range(len(group.episodes)):
         left = LEFT + i * step + (step - MINI) / 2
         svg += draw_column(group, i, left, top + 16, largest, palette)
@@ -370,6 +378,15 @@ def draw_column(group, i, left, top, largest, palette):
 
 
 # --------------------------------------------------------------------------------------------------
+
+@dataclass
+class Drawing:
+    """SVG that a notebook shows."""
+    svg: str
+
+    def _repr_svg_(self):
+        return self.svg
+
 
 def load(checkpoint):
     return prefix.load_vlm(checkpoint, quiet=True)

@@ -166,10 +166,13 @@ def kl():
                 (-2.0, 2.0), (-2.0, 6.0), lines)
 
 
-def learning(folder):
-    """The shares of RATES that a run's metrics.jsonl has, each smoothed over five steps."""
+def rows_of(folder):
     with open(os.path.join(folder, "metrics.jsonl"), encoding="utf-8") as f:
-        rows = [json.loads(line) for line in f]
+        return [json.loads(line) for line in f]
+
+
+def learning(rows):
+    """Rows of metrics.jsonl -> the shares of RATES that they have, smoothed over five steps."""
     lines = {}
     for name, label in RATES.items():
         values = [row[name] for row in rows if name in row]
@@ -194,7 +197,7 @@ def main(argv=None):
                  "runs/rl")
     drawn = {name: make() for name, make in FIGURES.items()}
     if args.run:
-        drawn["run"] = learning(args.run)
+        drawn["run"] = learning(rows_of(args.run))
     folder = run.make_dir(args.out)
     for name, plot in drawn.items():
         run.write_text(os.path.join(folder, f"{name}.svg"), svg_of(plot))

@@ -1,11 +1,13 @@
 """
 The course's texts against the code: equations name functions that exist and that name the equation, the table of symptoms names
-flags and metrics that exist.
+flags and metrics that exist, every stop of the course is whole, the notebook's cells run.
 """
-import ast, importlib, os, re
+import ast, importlib, json, os, re, sys
 
 import pytest
+from PIL import Image
 
+import data
 from appendix import exercises, sweep
 from appendix.exercise_list import BUGS, EXERCISES
 from conftest import ROOT
@@ -97,3 +99,52 @@ def test_every_arm_of_a_study_is_a_run():
         plan = sweep.Plan("name", sweep.arms_of(axes), sweep.seeds_of(args.seeds), shared)
         runs, _ = sweep.runs_of(plan)
         assert len(runs) == len(plan.arms) * len(plan.seeds) >= 4
+
+# -----------------------------------------------------------------------------
+# the notebook
+
+SHORT = {"TRACES": 16, "STEPS": 2, "PROMPTS": 4, "QUESTIONS": 4}
+
+def run_cell(source, names):
+    """A cell as Jupyter runs it -> the value of its last expression."""
+    tree = ast.parse(source)
+    last = tree.body.pop() if isinstance(tree.body[-1], ast.Expr) else None
+    exec(compile(tree, "cell", "exec"), names)
+    return last and eval(compile(ast.Expression(last.value), "cell", "eval"), names)
+
+def test_the_notebook_runs(tmp_path, monkeypatch, capsys):
+    """Claim: the cells run in order without Jupyter; they show pictures, an episode, a group with its advantages and a curve; no output is
+    stored, and nothing is written beside the notebook."""
+    with open(os.path.join(ROOT, "appendix", "course.ipynb"), encoding="utf-8") as f:
+        cells = json.load(f)["cells"]
+    assert all(cell["cell_type"] != "code" or not cell["outputs"] for cell in cells)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    names, shown = {"__name__": "__main__"}, []
+    for cell in cells:
+        if cell["cell_type"] == "code":
+            source = "".join(cell["source"])
+            shown.append(run_cell(source, names))
+            if "STEPS = " in source:
+                assert set(SHORT) <= set(names)
+                names |= SHORT
+    out = capsys.readouterr().out
+    assert out.count("advantage ") == 8 and "<think>" in out and len(re.findall(r"^step +\d", out, re.M)) == 2
+    drawings = [x for x in shown if hasattr(x, "_repr_svg_")]
+    images = [x for x in shown if isinstance(x, Image.Image)]
+    assert len(drawings) == 2 and all(d._repr_svg_().startswith("<svg") for d in drawings) and len(images) == 3
+    assert images[0].size == (data.SIDE, data.SIDE) and images[1].size == names["view"].fed
+    assert out.count("95 % interval") == 6 and not os.listdir(tmp_path)
+
+def test_the_notebook_is_short():
+    """Claim: thin: no cell has more than twenty lines, no line more than 100 columns, and no library but the repository's is imported."""
+    with open(os.path.join(ROOT, "appendix", "course.ipynb"), encoding="utf-8") as f:
+        cells = [("".join(c["source"]), c["cell_type"]) for c in json.load(f)["cells"]]
+    for source, kind in cells:
+        assert max(map(len, source.split("\n"))) <= 100
+        if kind == "code":
+            assert source.count("\n") < 20
+            modules = {node.module or "" for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ImportFrom)}
+            modules |= {a.name for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Import) for a in node.names}
+            known = {"data", "train_sft", "train_rl", "zoom_rollout", "evaluate", "appendix", "appendix.optimizer"}
+            assert modules <= known | set(sys.stdlib_module_names)

@@ -69,6 +69,17 @@ def test_the_picture_holds_the_numbers(models, group, variant):
     assert said.count("1") - sum(p.text == "1" for p in picture.pieces_of(models["qwen2.5"], group.episodes[1])) == sum(group.episodes[1].completion_mask)
     assert group.sample.question in said
 
+def test_any_group_can_be_drawn(models):
+    """Bug: a group in which nobody zoomed, or whose first try called in vain, ends in an error."""
+    vlm, sample = models["qwen2.5"], data.toy("search", "train", 1, "picture")[0]
+    blind = zoom_rollout.replay(vlm, sample, ["<think> I guess. </think>\n<answer> lined </answer>"])
+    outside = zoom_rollout.replay(vlm, sample, [f"<think> There. </think>\n{data.tool_call(900, 900)}", *turns_of(sample, "lined", vlm)])
+    for episodes, observations in (([blind, blind], []), ([outside, blind], ["an error", "a crop"])):
+        svg = picture.draw(vlm, picture.score(episodes), picture.LIGHT)
+        xml.fromstring(svg)
+        assert re.findall(r"tokens: (an error|a crop)", svg) == observations
+        assert set(re.findall(r'href="#(crop\d)"', svg)) == set(re.findall(r'id="(crop\d)"', svg))
+
 def luminance(color):
     channels = [int(color[i:i + 2], 16) / 255 for i in (1, 3, 5)]
     linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
