@@ -2,13 +2,13 @@
 The course's texts against the code: equations name functions that exist and that name the equation, the table of symptoms names
 flags and metrics that exist, every stop of the course is whole, the notebook's cells run.
 """
-import ast, importlib, json, os, re, sys
+import ast, contextlib, dataclasses, importlib, io, json, os, re, sys
 
 import pytest
 from PIL import Image
 
-import data
-from appendix import exercises, sweep
+import data, evaluate, train_rl, train_sft
+from appendix import exercises, metrics, run, sweep
 from appendix.exercise_list import BUGS, EXERCISES
 from conftest import ROOT
 
@@ -148,3 +148,43 @@ def test_the_notebook_is_short():
             modules |= {a.name for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Import) for a in node.names}
             known = {"data", "train_sft", "train_rl", "zoom_rollout", "evaluate", "appendix", "appendix.optimizer"}
             assert modules <= known | set(sys.stdlib_module_names)
+
+# -----------------------------------------------------------------------------
+# when it does not learn
+
+CONFIGS = (train_rl.Config, train_sft.Config, evaluate.Config)
+
+def takes(config, words):
+    """Does the script take `--flag` or `--flag value`?"""
+    name = words[0].removeprefix("--").replace("-", "_")
+    field = next((f for f in dataclasses.fields(config) if f.name == name), None)
+    if field is None:
+        return False
+    value = words[1:] or ([] if field.type is bool else [str(field.default)])
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            run.make_parser(config, "").parse_args([f"{words[0]}={value[0]}" if value else words[0]])
+    except SystemExit:
+        return False
+    return True
+
+@pytest.mark.parametrize("symptom, look_at, cause, what_to_do", rows("troubleshooting.md"), ids=lambda cell: cell[:40])
+def test_symptoms_lead_to_metrics_and_flags(symptom, look_at, cause, what_to_do):
+    """Bug: the table sends a reader to a metric or a flag that was renamed."""
+    keys = set(metrics.GLOSSARY) | set(metrics.SUMMARY_GLOSSARY) | set(metrics.FAITHFULNESS) | {"held_out"}
+    files = {"metrics.jsonl", "config.json", "summary.json", "evaluate.py"}
+    for quoted in re.findall(r"`([^`]+)`", " ".join((symptom, look_at, cause, what_to_do))):
+        if "--" in quoted:
+            words = quoted.split()
+            if words[0].endswith(".py"):
+                words = words[1:]
+            assert any(takes(config, words) for config in CONFIGS), quoted
+        else:
+            assert quoted in keys | files, quoted
+    assert "`" in look_at or re.search(r"report|plan|prompt", look_at), "nothing to look at"
+
+def test_symptoms_are_those_that_people_report():
+    """Claim: at least eighteen symptoms, none twice; most name the threads in which people reported them."""
+    symptoms = [row[0] for row in rows("troubleshooting.md")]
+    assert len(set(symptoms)) == len(symptoms) >= 18
+    assert sum(bool(re.search(r"\([A-Za-z].* \d+", symptom)) for symptom in symptoms) >= 8
