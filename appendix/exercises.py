@@ -135,9 +135,12 @@ def start(exercise):
     run.make_dir(os.path.dirname(path))
     run.write_text(path, blanked(source, exercise.function))
     line = find_function(read(path), exercise.function).lineno
-    print(f"{exercise.question}\n\nRead first: {exercise.read_first}\n"
+    number = EXERCISES.index(exercise) + 1
+    print(f"{textwrap.fill(exercise.question, 90)}\n\n"
+          f"{textwrap.fill('Read first: ' + exercise.read_first, 90)}\n"
           f"Write {exercise.function} in {path}, line {line} (about {exercise.minutes} minutes),\n"
-          f"then: python -m appendix.exercises check {EXERCISES.index(exercise) + 1}")
+          f"then: python -m appendix.exercises check {number}\n"
+          "Its docstring and the comments around it say what goes in and what comes out.")
 
 
 def attempt_path(exercise):
@@ -155,10 +158,12 @@ def check(exercise):
     text = attempt_text(path, exercise.function)
     with tempfile.TemporaryDirectory() as copy:
         shutil.copytree(ROOT, copy, ignore=LEFT_OUT, dirs_exist_ok=True)
+        print(f"running {len(exercise.tests)} tests with your {exercise.function} ...", flush=True)
         place = os.path.join(copy, source_path(exercise.module))
         run.write_text(place, with_function(read(place), exercise.function, text))
         failure = first_failure(copy, exercise.tests)
-    print(failure or f"Right: {len(exercise.tests)} tests pass.")
+    print(failure or f"Right: {len(exercise.tests)} tests pass. Compare with: "
+                     f"python -m appendix.exercises solution {EXERCISES.index(exercise) + 1}")
     return not failure
 
 
@@ -179,7 +184,8 @@ def solution(exercise):
     print(function_text(read(os.path.join(ROOT, source_path(exercise.module))), exercise.function))
     print("\nThe tests that guard it:")
     for test in exercise.tests:
-        print(textwrap.indent(f"{test.split('::')[1]}: {claim_of(test)}", "    "))
+        print(textwrap.indent(textwrap.fill(f"{test.split('::')[1]} {about(claim_of(test))}", 90),
+                              "    "))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -211,9 +217,18 @@ def claim_of(test):
 
 def in_words(name, claim, message):
     """What the first failing test is about, and what it saw."""
-    message = "\n".join(message.strip().split("\n")[:6])
-    return (f"Not yet. {name} fails.\n    What it is about: {claim}\n"
-            f"    What happened: {message[:600]}")
+    message = "\n".join(message.strip().split("\n")[:6])[:600]
+    what_happened = textwrap.indent(message, "        ")
+    return (f"Not yet. {name} fails.\n"
+            f"{textwrap.indent(textwrap.fill('It ' + about(claim), 90), '    ')}\n"
+            f"    What happened:\n{what_happened}")
+
+
+def about(claim):
+    """The docstring of a test as the end of a sentence about it."""
+    if claim.startswith("Bug: "):
+        return f"guards against this: {claim.removeprefix('Bug: ')}"
+    return f"checks this: {claim.removeprefix('Claim: ')}"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -226,7 +241,7 @@ def start_bug(bug):
         raise DataError(f"{folder} is there already; remove it to begin again")
     shutil.copytree(ROOT, folder, ignore=LEFT_OUT)
     plant(bug, folder)
-    print(f"{bug.story}\n")
+    print(f"{textwrap.fill(bug.story, 90)}\n")
     show_bug(bug)
     number = BUGS.index(bug) + 1
     print(f"\nOne line of the copy in {folder} is wrong: in a chapter, or in a file of appendix/.\n"

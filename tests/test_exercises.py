@@ -113,7 +113,7 @@ def test_start_check_solution(tmp_path, monkeypatch, capsys):
         f.write(source.replace(exercises.BLANK, "return 0.5"))
     assert exercises.check(exercise) is False
     out = capsys.readouterr().out
-    assert "Not yet. test_iou_by_hand fails" in out and "What happened: assert" in out
+    assert "Not yet. test_iou_by_hand fails" in out and "What happened:\n        assert" in out
     exercises.solution(exercise)
     assert "def iou(a, b):" in capsys.readouterr().out
 
