@@ -348,7 +348,8 @@ SYSTEM = {
         "Then answer:\n<answer> your answer </answer>"),
     "boxes": "You are a helpful assistant.",
 }
-PROMPT_STYLES = {"vigorl-zoom": "zoom", "vigorl": "think", "univg-r1": "boxes"}     # by recipe
+PROMPT_STYLES = {               # by recipe
+    "vigorl-zoom": "zoom", "vigorl": "think", "vigorl-ungrounded": "think", "univg-r1": "boxes"}
 FORMAT = {
     "point": "Answer with the point (x, y).",
     "box": (

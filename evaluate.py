@@ -9,8 +9,9 @@
 The folder --out holds one run: summary.json (the numbers), episodes.jsonl (one row per episode)
 and report.html. Rows are written batch by batch, so the same command continues after a stop.
 
-The three zoom modes are the experiment. If a model answers as well when it may not zoom, or when
-every crop is painted black, then its zooms do not help it.
+The zoom modes are the experiment. If a model answers as well when it may not zoom, when every crop
+is painted black, or when every crop shows another object than the one called for, then its zooms do
+not help it.
 
 The rules of rewards.py decide what is right. An answer that cannot be read is wrong, and counted
 as wrong_format; a web action that is half right is wrong. The options of --data are shown in a
@@ -44,7 +45,8 @@ from zoom_rollout import RolloutConfig
 # Said after Ctrl-C, and after an error of the disk.
 SAVED = "the episodes so far are kept: the same command goes on from there"
 # Zoom mode: the label of its run.
-MODES = {"on": "zoom allowed", "off": "zoom forbidden", "black": "crops painted black"}
+MODES = {"on": "zoom allowed", "off": "zoom forbidden", "black": "crops painted black",
+         "wrong": "crops of another object"}
 # Prompt style: the reward recipe (rewards.RECIPES) that scores its episodes.
 STYLE_RECIPES = {"zoom": "vigorl-zoom", "think": "vigorl", "boxes": "univg-r1"}
 
@@ -64,13 +66,15 @@ class Config:
     n: int = 0                  # number of questions; 0: 200 toy scenes, or all of --data
     shuffle: bool = True        # options of --data in a random order (drawn from --seed)
     circular: bool = False      # one question per rotation of the options
+    samples: int = 1            # episodes per question; above 1: pass@k for k = 1, 2, 4, ...
 
     # the episodes
-    zoom: Literal["on", "off", "black", "all"] = "on"   # zoom mode: allowed, forbidden, black crops
+    zoom: Literal[*MODES, "all"] = "on"                 # zoom mode, see evaluate.MODES
     style: Literal["", "zoom", "think", "boxes"] = ""   # prompt style; empty: chosen to fit
     crop_from: Literal["source", "seen"] = "source"     # source of crops: stored image or fed copy
     temperature: float = 0.0    # sampling temperature; 0: greedy
     max_zooms: int = 3          # crops per episode, after which an answer is forced
+    template: bool = False      # first turn opened with a tool call, as in train_rl.py --template
     max_new_tokens: int = 64    # tokens per turn; 512 for a released model
     max_pixels: int = 0         # pixels of a prompt image as fed; 0: the model's default
     batch: int = 64             # episodes at a time, halved when GPU memory runs out
@@ -152,6 +156,15 @@ def mcnemar(only_a, only_b):
     return min(1.0, 2 * tail / 2 ** m)
 
 
+def pass_at_k(n, c, k):
+    """Pass@k: the probability that any of k answers is right, if c of n sampled ones are.
+
+    1 - (n - c choose k) / (n choose k): the share of the sets of k, out of the n, that hold a right
+    one. Chen et al. 2021 (2107.03374), eq. 1. It is unbiased; 1 - (1 - c / n)^k is too small.
+    """
+    return 1 - math.comb(n - c, k) / math.comb(n, k)
+
+
 # --------------------------------------------------------------------------------------------------
 # the summary of a run
 
@@ -168,11 +181,12 @@ def summary_rows(episodes):
       zooms: number of crops
       saw: did the crops show what the answer depends on (appendix/evidence.py)
       of: with --circular, the id of the question, which all its rotations share
+      sample_of: with --samples, the same for the samples of a question
     """
     rows = []
     for e in episodes:
         row = {"id": e.sample.id, "category": e.sample.category}
-        for key in ("benchmark", "of"):
+        for key in ("benchmark", "of", "sample_of"):
             if isinstance(e.sample.meta.get(key), str):
                 row[key] = e.sample.meta[key]
         if e.ids:                                       # predictions have no tokens and no zooms
@@ -196,7 +210,27 @@ def summarise(rows):
             parts.setdefault(category, []).append(r)
     summary = count(rows)
     summary["categories"] = {category: count(part) for category, part in parts.items()}
-    return summary | averages.benchmark_average(rows) | averages.all_rotations(rows)
+    averaged = averages.benchmark_average(rows) | averages.all_rotations(rows)
+    return summary | averaged | pass_at(rows)
+
+
+def pass_at(rows):
+    """With --samples -> {"pass_at": {"1": mean over the questions of pass@1, "2": ..., "4": ...}}
+
+    {} if no question was sampled more than once.
+    """
+    questions = {}                                      # id: [right or not]
+    for r in rows:
+        if "sample_of" in r and not r.get("hidden"):
+            questions.setdefault(r["sample_of"], []).append(is_right(r, r.get("benchmark")))
+    if not questions:
+        return {}
+    found = {}
+    k = 1
+    while k <= min(map(len, questions.values())):
+        found[str(k)] = mean([pass_at_k(len(hits), sum(hits), k) for hits in questions.values()])
+        k *= 2
+    return {"pass_at": found}
 
 
 def count(rows):
@@ -205,9 +239,9 @@ def count(rows):
     n = len(scored)
     correct = sum(is_right(r, r.get("benchmark")) for r in scored)
     accuracy = correct / max(n, 1)
-    # The interval is that of independent questions. The rotations of a question are not: they
-    # share r["of"] and count as one. A row without "of" is a question, counted by its index.
-    questions = len({r.get("of", i) for i, r in enumerate(scored)})
+    # The interval is that of independent questions. The rotations or samples of a question are not:
+    # they share r["of"] or r["sample_of"] and count as one. Other rows are counted by their index.
+    questions = len({r.get("of", r.get("sample_of", i)) for i, r in enumerate(scored)})
     low, high = wilson(accuracy * questions, questions)
     found = {"n": n, "correct": correct, "accuracy": accuracy, "low": low, "high": high}
     found["wrong_format"] = int(sum(r["wrong_format"] for r in scored))
@@ -411,21 +445,21 @@ def summarise_runs(runs):
 
 
 def zoom_controls(runs, summaries):
-    """Compare the run with zooms to those without zooms and with black crops.
+    """Compare the run with zooms to those of the other modes.
 
     zoom_gain: share of questions that are right with zooms, wrong without. zoom_harm: the reverse.
     """
     hits = {}                                           # zoom mode: {id: right or not}
     for zoom, label in MODES.items():
         hits[zoom] = {e.sample.id: right(e) for e in runs[label] if verdict(e)}
-    off = paired(hits["off"], hits["on"])
-    black = paired(hits["black"], hits["on"])
+    on = hits.pop("on")
+    comparisons = {zoom: paired(without, on) for zoom, without in hits.items()}
     n = max(summaries[MODES["on"]]["n"], 1)
     return {
         "modes": {zoom: summaries[label] for zoom, label in MODES.items()},
-        "paired": {"off": off, "black": black},
-        "zoom_gain": off["only_b"] / n,
-        "zoom_harm": off["only_a"] / n,
+        "paired": comparisons,
+        "zoom_gain": comparisons["off"]["only_b"] / n,
+        "zoom_harm": comparisons["off"]["only_a"] / n,
     }
 
 

@@ -307,6 +307,18 @@ def perception(logprobs, masked_logprobs, mask):
     return PENALTIES["k3"](masked_logprobs - logprobs, None)                    # k3 needs no ratio
 
 
+def importance_weights(logprobs, sampled_logprobs, mask, cap=2.0):
+    """min(pi / pi_sampler, cap) of each token (B, T), without a gradient; 0 where mask is False.
+
+    MULTIPLY the loss of each token by it where the sampler computes in another precision or with
+    other kernels than the trainer, so that its tokens are not quite those of pi. Truncated
+    importance sampling; 2510.26788 compares it with other cures. logprobs (B, T) are those of pi
+    before the update, sampled_logprobs (B, T) those with which the tokens were sampled.
+    """
+    gap = torch.where(mask, logprobs.detach() - sampled_logprobs, 0.0)
+    return torch.where(mask, gap.exp().clamp(max=cap), 0.0)
+
+
 # --------------------------------------------------------------------------------------------------
 # aggregate: from tokens to one number. Each function returns a sum and what it is divided by.
 

@@ -224,7 +224,7 @@ class VLM:
     @property
     def toy_side(self):
         """Side of a toy scene in pixels."""
-        return weights.toy_side(self.spec.max_pixels, self.factor)
+        return weights.toy_side(self.name, self.spec, self.factor)
 
     # ---- images
 

@@ -6,20 +6,21 @@
         a recipe       is it well formed?      format F and other parts; all parts together give
                                                the reward
 
-    recipe        reward                         from
-    vigorl        0.5 A + 0.5 F C                ViGoRL (2505.23678), single turn; see `grounded`
-    vigorl-zoom   0.6 A + 0.4 F (1 + distinct)   ViGoRL, multi-turn; see `distinct_bonus`
-    univg-r1      IoU + F                        UniVG-R1 (2505.14231)
-    accuracy      A                              evaluation
+    recipe              reward                         from
+    vigorl              0.5 A + 0.5 F C                ViGoRL (2505.23678), single turn; `grounded`
+    vigorl-ungrounded   0.5 A + 0.5 F                  its baseline without points
+    vigorl-zoom         0.6 A + 0.4 F (1 + distinct)   ViGoRL, multi-turn; see `distinct_bonus`
+    univg-r1            IoU + F                        UniVG-R1 (2505.14231)
+    accuracy            A                              evaluation
 
 Coordinates: an answer is in the model's own convention, a target in source pixels of its image.
 `frames` converts one to the other. It has one (sx, sy, width, height) per prompt image:
 (x * sx, y * sy) is the source pixel; width and height are those of the source image. With
 frames=None, answers are in source pixels already, and the size of the images is unknown.
 
-Left out: ViGoRL's ungrounded baselines (0.5 A + 0.5 F); UniVG-R1's mode without tags, for simple
-single images. Its IoU takes 1 off x2 and y2 and adds it back to the sides of the overlap, which
-only sets overlaps of one unit or less to 0. IoU here is the plain continuous one.
+Left out: UniVG-R1's mode without tags, for simple single images. Its IoU takes 1 off x2 and y2
+and adds it back to the sides of the overlap, which only sets overlaps of one unit or less to 0. IoU
+here is the plain continuous one.
 
 A policy in training may write any text, so every search below takes time linear in its length.
 """
@@ -406,6 +407,15 @@ def vigorl(found, sample, text, frames, **_):
     return {"reward": reward, "format": form, "grounded": ground}
 
 
+def vigorl_ungrounded(found, sample, text, **_):
+    """0.5 A + 0.5 F
+
+    The prompt is that of `vigorl`, which asks for points; a released model needs another one.
+    """
+    form = float(answers_well(text, sample.answer_type))
+    return {"reward": 0.5 * found["accuracy"] + 0.5 * form, "format": form}
+
+
 def vigorl_zoom(found, sample, turns, frames, max_zooms, bonuses, **_):
     """0.6 A + 0.4 F (1 + distinct)
 
@@ -465,7 +475,7 @@ def univg_r1(found, sample, text, **_):
     boxed = re.fullmatch(rf"{image}{corner},{corner}</answer>\s*", answer)
     form = float(thought and boxed is not None)
     soft = found.get("iou", found["accuracy"])
-    return {"reward": soft + form, "accuracy": soft, "format": form}
+    return {"reward": soft + form, "accuracy": soft, "format": form, "hit": found["accuracy"]}
 
 
 def accuracy(found, **_):
@@ -473,7 +483,8 @@ def accuracy(found, **_):
     return {"reward": found["accuracy"], "format": 1.0 - found["wrong_format"]}
 
 
-RECIPES = {"vigorl": vigorl, "vigorl-zoom": vigorl_zoom, "univg-r1": univg_r1, "accuracy": accuracy}
+RECIPES = {"vigorl": vigorl, "vigorl-ungrounded": vigorl_ungrounded, "vigorl-zoom": vigorl_zoom,
+           "univg-r1": univg_r1, "accuracy": accuracy}
 
 
 def score(sample, text, turns, recipe, frames=None, max_zooms=4, bonuses=Bonuses()):

@@ -33,7 +33,7 @@ import grpo
 import rewards
 import train_sft
 import zoom_rollout
-from appendix import faults, memory, metrics, ranks, recipes, rl_options, rl_run, run
+from appendix import faults, memory, metrics, mixture, ranks, recipes, rl_options, rl_run, run
 from appendix.optimizer import AdamW
 from appendix.weights import note_on_tiny
 
@@ -49,6 +49,7 @@ class Config:
 
     # the questions
     task: Literal[data.TASKS] = "search"                # toy task
+    also: Literal["", *data.TASKS] = ""                 # toy task of every second question
     difficulty: Literal[data.DIFFICULTIES] = "medium"   # difficulty of the toy scenes
     data: str = ""              # JSONL file of questions, in place of the toy world
     images: str = ""            # image folder of --data (default: the folder of the file)
@@ -57,7 +58,9 @@ class Config:
     crop_from: Literal["source", "seen"] = "source"     # source of crops: stored image or fed copy
 
     # the warm start
-    traces: str = "mcts"        # warm-start traces: "mcts", "oracle", a JSONL file, or "" for none
+    traces: str = "mcts"        # warm-start traces: see train_sft.py; "" for none
+    sft_target: Literal["full", "answer", "ungrounded"] = "full"    # part learned of each trace
+    sft_corrected: int = 0      # search chains per tree, at most, that go wrong first
     sft_n: int = 1200           # warm-start traces from the toy world
     sft_epochs: int = 1         # passes over the traces
     sft_batch: int = 8          # traces per optimizer step of the warm start
@@ -65,13 +68,16 @@ class Config:
 
     # the rollouts
     steps: int = 60             # RL steps
+    max_episodes: int = 0       # sampled episodes after which RL ends, too; 0: no limit
     num_prompts: int = 16       # prompts per step (ViGoRL: 128)
     group_size: int = 8         # episodes per prompt
     blind_prompts: int = 2      # prompts per step that must answer without zooming
     max_zooms: int = 3          # crops per episode, after which an answer is forced
+    template: bool = False      # first turn opened with a tool call, as a warm start (MGPO)
     max_new_tokens: int = 48    # tokens per turn (a released model: 512 or more)
     temperature: float = 1.0    # sampling temperature, also of the trainer's log-probabilities
     resample: int = 0           # rounds of dynamic sampling (DAPO: as many as it takes)
+    sampler_dtype: Literal["", "bfloat16", "float16"] = ""  # precision of rollouts; "": as trained
 
     # the reward
     distinct_bonus: float = 0.0 # reward for each further distinct point (ViGoRL: 0.2)
@@ -79,6 +85,8 @@ class Config:
     curiosity: float = 0.0      # reward for zooming while few do (Pixel-Reasoner: 0.5)
     overlong: int = 0           # tokens before the length limit that cost up to 1 (DAPO: 4096)
     evidence_bonus: float = 0.0 # reward for crops that show what the answer depends on
+    zoom_cost: float = 0.0      # reward lost per crop
+    reward_parts: str = ""      # components to be summed, as in "hit,format"; "": the recipe's
     control: Literal["", *rl_options.CONTROLS] = ""     # a reward without the right answer in it
 
     # the advantages
@@ -96,6 +104,8 @@ class Config:
     kl_coef: float = 0.0        # coefficient of the KL penalty (ViGoRL 0.01, UniVG-R1 0.04)
     kl: Literal[tuple(grpo.PENALTIES)] = "k3"           # KL estimator, see grpo.kl_penalty
     papo_coef: float = 0.0      # coefficient of PAPO's perception term (PAPO: 0.01 to 0.02)
+    mismatch: Literal[rl_options.MISMATCH] = "ratio"    # use of the sampler's log-probabilities
+    importance_cap: float = 2.0 # largest weight of a token with --mismatch truncate
 
     # the update
     num_minibatches: int = 1    # optimizer steps per batch of rollouts
@@ -115,6 +125,7 @@ class Config:
 
     # the run
     eval_n: int = 200           # held-out questions, asked before and after in each zoom mode
+    eval_wrong: bool = False    # a further zoom mode: crops of another object
     save_every: int = 10        # steps between checkpoints
     weights_only: bool = False  # checkpoints without the optimizer: 6 times smaller, no --resume
     device: str = "auto"        # device: cpu, cuda or cuda:1
@@ -124,7 +135,7 @@ class Config:
 # Fields that must be above 0.
 POSITIVE = ("num_prompts", "group_size", "num_minibatches", "max_new_tokens", "temperature",
             "save_every", "sft_n", "sft_batch", "sft_epochs", "eval_n", "max_batch_tokens",
-            "prefill_tokens", "micro_tokens")
+            "prefill_tokens", "micro_tokens", "importance_cap")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -210,7 +221,7 @@ class Questions:
             seed = f"rl{cfg.seed}/{step}"
             if again:
                 seed += f"/{again}"
-            return data.toy(cfg.task, "train", cfg.num_prompts, seed, cfg.difficulty, self.side)
+            return mixture.toy_questions(cfg, "train", cfg.num_prompts, seed, self.side)
         if again:
             rng = random.Random(f"{cfg.seed}/{step}/{again}")
             return rng.choices(self.rows, k=cfg.num_prompts)
@@ -248,8 +259,15 @@ def roll_out_share(vlm, samples, cfg, config, first):
     share = ranks.shard(len(samples))
     if not samples[share]:
         return []
-    return zoom_rollout.rollout(
-        vlm, samples[share], cfg.group_size, config, first_sample=first + share.start)
+    return sample_groups(vlm, samples[share], cfg, config, first + share.start)
+
+
+def sample_groups(vlm, samples, cfg, config, first):
+    """G episodes for each sample -> list[Episode]. first: place of samples[0] in the step."""
+    sampler = rl_options.sampler(vlm, cfg)              # the policy, or a copy of less precision
+    episodes = zoom_rollout.rollout(sampler, samples, cfg.group_size, config, first_sample=first)
+    rl_options.hand_over(episodes, sampler, vlm)
+    return episodes
 
 
 def rank_share(things):
@@ -269,6 +287,7 @@ def score_episodes(episodes, cfg):
     for e in episodes:
         e.reward_components = rewards.score(
             e.sample, e.text, e.turns, cfg.recipe, e.frames, cfg.max_zooms, bonuses)
+    rl_options.choose_parts(episodes, cfg)
     rl_options.add_group_bonuses(episodes, cfg, episode_limit(cfg))
     rl_options.replace_by_control(episodes, cfg)
 
@@ -299,7 +318,7 @@ def dynamic_sampling(vlm, batch, questions, cfg, step, log):
             for e in batch.episodes[first:first + G]:
                 e.views = []                            # features are large and not needed
         config = rl_run.rollout_config(cfg, rollout_seed(cfg, step) + again * 10 ** 9)
-        new = zoom_rollout.rollout(vlm, prompts, G, config, first_sample=before)
+        new = sample_groups(vlm, prompts, cfg, config, before)
         score_episodes(new, cfg)
         for k, first in enumerate(dull):
             batch.dropped += batch.episodes[first:first + G]
@@ -387,18 +406,23 @@ def loss_denominator(minibatch, cfg):
 def grpo_loss(vlm, ref, micro_batch, denominator, cfg, step, log):
     """The GRPO loss of a micro-batch of B episodes -> scalar tensor. Statistics go to `log`."""
     logprobs, entropy, mask = vlm.logprobs(micro_batch, cfg.temperature)        # (B, T) each
-    old_logprobs = sampler_logprobs(micro_batch, logprobs)                      # (B, T)
+    sampled_logprobs = sampler_logprobs(micro_batch, logprobs)                  # (B, T)
+    old_logprobs = sampled_logprobs if cfg.mismatch == "ratio" else logprobs.detach()
     advantages = [e.advantage for e in micro_batch]
     advantages = torch.tensor(advantages, device=logprobs.device)               # (B,)
 
     per_token = grpo.policy_loss(
         logprobs, old_logprobs, advantages, mask, cfg.clip_low, cfg.clip_high, cfg.loss)
+    if cfg.mismatch == "truncate":
+        weights = grpo.importance_weights(logprobs, sampled_logprobs, mask, cfg.importance_cap)
+        per_token = weights * per_token
+        log.add("importance", weights)
     if cfg.kl_coef > 0:
         log.lap("update")                               # the reference is timed by itself
         with torch.no_grad():
             ref_logprobs = ref.logprobs(micro_batch, cfg.temperature)[0]
         log.lap("reference")
-        penalty = grpo.kl_penalty(logprobs, ref_logprobs, cfg.kl, mask, old_logprobs)
+        penalty = grpo.kl_penalty(logprobs, ref_logprobs, cfg.kl, mask, sampled_logprobs)
         per_token = per_token + cfg.kl_coef * penalty
         log.add("kl", penalty)
     if cfg.papo_coef > 0:
@@ -409,6 +433,7 @@ def grpo_loss(vlm, ref, micro_batch, denominator, cfg, step, log):
         log.add("perception", gain)
 
     log.add("entropy", entropy)
+    log.add_gap(logprobs, sampled_logprobs, mask)
     log.add_micro_batch(micro_batch, logprobs, old_logprobs, mask, advantages)
     return grpo.aggregate(per_token, mask, cfg.aggregate, denominator)
 
@@ -448,7 +473,7 @@ def main():
     if not cfg.resume:
         run.refuse_to_overwrite(folder, rl_run.RESULTS, cfg.fresh, "continue it with --resume, ")
     rl_run.check_config(cfg, num_blind_prompts(cfg, cfg.num_prompts))
-    rl_options.check_bonuses(cfg, episode_limit(cfg))
+    rl_options.check_options(cfg, episode_limit(cfg))
     rows = data.read_jsonl(cfg.data, cfg.images or None) if cfg.data else []
     sizes = faults.check_samples(rows)                  # of the images
     note_on_tiny(cfg.model, rows, "train_rl.py")
@@ -460,7 +485,8 @@ def main():
     questions = Questions(cfg, vlm.toy_side, train_rows)
 
     if cfg.resume:
-        progress = rl_run.Progress(state["step"], state["seconds"], state["before"])
+        progress = rl_run.Progress(state["step"], state["seconds"], state["before"],
+                                   sampled=state.get("sampled", 0))
     else:
         rl_run.fine_tune_on_traces(vlm, train_rows, held_out, cfg)
         measured = rl_run.measure_before(vlm, cfg, held_out)
@@ -474,6 +500,8 @@ def main():
 
     groups = []                                         # of the report: [(step, its episodes)]
     for step in range(progress.step, cfg.steps):
+        if run_log.is_over(step):
+            break
         row, episodes = train_step(vlm, ref, optimizer, questions, cfg, step)
         rl_run.stop_if_nothing_succeeds(episodes, step)
         run_log.stop_if_not_finite(episodes, step)

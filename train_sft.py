@@ -12,8 +12,8 @@ on traces in the right form. A trace is the list of the assistant's turns, in a 
 {"id", "turns"} per line. `zoom_rollout.replay` turns it into the very episode that a rollout would
 have made, crops included, and the loss is on the assistant's tokens only. Traces come from a file,
 from the toy world's `oracle` (a bad example on purpose), from tree search (ViGoRL: no teacher, and
-no truth but the answers; appendix/tree_search.py), or from a teacher that is shown the answer
-(UniVG-R1; appendix/teacher.py).
+no truth but the answers; appendix/tree_search.py), from a `path` per question without a search, or
+from a teacher that is shown the answer (UniVG-R1; appendix/teacher.py).
 
 Left out: packing of unrelated traces into one row (a batch is split into parts of limited size).
 
@@ -25,7 +25,7 @@ import os
 import random
 import re
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
 import appendix                     # before torch: Ctrl-C is one line from here on
@@ -35,7 +35,7 @@ from tqdm import tqdm
 import data
 import rewards
 import zoom_rollout
-from appendix import evidence, faults, files, memory, prefix, ranks, run
+from appendix import evidence, faults, files, memory, mixture, prefix, ranks, run
 from appendix.optimizer import AdamW
 from appendix.split import hold_out
 from appendix.weights import largest_prompt_image, note_on_tiny
@@ -55,6 +55,7 @@ class Config:
 
     # the questions
     task: Literal[data.TASKS] = "search"                # toy task
+    also: Literal["", *data.TASKS] = ""                 # toy task of every second question
     difficulty: Literal[data.DIFFICULTIES] = "medium"   # difficulty of the toy scenes
     recipe: Literal["", *data.PROMPT_STYLES] = ""       # recipe of the prompt; empty: by task
     data: str = ""              # JSONL file of questions, in place of the toy world
@@ -62,7 +63,7 @@ class Config:
     max_pixels: int = 0         # pixels of a prompt image as fed; 0: the model's default
 
     # the traces
-    traces: str = "mcts"        # source: "mcts" (tree search), "oracle", "teacher" or a JSONL file
+    traces: str = "mcts"        # source: "mcts", "path", "oracle", "teacher" or a JSONL file
     n: int = 1200               # traces from the toy world
     target: Literal["full", "answer", "ungrounded"] = "full"    # learned part: trace_tools.retarget
     max_zooms: int = 3          # crops per episode
@@ -150,6 +151,8 @@ def find_traces(vlm, cfg, style, questions=None, side=data.SIDE, folder="", held
     pixels a side; folder: where trees and paid replies are kept, empty: nowhere; held_out: samples
     not to train on; traces about them in a file of traces are left out.
     """
+    if cfg.traces == "path":                            # a tree that is one path: the baseline
+        cfg = replace(cfg, traces="mcts", simulations=1, children=1, tries=1, rollouts=1)
     if cfg.traces in ("mcts", "teacher") and ranks.world_size() > 1:
         run.fail(f"--traces {cfg.traces} runs in one process: make traces with train_sft.py first "
                  "and share the training with --traces FILE.jsonl")
@@ -163,7 +166,7 @@ def find_traces(vlm, cfg, style, questions=None, side=data.SIDE, folder="", held
         return teacher.teacher_traces(vlm, cfg, style, questions, side, log)
     if cfg.traces == "oracle":
         rng = random.Random(f"traces/{cfg.seed}")
-        samples = data.toy(cfg.task, "train", cfg.n, f"sft{cfg.seed}", cfg.difficulty, side)
+        samples = mixture.toy_questions(cfg, "train", cfg.n, f"sft{cfg.seed}", side)
         return [Trace(s, oracle(vlm, s, rng, cfg.max_zooms)) for s in samples], {}
     skip = {s.id for s in held_out}
     return read_traces(cfg.traces, questions, cfg.difficulty, side, skip), {}
@@ -317,7 +320,16 @@ def read_traces(path, samples, difficulty="medium", side=data.SIDE, skip=()):
 def warm_start(vlm, cfg, style, questions=None, side=data.SIDE, held_out=()):
     """Find traces and fine-tune on them, in place -> (the loss of each step, list[Trace])."""
     traces, _ = find_traces(vlm, cfg, style, questions, side, held_out=held_out)
+    traces = learned_parts(traces, cfg.target)
     return finetune(vlm, replay_all(vlm, traces, style, cfg.max_zooms), cfg), traces
+
+
+def learned_parts(traces, target):
+    """The traces, or the part of each that --target names."""
+    if target == "full":
+        return traces
+    from appendix import trace_tools
+    return [trace_tools.retarget(trace, target) for trace in traces]
 
 
 def finetune(vlm, episodes, cfg, progress=True):
@@ -423,9 +435,7 @@ def main():
 
     # 1. traces
     traces, counts = find_traces(vlm, cfg, style, rows, vlm.toy_side, folder, held_out_rows)
-    if cfg.target != "full":
-        from appendix import trace_tools
-        traces = [trace_tools.retarget(trace, cfg.target) for trace in traces]
+    traces = learned_parts(traces, cfg.target)
     write_traces(os.path.join(folder, "traces.jsonl"), traces)
     if cfg.traces == "mcts":
         from appendix import trace_tools
@@ -456,7 +466,7 @@ def main():
         summary["held_out_loss"] = held_out_loss(vlm, held_out)
     asked = held_out_rows
     if not rows:
-        asked = data.toy(cfg.task, "test", 64, cfg.seed, cfg.difficulty, vlm.toy_side)
+        asked = mixture.toy_questions(cfg, "test", 64, cfg.seed, vlm.toy_side)
     if asked:
         summary["held_out_accuracy"] = held_out_accuracy(vlm, asked, style, cfg)
     summary["seconds"] = round(time.time() - began, 1)

@@ -24,8 +24,11 @@ import torch
 from PIL import Image
 
 import data
-from appendix import files
+from appendix import evidence, files
 from appendix.running import Running
+
+# Opens the first turn with a tool call, of which the policy only writes the point (--template).
+TEMPLATE = "<think> First I look closer. </think>\n" + data.TOOL_OPEN
 
 
 # --------------------------------------------------------------------------------------------------
@@ -99,8 +102,9 @@ class Episode:
 class RolloutConfig:
     """How episodes unfold. The fields of the same name in a script's Config are the flags."""
     style: str = "zoom"                 # style of the prompt; only "zoom" has a tool
-    zoom: str = "on"                    # "on"; "off": no zooms; "black": crops without content
+    zoom: str = "on"                    # "on", "off": no zooms, "black" or "wrong" crops
     max_zooms: int = 3                  # tool calls per episode, failed ones included
+    template: bool = False              # first turns that open with TEMPLATE
     max_new_tokens: int = 64            # tokens per turn
     temperature: float = 1.0            # sampling temperature; 0: the most probable token
     crop_from: str = "source"           # source of crops: stored image, or "seen": the fed copy
@@ -114,6 +118,15 @@ class RolloutConfig:
     def zoom_limit(self):
         """Tool calls that an episode may make before it must answer."""
         return self.max_zooms if self.style == "zoom" and self.zoom != "off" else 0
+
+    def opening(self, number):
+        """The given words that turn `number` (from 0) begins with; "" if the policy writes all.
+
+        TEMPLATE stands in for a warm start: MGPO (2507.05920) forces a call, then an answer.
+        """
+        if self.zoom == "off" or self.style == "zoom" and number == self.zoom_limit:
+            return data.FORCE
+        return TEMPLATE if self.template and number == 0 else ""
 
 
 def begin(vlm, sample, style="zoom", views=None):
@@ -236,6 +249,8 @@ def env_step(vlm, episode, text, ended, zooms_left, forced=False, config=Rollout
         new_views = []
         message = vlm.chat("user", data.REFUSE.format(error=error))
     else:
+        if config.zoom == "wrong":
+            x, y = evidence.elsewhere(episode.sample, x, y, view.source.size)
         shown = crop(vlm, view, x, y, config.crop_from, black=config.zoom == "black")
         episode.append_turn(Turn(text, point, shown.box, forced=forced))
         new_views = [shown]
@@ -379,8 +394,7 @@ def rollout(vlm, samples, group_size=1, config=RolloutConfig(), first_sample=0, 
     prompts = []
     for i, sample in enumerate(samples):
         prompt = begin(vlm, sample, config.style, views[i] if views else None)
-        if config.style == "zoom" and config.zoom_limit == 0:
-            prompt.append_given(vlm.ids(data.FORCE))
+        prompt.append_given(vlm.ids(config.opening(0)))
         prompts.append(prompt)
     episodes = []
     for prompt in prompts:
@@ -475,11 +489,9 @@ def respond(vlm, row, config):
     if not ended and row.written < config.max_new_tokens:
         return [], []
     zooms_left = config.zoom_limit - len(episode.turns)
-    forced = config.style == "zoom" and zooms_left == 0
-    text = row.take_turn(ended, vlm)
-    if forced:
-        text = data.FORCE + text
-    return env_step(vlm, episode, text, ended, zooms_left, forced, config)
+    opening = config.opening(len(episode.turns))
+    text = opening + row.take_turn(ended, vlm)
+    return env_step(vlm, episode, text, ended, zooms_left, opening == data.FORCE, config)
 
 
 # --------------------------------------------------------------------------------------------------

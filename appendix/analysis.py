@@ -27,7 +27,7 @@ MARKERS = {
         r"\b(?:check|verif\w+|confirm\w*|make sure|look again|closer look|re-?examin\w*)\b",
         re.IGNORECASE),
     "backtracking": re.compile(
-        r"\b(?:wait|actually|instead|mistaken|reconsider|go back|not (?:here|there|it)|wrong|"
+        r"\b(?:wait|actually|instead|mistaken|reconsider|go back|not (?:here|there|it|this)|wrong|"
         r"on second thought)\b",
         re.IGNORECASE),
 }

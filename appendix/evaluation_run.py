@@ -32,8 +32,11 @@ LONG_DRAWING = 10
 
 def check_flags(cfg):
     """Raise DataError for a flag, or a pair of flags, that makes no sense."""
-    if min(cfg.batch, cfg.max_new_tokens) < 1:
-        raise DataError("--batch and --max-new-tokens must be at least 1")
+    if min(cfg.batch, cfg.max_new_tokens, cfg.samples) < 1:
+        raise DataError("--batch, --max-new-tokens and --samples must be at least 1")
+    if cfg.samples > 1 and (cfg.circular or cfg.predictions or cfg.temperature == 0):
+        raise DataError("--samples samples each question again; it needs a --temperature above 0, "
+                        "such as 1, and goes with neither --circular nor --predictions")
     if cfg.circular and cfg.predictions:
         raise DataError("--circular asks a model again; --predictions are answers to the options "
                         "in their published order")
@@ -77,15 +80,24 @@ def load_samples(cfg):
         samples = data.read_jsonl(cfg.data, cfg.images or None)[:cfg.n or None]
     else:
         title = f"toy {cfg.task}, {cfg.difficulty}"
-        # --max-pixels changes how large a scene is fed, not the scene.
-        _, spec = weights.find_model(cfg.checkpoint or cfg.model)
-        side = weights.toy_side(min(spec.max_pixels, weights.TOY_PIXELS))
+        side = weights.toy_side(*weights.find_model(cfg.checkpoint or cfg.model))
         samples = data.toy(cfg.task, "test", cfg.n or 200, cfg.seed, cfg.difficulty, side)
     # Toy options are shuffled already, and predictions answer the options as published.
     shuffle = cfg.shuffle and cfg.data and not cfg.predictions
     if cfg.circular or shuffle:
         samples = arrange(samples, cfg.seed, cfg.circular)
+    if cfg.samples > 1:
+        samples = repeat(samples, cfg.samples)
     return samples, title
+
+
+def repeat(samples, n):
+    """Every sample n times. meta["sample_of"] is the id of the original."""
+    repeated = []
+    for s in samples:
+        for k in range(n):
+            repeated.append(replace(s, id=f"{s.id}#{k}", meta=s.meta | {"sample_of": s.id}))
+    return repeated
 
 
 def arrange(samples, seed, circular=False):
@@ -353,6 +365,9 @@ def heading(title, summary, summaries):
         if "average" in s:
             title += (f"; {label}: the average of {s['benchmark']} is {s['average']:.1%} "
                       f"(mean of {s['average_of']})")
+        if "pass_at" in s:
+            shares = ", ".join(f"pass@{k} {share:.1%}" for k, share in s["pass_at"].items())
+            title += f"; {label}: {shares}"
     return title
 
 

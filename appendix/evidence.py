@@ -3,6 +3,8 @@
 A right answer may be luck. Toy scenes, and the rows of V*Bench, say where the evidence lies
 (meta["evidence"]: boxes); an episode saw it if its crops show the middle of every such box.
 """
+import math
+
 
 
 def saw(episode):
@@ -25,6 +27,21 @@ def is_shown(x, y, turns):
             if left <= x <= right and top <= y <= bottom:
                 return True
     return False
+
+
+def elsewhere(sample, x, y, size):
+    """A place that a call for the source pixel (x, y) of image 0 did not ask for -> (x, y).
+
+    The control `wrong` of evaluate.py shows it. In a toy scene it is the middle of the object that
+    lies furthest from (x, y). Where no scene is known, it lies half the image's width and half its
+    height away. size: width and height of the image.
+    """
+    scenes = sample.meta.get("scenes")
+    if not scenes:
+        width, height = size
+        return (x + width / 2) % width, (y + height / 2) % height
+    centers = [o["center"] for o in scenes[0]["objects"]]
+    return max(centers, key=lambda center: math.dist(center, (x, y)))
 
 
 def right_and_saw(rows, is_right):

@@ -45,6 +45,7 @@ GLOSSARY = {
     "wrong_format": rate("share of answers that cannot be read; near 0"),
     "grounded": rate("share of turns whose thought names points, all inside the image; near 1"),
     "distinct": Metric("mean bonus for points at least 10 pixels apart"),
+    "hit": rate("share of boxes whose IoU is 0.5 or more; should rise"),
     "iou": rate("mean IoU of box answers: overlap with the right box, by their union; should rise"),
     "easy": rate("share of box prompts whose group has a mean IoU above 0.7; should rise"),
     "medium": rate("share of box prompts whose group has a mean IoU from 0.3 to 0.7"),
@@ -52,6 +53,7 @@ GLOSSARY = {
     "curiosity": Metric("mean bonus for zooming while few episodes do (--curiosity)"),
     "evidence": Metric("mean bonus for crops that show what the answer depends on "
                        "(--evidence-bonus)"),
+    "zoom_cost": Metric("mean cost of the crops (--zoom-cost)"),
     "overlong": Metric("mean penalty for coming close to the length limit (--overlong); near 0"),
     "length": Metric("sampled tokens per episode"),
     "zooms": Metric("crops per episode"),
@@ -63,6 +65,7 @@ GLOSSARY = {
     "frac_zero_std": rate("share of groups whose advantages are all 0, blind ones included; rises "
                           "as the task is solved"),
     "weight": Metric("mean difficulty weight of a prompt"),
+    "sampled": Metric("episodes that the step sampled, those that were replaced included"),
     "resampled": Metric("groups that dynamic sampling replaced; the means are over those kept"),
 
     # the update
@@ -71,6 +74,8 @@ GLOSSARY = {
     "entropy": Metric("entropy of the policy in nats per token; falls slowly, not to 0"),
     "kl": Metric("KL penalty per token (0 without --kl-coef); small"),
     "perception": Metric("PAPO's KL to the policy that sees mostly black images; rises slowly"),
+    "importance": Metric("mean weight of a token, trainer / sampler, cut off at --importance-cap "
+                         "(--mismatch truncate); near 1"),
     "logp_gap": Metric("mean gap between the sampler's and the trainer's log-probabilities of the "
                        "same tokens; below 1e-4 in fp32, below 0.01 in bf16"),
     "logp_gap_max": Metric("largest such gap; below 1e-3 in fp32, about 0.1 in bf16"),
@@ -120,6 +125,9 @@ CONTROLS = {
            "zooms are worth; if it falls to chance, one look at the whole image does not suffice.",
     "black": "Control: the model zooms, but every crop is black. If it does no better than without "
              "zooms, it is the pixels of the crops that help, not the additional turns.",
+    "wrong": "Control: every crop shows another place than the one called for: the object furthest "
+             "from it or, where no objects are known, half the image away. If it does as well, it "
+             "does not matter where it looks.",
 }
 
 
@@ -145,6 +153,8 @@ class StepLog:
         self.sums = {"clipfrac": 0.0, "entropy": 0.0, "kl": 0.0}        # over tokens
         if cfg.papo_coef:
             self.sums["perception"] = 0.0
+        if cfg.mismatch == "truncate":
+            self.sums["importance"] = 0.0
         self.tokens = 0                                 # policy tokens that were trained on
         self.trained_tokens = 0                         # all tokens of the episodes trained on
         self.gap_sum = 0.0                              # of |sampler - trainer| log-probabilities
@@ -166,7 +176,7 @@ class StepLog:
         self.sums[name] += per_token.sum().item()
 
     def add_micro_batch(self, episodes, logprobs, old_logprobs, mask, advantages):
-        """Count tokens, clipped tokens, and the gap between sampler and trainer.
+        """Count tokens and clipped tokens.
 
         episodes: B; logprobs, old_logprobs, mask (B, T); advantages (B,).
         """
@@ -177,11 +187,15 @@ class StepLog:
         self.sums["clipfrac"] += n * stats["clipfrac"]
         self.tokens += n
         self.trained_tokens += sum(len(e.ids) for e in episodes)
-        if not self.grad_norms:                         # before any update the policy has not moved
-            gap = (logprobs.detach() - old_logprobs).abs()[mask]
-            self.gap_sum += gap.sum().item()
-            self.gap_max = max(self.gap_max, gap.max().item())
-            self.gap_tokens += n
+
+    def add_gap(self, logprobs, sampled_logprobs, mask):
+        """The gap between trainer and sampler, (B, T) each, before the first update of the step."""
+        if self.grad_norms:                             # the policy has moved since it sampled
+            return
+        gap = (logprobs.detach() - sampled_logprobs).abs()[mask]
+        self.gap_sum += gap.sum().item()
+        self.gap_max = max(self.gap_max, gap.max().item())
+        self.gap_tokens += len(gap)
 
 
 def step_metrics(log, batch, reward, advantages, weights):
@@ -246,6 +260,7 @@ def add_work(row, log, batch):
     """Tokens prefilled and patches encoded: by our rollouts, and by naive ones without a cache."""
     naive = zoom_rollout.naive_work(log.vlm, batch.episodes + batch.dropped)
     share = 1 / ranks.world_size()                      # adds up to 1, so the ratio is the sum
+    row["sampled"] = len(batch.episodes + batch.dropped), share
     for kind in ("tokens", "patches"):
         row[f"{kind}_run"] = log.rollout_work[kind], share
         row[f"{kind}_naive"] = naive[kind], share
@@ -333,6 +348,8 @@ def summarise_run(before, after, held_out, curves, seconds):
     if "off" in after:
         summary["accuracy_no_zoom"] = after["off"]["accuracy"]
         summary["accuracy_black_crop"] = after["black"]["accuracy"]
+    if "wrong" in after:
+        summary["accuracy_wrong_crop"] = after["wrong"]["accuracy"]
     if "mean_iou" in on:
         summary["mean_iou_before"] = before["on"]["mean_iou"]
         summary["mean_iou_after"] = on["mean_iou"]
@@ -340,7 +357,7 @@ def summarise_run(before, after, held_out, curves, seconds):
     for name, part in difficulty_levels(on).items():
         accuracy_before = before["on"]["categories"][name]["accuracy"]
         levels[name] = {"n": part["n"], "accuracy_before": accuracy_before,
-                        "accuracy_after": part["accuracy"]}
+                        "accuracy_after": part["accuracy"], "zooms": part["zooms"]}
     if levels:
         summary["levels"] = levels
     return summary

@@ -2,12 +2,16 @@
 
     --curiosity, --overlong     bonuses that depend on the group or on the length in tokens
     --evidence-bonus            a bonus for looking at the right place, whatever the answer
+    --zoom-cost                 a price for each crop
+    --reward-parts              another sum of the recipe's components
     --control                   rewards that know nothing of the right answer
     --over-turn                 what becomes of episodes that a limit cut off
     --papo-coef                 a second look at images that are mostly black
+    --sampler-dtype, --mismatch rollouts in another precision, and what is done about that
 
 The formulas are in grpo.py; here stands what they need to know about episodes.
 """
+import copy
 import random
 from dataclasses import replace
 
@@ -18,19 +22,41 @@ import grpo
 from appendix import evidence, run
 
 
-def check_bonuses(cfg, episode_limit):
-    """End the program if a bonus is asked for that this recipe would never pay.
+# The components that --reward-parts may add up, by recipe. hit: is the IoU of a box 0.5 or more?
+REWARD_PARTS = {
+    "vigorl": ("accuracy", "format", "grounded"),
+    "vigorl-ungrounded": ("accuracy", "format"),
+    "vigorl-zoom": ("accuracy", "format", "grounded", "distinct"),
+    "univg-r1": ("iou", "hit", "format"),
+}
+# What the loss does with the sampler's log-probabilities, which may not be quite the trainer's.
+# ratio: they are the denominator of its ratio, which is clipped. ignore: the trainer's own take
+# their place, as if both agreed. truncate: the same, times a weight (grpo.importance_weights).
+MISMATCH = ("ratio", "ignore", "truncate")
+
+
+def check_options(cfg, episode_limit):
+    """End the program if an option is asked for that would do nothing, or something else.
 
     episode_limit: tokens that an episode may sample at most.
     """
     can_zoom = data.PROMPT_STYLES[cfg.recipe] == "zoom"
-    for name in ("distinct_bonus", "tool_bonus", "curiosity", "evidence_bonus"):
+    for name in ("distinct_bonus", "tool_bonus", "curiosity", "evidence_bonus", "zoom_cost"):
         if getattr(cfg, name) and not can_zoom:
-            run.fail(f"{run.flag_of(name)} pays for zooms, and the recipe {cfg.recipe} has none; "
+            run.fail(f"{run.flag_of(name)} depends on zooms, and the recipe {cfg.recipe} has none; "
                      "expected 0, or --recipe vigorl-zoom")
+    if cfg.template and not (can_zoom and cfg.max_zooms):
+        run.fail("--template opens a tool call; expected a recipe and --max-zooms that allow one")
     if cfg.overlong > episode_limit:
         run.fail(f"--overlong is {cfg.overlong}; expected at most the {episode_limit} tokens that "
                  "an episode may sample")
+    for name in filter(None, cfg.reward_parts.split(",")):
+        if name not in REWARD_PARTS[cfg.recipe]:
+            run.fail(f"--reward-parts names {name!r}; expected some of "
+                     f"{', '.join(REWARD_PARTS[cfg.recipe])}")
+    if cfg.mismatch != "ratio" and cfg.num_minibatches > 1:
+        run.fail(f"--mismatch {cfg.mismatch} takes the policy of the update for the one that "
+                 "sampled; expected --num-minibatches 1")
 
 
 def warn_of_long_turns(vlm, traces, max_new_tokens):
@@ -49,19 +75,30 @@ def warn_of_long_turns(vlm, traces, max_new_tokens):
 def add_group_bonuses(episodes, cfg, episode_limit):
     """Add the bonuses of --curiosity and --overlong to the rewards of whole groups, in place.
 
-    The same for --evidence-bonus. Each bonus is a reward component of its own, too.
+    The same for --evidence-bonus and --zoom-cost. Each is a reward component of its own, too.
     episode_limit: tokens that an episode may sample at most.
     """
+    zooms = [float(sum(t.crop is not None for t in e.turns)) for e in episodes]
+    zooms = torch.tensor(zooms).view(-1, cfg.group_size)                        # (P, G)
     if cfg.curiosity:
-        zooms = [float(sum(t.crop is not None for t in e.turns)) for e in episodes]
-        zooms = torch.tensor(zooms).view(-1, cfg.group_size)                    # (P, G)
         add_bonus(episodes, "curiosity", grpo.curiosity(zooms, cfg.curiosity))
+    if cfg.zoom_cost:
+        add_bonus(episodes, "zoom_cost", -cfg.zoom_cost * zooms)
     if cfg.overlong:
         lengths = torch.tensor([float(sum(e.completion_mask)) for e in episodes])
         add_bonus(episodes, "overlong", grpo.overlong(lengths, episode_limit, cfg.overlong))
     if cfg.evidence_bonus:
         saw = torch.tensor([float(evidence.saw(e) or 0) for e in episodes])
         add_bonus(episodes, "evidence", cfg.evidence_bonus * saw)
+
+
+def choose_parts(episodes, cfg):
+    """Put the sum of --reward-parts in place of the episodes' rewards, if any are named."""
+    if not cfg.reward_parts:
+        return
+    for e in episodes:
+        parts = e.reward_components
+        parts["reward"] = sum(parts[name] for name in cfg.reward_parts.split(","))
 
 
 def add_bonus(episodes, name, bonus):
@@ -141,3 +178,24 @@ def blindfold(vlm, episodes, step, share=0.6):
                 dark_views[id(view)] = dark
         out.append(replace(e, views=[dark_views[id(view)] for view in e.views]))
     return out
+
+
+def sampler(vlm, cfg):
+    """The VLM that samples: the policy, or with --sampler-dtype a copy in that precision."""
+    if not cfg.sampler_dtype:
+        return vlm
+    model = copy.deepcopy(vlm.model)
+    for p in model.parameters():                        # not the rotary frequencies
+        p.data = p.data.to(getattr(torch, cfg.sampler_dtype))
+    return type(vlm)(model, vlm.tokenizer, vlm.processor, vlm.name, vlm.spec)
+
+
+def hand_over(episodes, sampler, vlm):
+    """From a sampler of another precision to the trainer, which encodes the images by itself."""
+    if sampler is vlm:
+        return
+    for kind, done in sampler.work.items():
+        vlm.work[kind] += done
+    for e in episodes:
+        for view in e.views:
+            view.drop_features()

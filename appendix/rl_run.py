@@ -15,7 +15,7 @@ import data
 import evaluate
 import train_sft
 import zoom_rollout
-from appendix import memory, metrics, prefix, ranks, rl_options, run, terminal
+from appendix import memory, metrics, mixture, prefix, ranks, rl_options, run, terminal
 from appendix.split import hold_out
 from appendix.weights import largest_prompt_image
 from model import is_tiny
@@ -35,6 +35,7 @@ class Progress:
     step: int = 0                                       # steps done
     seconds: float = 0.0                                # seconds spent by earlier processes
     before: dict = field(default_factory=dict)          # held-out summary by zoom mode, before RL
+    sampled: int = 0                                    # episodes sampled by RL so far
     sections: list = field(default_factory=list)        # sections of the report: (title, episodes)
 
 
@@ -189,8 +190,7 @@ def split(cfg, side, rows):
     training draws its scenes step by step. Raises DataError if all rows are about one image.
     """
     if not cfg.data:
-        held_out = data.toy(cfg.task, "test", cfg.eval_n, cfg.seed, cfg.difficulty, side)
-        return held_out, []
+        return mixture.toy_questions(cfg, "test", cfg.eval_n, cfg.seed, side), []
     n = min(cfg.eval_n, max(len(rows) // 10, 1))
     held_out, train_rows = hold_out(rows, n, cfg.seed)
     if not held_out:
@@ -207,8 +207,9 @@ def fine_tune_on_traces(vlm, train_rows, held_out, cfg):
     began = time.time()
     defaults = {} if is_tiny(cfg.model) else train_sft.REAL
     sft = replace(
-        train_sft.Config(**defaults), traces=cfg.traces, task=cfg.task, difficulty=cfg.difficulty,
-        n=cfg.sft_n, epochs=cfg.sft_epochs, batch=cfg.sft_batch, lr=cfg.sft_lr, seed=cfg.seed,
+        train_sft.Config(**defaults), traces=cfg.traces, task=cfg.task, also=cfg.also,
+        difficulty=cfg.difficulty, target=cfg.sft_target, corrected=cfg.sft_corrected, n=cfg.sft_n,
+        epochs=cfg.sft_epochs, batch=cfg.sft_batch, lr=cfg.sft_lr, seed=cfg.seed,
         max_zooms=cfg.max_zooms, micro_tokens=cfg.micro_tokens, offload=cfg.offload,
         plain=cfg.plain)
     style = data.PROMPT_STYLES[cfg.recipe]
@@ -229,13 +230,13 @@ class Measurement:
     episodes: list                                      # of this rank
 
 
-def measure(vlm, cfg, samples, label, modes=tuple(evaluate.MODES)):
+def measure(vlm, cfg, samples, label, modes=None):
     """Held-out accuracy in each zoom mode, sampled as in training -> {mode: Measurement}.
 
-    modes: those to ask in; without a zoom tool "on" is the only one.
+    modes: those to ask in (default: zoom_modes); without a zoom tool "on" is the only one.
     """
     can_zoom = data.PROMPT_STYLES[cfg.recipe] == "zoom"
-    modes = modes if can_zoom else ["on"]
+    modes = (modes or zoom_modes(cfg)) if can_zoom else ["on"]
     options = evaluate.RunOptions(recipe=cfg.recipe, plain=cfg.plain)
     out = {}
     for mode in modes:
@@ -250,6 +251,11 @@ def measure(vlm, cfg, samples, label, modes=tuple(evaluate.MODES)):
         shares.append(f"{what} {s['accuracy']:.1%} [{s['low']:.1%}, {s['high']:.1%}]")
     print(f"{label}: {'; '.join(shares)}")
     return out
+
+
+def zoom_modes(cfg):
+    """All modes, but "wrong" only if the run asks for it."""
+    return [mode for mode in evaluate.MODES if mode != "wrong" or cfg.eval_wrong]
 
 
 def measure_before(vlm, cfg, samples):
@@ -318,7 +324,7 @@ class RunLog:
     def save(self, step):
         seconds = self.progress.seconds + time.time() - self.began
         state = {"step": step, "config": asdict(self.cfg), "before": self.progress.before,
-                 "seconds": seconds}
+                 "seconds": seconds, "sampled": self.progress.sampled}
         run.save_checkpoint(
             self.path("checkpoint"), self.vlm, self.optimizer, state, self.cfg.weights_only)
         self.saved = step
@@ -349,16 +355,22 @@ class RunLog:
 
         Ends the program after PATIENCE steps in a row without a finite gradient.
         """
+        self.progress.sampled += round(row["sampled"])
         self.skipped = self.skipped + 1 if row["skipped"] else 0
         if self.skipped == PATIENCE:
             run.fail(self.diverged())
         done = row["step"] + 1
         stopping = ranks.all_reduce([int(self.interrupt.asked)])[0] > 0         # on any rank
-        if done % self.cfg.save_every == 0 or done == self.cfg.steps or stopping:
+        if done % self.cfg.save_every == 0 or self.is_over(done) or stopping:
             self.save(done)
         if stopping:
             print(f"stopped and saved; continue with: --name {self.cfg.name} --resume")
         return stopping
+
+    def is_over(self, done):
+        """Is RL over after so many steps: all of --steps, or --max-episodes sampled?"""
+        limit = self.cfg.max_episodes
+        return done == self.cfg.steps or 0 < limit <= self.progress.sampled
 
     def diverged(self):
         return (f"the gradient was not finite in {PATIENCE} steps in a row, so nothing was learned "

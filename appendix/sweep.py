@@ -2,6 +2,8 @@
 
     python -m appendix.sweep kl_coef=0,0.01 --seeds 0,1 --steps 20
     python -m appendix.sweep loss=grpo,gspo num_minibatches=1,4 --seeds 0,1,2 --task relation
+    python -m appendix.sweep --list                     # the studies: claims put to the test
+    python -m appendix.sweep --study controls           # one of them (appendix/studies.py)
 
 FIELD=V1,V2 names a setting of train_rl.py (its flag, with underscores) and its values. An arm is
 one combination; every arm runs once per seed, one thread per run, as many runs at once as there are
@@ -37,14 +39,15 @@ from appendix.files import DataError
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 # What determines a warm start. Runs that agree in all of these share one.
-WARM = ("model", "seed", "task", "difficulty", "data", "images", "recipe", "max_pixels", "traces",
-        "sft_n", "sft_epochs", "sft_batch", "sft_lr", "max_zooms", "dtype")
+WARM = ("model", "seed", "task", "also", "difficulty", "data", "images", "recipe", "max_pixels",
+        "traces", "sft_target", "sft_corrected", "sft_n", "sft_epochs", "sft_batch", "sft_lr",
+        "max_zooms", "dtype")
 # Settings that the sweep itself decides.
 OURS = ("name", "seed", "resume", "fresh")
 # About how long a part takes on two cores like those of the README, in seconds.
 SECONDS_PER_EPISODE = 0.006     # of an RL step, sampling and update, per episode
 SECONDS_PER_ANSWER = 0.02       # of a measurement, per held-out question, all zoom modes
-SECONDS_PER_TRACE = {"mcts": 0.04, "oracle": 0.01}
+SECONDS_PER_TRACE = {"mcts": 0.04, "path": 0.03, "oracle": 0.01}
 SECONDS_TO_START = 8
 
 
@@ -80,6 +83,17 @@ class Run:
     @property
     def is_done(self):
         return os.path.exists(os.path.join(self.folder, "summary.json"))
+
+    @property
+    def steps(self):
+        """Its length on the progress bar; a warm start is one step long."""
+        return max(self.config.steps, 1)
+
+    def command(self):
+        """The command line that begins it or, if it was stopped, continues it."""
+        stopped = os.path.exists(os.path.join(self.folder, "checkpoint"))
+        go_on = "--resume" if stopped else "--fresh"
+        return ["train_rl.py", *self.argv, f"--name={self.name}", go_on]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -166,19 +180,23 @@ def slug(label):
 # how long it will take
 
 def estimated_seconds(runs, warm_starts, at_once):
-    """A guess, good to a factor of two. What is done already costs nothing."""
+    """A guess of the time for what is not done yet, good to a factor of two."""
+    missing = [r for r in runs if not r.is_done]
+    return seconds_of(missing, [warm for warm in warm_starts if not warm.is_done]) / at_once
+
+
+def seconds_of(runs, warm_starts):
+    """A guess of the time that these take on one core."""
     total = 0.0
     for warm in warm_starts:
-        if not warm.is_done:
-            per_trace = SECONDS_PER_TRACE.get(warm.config.traces, 0.01)
-            total += SECONDS_TO_START + per_trace * warm.config.sft_n
+        per_trace = SECONDS_PER_TRACE.get(warm.config.traces, 0.01)
+        total += SECONDS_TO_START + per_trace * warm.config.sft_n
     for r in runs:
-        if not r.is_done:
-            cfg = r.config
-            per_step = SECONDS_PER_EPISODE * cfg.num_prompts * cfg.group_size
-            total += SECONDS_TO_START + per_step * cfg.steps
-            total += 2 * SECONDS_PER_ANSWER * cfg.eval_n
-    return total / at_once
+        cfg = r.config
+        per_step = SECONDS_PER_EPISODE * cfg.num_prompts * cfg.group_size
+        total += SECONDS_TO_START + per_step * cfg.steps
+        total += 2 * SECONDS_PER_ANSWER * cfg.eval_n
+    return total
 
 
 def in_words(seconds):
@@ -202,7 +220,7 @@ class Pool:
         if not missing:
             return []
         failed = []
-        total = sum(max(r.config.steps, 1) for r in missing)
+        total = sum(r.steps for r in missing)
         with ThreadPoolExecutor(self.at_once) as threads:
             waiting = {threads.submit(self.run_one, r): r for r in missing}
             try:
@@ -226,9 +244,8 @@ class Pool:
             return "stopped"
         if r.is_done:
             return ""
-        go_on = "--resume" if os.path.exists(os.path.join(r.folder, "checkpoint")) else "--fresh"
-        command = [sys.executable, os.path.join(ROOT, "train_rl.py"), *r.argv, f"--name={r.name}",
-                   go_on]
+        script, *flags = r.command()
+        command = [sys.executable, os.path.join(ROOT, script), *flags]
         env = {**os.environ, "OMP_NUM_THREADS": "1"}
         log = log_path(r)
         os.makedirs(os.path.dirname(log), exist_ok=True)
@@ -271,15 +288,14 @@ def last_line(path):
 
 
 def steps_done(runs):
-    """RL steps that these runs have done so far; a warm start counts as one step."""
+    """Steps that these runs have done so far."""
     done = 0
     for r in runs:
-        steps = max(r.config.steps, 1)
         if r.is_done:
-            done += steps
+            done += r.steps
         elif os.path.exists(os.path.join(r.folder, "metrics.jsonl")):
             with open(os.path.join(r.folder, "metrics.jsonl"), encoding="utf-8") as f:
-                done += min(sum(1 for _ in f), steps)
+                done += min(sum(1 for _ in f), r.steps)
     return done
 
 
@@ -287,7 +303,10 @@ def steps_done(runs):
 # one sweep
 
 def sweep(plan, at_once):
-    """Run what is missing, write and print the table -> the rows of table.json."""
+    """Run what is missing, write and print the table -> (list[Run] that are done, failed ones).
+
+    The failed ones are (Run, message).
+    """
     runs, warm_starts = runs_of(plan)
     folder = run.make_dir(os.path.join("runs", "sweeps", plan.name))
     run.lock(folder)
@@ -307,7 +326,8 @@ def sweep(plan, at_once):
     done = [r for r in runs if r.is_done]
     if not done:
         raise DataError("no run came to its end, so there is nothing to compare")
-    return sweep_results.write(folder, plan, done, failed)
+    sweep_results.write(folder, plan, done, failed)
+    return done, failed
 
 
 def check_same_sweep(folder, plan):
@@ -337,8 +357,12 @@ def parse(argv=None):
     parser = run.Parser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False)
-    parser.add_argument("--seeds", default="0,1,2", help="seeds (default: 0,1,2)")
+    parser.add_argument("--seeds", default="", help="seeds (default: 0,1,2, or a study's own)")
     parser.add_argument("--name", default="", help="name of the sweep (default: from the fields)")
+    parser.add_argument("--study", default="", help="run the study of this name")
+    parser.add_argument("--list", action="store_true", help="print all studies")
+    parser.add_argument("--record", action="store_true",
+                        help="keep the study's results in appendix/studies, and write studies.md")
     parser.add_argument("--at-once", type=int, default=0,
                         help="runs at a time; 0: one per core, on a GPU one")
     args, shared = parser.parse_known_args([word for word in argv if word not in axes])
@@ -360,14 +384,19 @@ def default_at_once(shared):
 
 def main(argv=None):
     args, axes, shared = parse(argv)
-    if not axes:
-        raise DataError("nothing to sweep; expected FIELD=V1,V2 such as kl_coef=0,0.01,")
     for word in shared:
         if word.split("=")[0].removeprefix("--").replace("-", "_") in OURS:
             raise DataError(f"{word} is decided by the sweep; see --name and --seeds")
+    if args.study or args.list:
+        from appendix import studies
+        studies.main(args, axes, shared)
+        return
+    if not axes:
+        raise DataError("nothing to sweep; expected FIELD=V1,V2 such as kl_coef=0,0.01, "
+                        "or --study NAME (--list prints all)")
     swept = [axis.partition("=")[0] for axis in axes]
     name = args.name or "-".join(swept)
-    plan = Plan(name, arms_of(axes), seeds_of(args.seeds), shared)
+    plan = Plan(name, arms_of(axes), seeds_of(args.seeds or "0,1,2"), shared)
     sweep(plan, args.at_once or default_at_once(shared))
 
 

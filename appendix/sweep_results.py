@@ -158,9 +158,10 @@ COLORS = ("#2447c5", "#d9480f", "#2b8a3e", "#9c36b5", "#c2255c", "#0b7285", "#84
 
 @dataclass(frozen=True)
 class Curve:
-    """One arm as templates/curves.svg shows it: points of the mean, outline of the band."""
+    """A line of templates/curves.svg: its points, and the outline of its band, if it has one."""
     label: str
     color: str
+    dash: str                   # "none": a solid line
     mean: Markup
     band: Markup
     y_of_label: float
@@ -171,26 +172,47 @@ def draw_curves(plan, runs, name="accuracy"):
     the highest seed, both smoothed over five steps."""
     curves = []
     last_step = 1
-    for number, arm in enumerate(plan.arms):
+    for arm in plan.arms:
         series = [smooth(read_metric(r, name)) for r in runs if r.arm == arm.label]
         steps = min(map(len, series), default=0)
-        if steps < 2:
-            continue
-        last_step = max(last_step, steps)
         columns = list(zip(*[values[:steps] for values in series]))
-        curves.append((number, arm.label, columns))
+        curves.append((arm.label, columns if steps > 1 else []))
+        last_step = max(last_step, steps)
     drawn = []
-    for number, label, columns in curves:
+    for number, (label, columns) in enumerate(curves):
         mean = [statistics.mean(column) for column in columns]
         low = [min(column) for column in columns]
         high = [max(column) for column in columns]
-        outline = outline_points(high, last_step) + outline_points(low, last_step)[::-1]
-        line = outline_points(mean, last_step)
-        drawn.append(Curve(label, COLORS[number % len(COLORS)], Markup(" ".join(line)),
-                           Markup(" ".join(outline)), TOP + 16 * len(drawn) + 10))
+        band = outline_points(high, last_step) + outline_points(low, last_step)[::-1]
+        drawn.append(make_curve(number, label, outline_points(mean, last_step), band))
+    return render(drawn, "step 1", f"step {last_step}")
+
+
+def draw_lines(lines, first, last):
+    """Lines of shares at evenly spaced places, [(label, values)] -> SVG.
+
+    first, last: what stands below the two ends of the axis.
+    """
+    drawn = []
+    for number, (label, values) in enumerate(lines):
+        points = outline_points(values, len(values))
+        drawn.append(make_curve(number, label, points, []))
+    return render(drawn, first, last)
+
+
+def make_curve(number, label, mean, band):
+    """The number-th Curve of a picture; after the last color they begin again, dashed."""
+    dash = "5 3" if number >= len(COLORS) else "none"
+    return Curve(label, COLORS[number % len(COLORS)], dash, Markup(" ".join(mean)),
+                 Markup(" ".join(band)), TOP + 16 * number + 10)
+
+
+def render(curves, first, last):
     ticks = [(value, y_of(value)) for value in (0, 0.25, 0.5, 0.75, 1)]
-    return page.render("curves.svg", curves=drawn, ticks=ticks, last_step=last_step, width=WIDTH,
-                       height=HEIGHT, left=LEFT, right=WIDTH - RIGHT, bottom=HEIGHT - BOTTOM)
+    shown = [curve for curve in curves if curve.mean]
+    return page.render("curves.svg", curves=shown, ticks=ticks, first=first, last=last,
+                       width=WIDTH, height=HEIGHT, left=LEFT, right=WIDTH - RIGHT,
+                       bottom=HEIGHT - BOTTOM)
 
 
 def read_metric(r, name):

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 import data
 import rewards
-from appendix import files, run
+from appendix import files, mixture, run
 from appendix.chains import is_far, linearise, to_turns
 from appendix.tree_sampler import Path, Sampler
 from zoom_rollout import Trace
@@ -279,7 +279,7 @@ def next_batch(cfg, questions, side, number, num_traces):
     if num_traces >= cfg.n or first >= 4 * cfg.n + cfg.trees:           # enough, or hopeless
         return []
     seed = f"sft{cfg.seed}/{number}"
-    return data.toy(cfg.task, "train", cfg.trees, seed, cfg.difficulty, side)
+    return mixture.toy_questions(cfg, "train", cfg.trees, seed, side)
 
 
 def grow_trees(vlm, samples, style, cfg, log, counts):

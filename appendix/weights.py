@@ -97,12 +97,14 @@ def largest_prompt_image(name, cfg):
     return min(find_model(name)[1].max_pixels, TOY_PIXELS)
 
 
-def toy_side(max_pixels, factor=28):
+def toy_side(name, spec, factor=28):
     """Side of a toy scene: 4 times the side fed, so that only a crop shows fine patterns.
 
-    max_pixels: of an image fed. factor: side of an image token; the result is a multiple of it.
+    name, spec: of the model. --max-pixels changes how large a scene is fed, not the scene. factor:
+    side of an image token; the result is a multiple of it.
     """
-    return 4 * int(max_pixels ** 0.5) // factor * factor
+    largest = MODELS.get(name, spec).max_pixels
+    return 4 * int(min(largest, TOY_PIXELS) ** 0.5) // factor * factor
 
 
 # --------------------------------------------------------------------------------------------------

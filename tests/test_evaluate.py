@@ -3,7 +3,7 @@ is in test_report.py, what an episode did in test_analysis.py. At the end MUTATI
 
     python -m pytest tests/test_evaluate.py        # no model is loaded
 """
-import json, os, random, re, subprocess, sys, time
+import itertools, json, math, os, random, re, subprocess, sys, time
 
 import pytest
 import torch
@@ -495,7 +495,7 @@ def test_a_bad_row_is_named(bench, capsys, row, said):
 def test_wrong_use_is_one_line(bench, capsys):
     folder, run = bench
     good = texts("(110, 55)", "(315, 15)")
-    for flags, said in ((["--data", "nowhere.jsonl"], "cannot read nowhere.jsonl"), (["--batch", "0"], "--batch and --max-new-tokens must be at least 1"),
+    for flags, said in ((["--data", "nowhere.jsonl"], "cannot read nowhere.jsonl"), (["--batch", "0"], "--batch, --max-new-tokens and --samples must be at least 1"),
                         (["--circular"], "--circular asks a model again"), (["--compare", "x"], "--compare needs two different folders"), (["--compare", "x", "./x"], "--compare needs two different folders"),
                         (["--predictions", "nowhere.jsonl"], "cannot read nowhere.jsonl"), (["--out", "/proc/x"], "cannot write into /proc/x"),
                         (["--convention", "fed", "--model", "other"], "--convention fed needs --max-pixels")):
@@ -736,20 +736,50 @@ def test_boxes_are_asked_for_without_zooms(tmp_path, monkeypatch):
     for n, (samples, more, style) in enumerate([([box], [], "boxes"), ([box], ["--style", "zoom"], "zoom"), ([box, point(image="a.png")], [], "zoom")]):
         data.write_jsonl(str(tmp_path / "d.jsonl"), samples)
         evaluate.main(["--data", str(tmp_path / "d.jsonl"), "--zoom", "all", "--out", str(tmp_path / str(n)), *more])
-        assert {config.style for *_, config, _ in calls} == {style} and len(calls) == (1 if style == "boxes" else 3)
+        assert {config.style for *_, config, _ in calls} == {style} and len(calls) == (1 if style == "boxes" else 4)
         calls.clear()
 
 
 def test_zoom_gain_and_harm(tmp_path, monkeypatch):
     """Right only with zoom; right only without; and black crops beside them."""
     monkeypatch.setattr(prefix, "load_vlm", lambda *_, **__: Eyes())
-    hits = {"on": {"c0", "c1", "c2", "c3"}, "off": {"c3", "c4"}, "black": {"c0"}}
+    hits = {"on": {"c0", "c1", "c2", "c3"}, "off": {"c3", "c4"}, "black": {"c0"}, "wrong": {"c0", "c3", "c4"}}
     fake_rollout(monkeypatch, lambda s, zoom: "checked" if s.id in hits[zoom] else "lined")
     s = evaluate.main(["--data", choices(tmp_path), "--zoom", "all", "--out", str(tmp_path / "out")])
     assert (s["zoom_gain"], s["zoom_harm"]) == (pytest.approx(3 / 7), pytest.approx(1 / 7))
     assert (s["paired"]["off"]["only_b"], s["paired"]["off"]["only_a"], s["paired"]["black"]["only_b"]) == (3, 1, 3)
+    assert (s["paired"]["wrong"]["only_b"], s["paired"]["wrong"]["only_a"], list(s["paired"])) == (2, 1, ["off", "black", "wrong"])
     assert s["modes"]["on"]["accuracy"] == s["accuracy"] == 4 / 7 and s["modes"]["black"]["correct"] == 1
     assert "zoom gain 42.9%, zoom harm 14.3%" in open(tmp_path / "out" / "report.html").read()
+
+
+def test_pass_at_k_is_unbiased():
+    """Claim: Chen et al. 2021, eq. 1, is the share of the sets of k among n answers that hold a right one; its mean over the draws of n
+    coins is 1 - (1 - p)^k exactly. The plug-in estimate is too small."""
+    for n, c, k in itertools.product((4, 5), (0, 1, 3, 4), (1, 2, 4)):
+        sets = list(itertools.combinations([1] * c + [0] * (n - c), k))
+        assert evaluate.pass_at_k(n, c, k) == pytest.approx(sum(map(any, sets)) / len(sets))
+    p, n, k = 0.3, 6, 4
+    expected = sum(math.comb(n, c) * p ** c * (1 - p) ** (n - c) * evaluate.pass_at_k(n, c, k) for c in range(n + 1))
+    assert expected == pytest.approx(1 - (1 - p) ** k)
+
+
+def test_samples_of_a_question(tmp_path, monkeypatch):
+    """Claim: --samples 4 asks every question four times under ids of its own, gives pass@1, 2, 4, and counts a question as one in the
+    interval. It needs a temperature."""
+    monkeypatch.setattr(prefix, "load_vlm", lambda *_, **__: Eyes())
+    fake_rollout(monkeypatch, lambda s, zoom: "checked" if s.id in ("c0#0", "c0#1", "c1#3") else "lined")
+    out = str(tmp_path / "out")
+    command = ["--data", choices(tmp_path, 3), "--no-shuffle", "--samples", "4", "--out", out]
+    for refused in ([], ["--temperature", "1", "--circular"]):
+        with pytest.raises(SystemExit):
+            evaluate.main([*command, *refused])
+    s = evaluate.main([*command, "--temperature", "1"])
+    assert s["n"] == 12 and s["accuracy"] == 0.25 and "all_rotations" not in s
+    assert s["pass_at"] == pytest.approx({"1": 0.25, "2": (5 / 6 + 1 / 2) / 3, "4": 2 / 3})
+    assert (s["low"], s["high"]) == pytest.approx(evaluate.wilson(0.75, 3))
+    assert f"pass@4 {2 / 3:.1%}" in open(tmp_path / "out" / "report.html").read()
+    assert "pass_at" not in evaluate.main(["--data", str(tmp_path / "c.jsonl"), "--out", str(tmp_path / "one")])
 
 
 def test_plain_counts_no_behaviour_and_draws_no_page(tmp_path, monkeypatch, capsys):
@@ -801,7 +831,10 @@ MUTATIONS = [
     ("appendix.episode_rows:is_right", 'components["accuracy"] >= 1 - 1e-6', 'components["accuracy"] > 0', test_summarise_boxes_partial_credit_hidden_gold_and_nothing, {}),
     ("appendix.episode_rows:is_right", 'benchmark == "vlm-r1"', "False", test_overlap_of_exactly_one_half_and_at_each_threshold, {}),
     ("evaluate:count", '[r["iou"] for r in scored if "iou" in r]', '[r["iou"] for r in scored if is_right(r)]', test_summarise_boxes_partial_credit_hidden_gold_and_nothing, {}),
-    ("evaluate:count", 'len({r.get("of", i) for i, r in enumerate(scored)})', "n", test_rotations_of_a_question_are_one_piece_of_evidence, {}),
+    ("evaluate:count", 'len({r.get("of", r.get("sample_of", i)) for i, r in enumerate(scored)})', "n", test_rotations_of_a_question_are_one_piece_of_evidence, {}),
+    ("evaluate:count", 'r.get("sample_of", i)', "i", test_samples_of_a_question, {}),
+    ("evaluate:pass_at_k", "1 - math.comb(n - c, k) / math.comb(n, k)", "1 - (1 - c / n) ** k", test_pass_at_k_is_unbiased, {}),
+    ("evaluate:pass_at", "pass_at_k(len(hits), sum(hits), k)", "pass_at_k(len(hits), sum(hits), 1)", test_samples_of_a_question, {}),
     ("appendix.averages:categories_of", 'list(row["category"])', 'list(row["category"][:1])', test_summarise_counts_by_category, {}),
     ("appendix.averages:categories_of", "levels > 1", "levels > 2", test_each_benchmark_averages_by_its_own_rule, {}),
     ("appendix.averages:CELLS", "(2, 6)", "(1, 3)", test_each_benchmark_averages_by_its_own_rule, {}),

@@ -329,6 +329,17 @@ def test_perception():
     pi, masked = torch.randn(6).log_softmax(0), torch.randn(6).log_softmax(0)
     close((pi.exp() * grpo.perception(pi[None], masked[None], torch.ones(1, 6, dtype=bool))[0]).sum(), kl(pi, masked))
 
+def test_importance_weights():
+    """Bug: the fraction upside down, padding that is nan, a gradient through the weight. Over tokens of the sampler the uncapped weight
+    has mean 1, and a weighted mean is that of pi."""
+    pi = tensor([[-1, -1, -3, 9]]).requires_grad_()
+    weights = grpo.importance_weights(pi, tensor([[-1, -3, -1, math.nan]]), lengths_mask([3], 4), 2.0)
+    close(weights, [[1, 2, math.exp(-2), 0]])
+    assert not weights.requires_grad
+    trainer, sampler, value = torch.randn(6).log_softmax(0), torch.randn(6).log_softmax(0), torch.randn(6)
+    weights = grpo.importance_weights(trainer[None], sampler[None], torch.ones(1, 6, dtype=bool), 1e9)[0]
+    close((sampler.exp() * weights * value).sum(), (trainer.exp() * value).sum())
+
 def test_kl_values():
     """Bug: a sign or a direction: k1 and k3 estimate KL(pi || ref), k2 and k3 are never negative, and all are 0 at equality."""
     _, pi, ref = softmaxes()
@@ -531,6 +542,8 @@ def test_unknown_names():
 LEAK = dict(loss="grpo", kind="token", penalty="k3", garbage=math.nan)
 
 MUTATIONS = [
+    ("grpo:importance_weights", "logprobs.detach()", "logprobs", test_importance_weights, {}),
+    ("grpo:importance_weights", "torch.where(mask, gap.exp().clamp(max=cap), 0.0)", "gap.exp().clamp(max=cap)", test_importance_weights, {}),
     ("grpo:group_advantages", "unbiased = min(1, rewards.shape[1] - 1)", "unbiased = 0", test_unbiased_std, {}),
     ("grpo:advantages_of_finished", "advantages[p, kept] = group_advantages(group, scale)[0]",
      "advantages[p, kept] = group_advantages(rewards[p:p + 1], scale)[0, kept]", test_over_turn_statistics, dict(scale="std")),

@@ -175,7 +175,7 @@ def test_metrics(models):
     import data
     vlm, found = models["qwen2.5"], {}
     adam = optimizer.AdamW(vlm.parameters(), 1e-3)
-    for task, flags in (("search", dict(curiosity=0.5, overlong=2, evidence_bonus=0.1)), ("boxes", dict(difficulty_weight="exp", resample=1, papo_coef=0.01))):
+    for task, flags in (("search", dict(curiosity=0.5, overlong=2, evidence_bonus=0.1, zoom_cost=0.1)), ("boxes", dict(difficulty_weight="exp", resample=1, papo_coef=0.01, mismatch="truncate"))):
         cfg = train_rl.Config(recipe=data.TASK_RECIPES[task], task=task, num_prompts=2, group_size=1, blind_prompts=1, max_new_tokens=2, max_zooms=1, **flags)
         row, _ = train_rl.train_step(vlm, None, adam, train_rl.Questions(cfg, data.SIDE), cfg, 1)
         found |= row

@@ -3,6 +3,7 @@ The report and the trees page: nothing that a model or a data file wrote can run
 they stay light. No model is loaded. At the end MUTATIONS puts bugs into appendix/report.py, card.py and page.py.
 """
 import base64, hashlib, io, json, re
+from dataclasses import replace
 from html.parser import HTMLParser
 from types import SimpleNamespace
 
@@ -255,7 +256,7 @@ def test_the_page_says_what_it_is_and_what_each_control_proves(tmp_path):
     """Claim: the title has the run, the date, the number of questions and chance; a sentence says what each row, column and section shows."""
     notes = rl_run.report_notes(list(evaluate.MODES))
     sections = [("before RL", [zoomed()]), *((f"after RL, {label}", [zoomed()]) for label in evaluate.MODES.values())]
-    table = [("", list(evaluate.MODES.values())), ("before RL", [1, 2, 3]), ("after RL", [1, 2, 3])]
+    table = [("", list(evaluate.MODES.values())), ("before RL", [1, 2, 3, 4]), ("after RL", [1, 2, 3, 4])]
     p = written(tmp_path, sections, run="my run", num_questions=1200, chance=0.25, date="2026-01-31", notes=notes, table=table)
     assert "<title>A title, run my run, written 2026-01-31, questions 1,200, chance 25.0%</title>" in p.source and "<b>2026-01-31</b>" in p.source
     assert metrics.SUMMARY_GLOSSARY["chance"] in [s.get("title") for s in p.all("span")]
@@ -265,6 +266,19 @@ def test_the_page_says_what_it_is_and_what_each_control_proves(tmp_path):
     assert set(rl_run.report_notes(["on"])) == {"before RL", "after RL"}       # a recipe without zooms has no control
     bare = written(tmp_path, [zoomed()])
     assert "<title>A title, written 20" in bare.source and "questions" not in bare.source.split("</title>")[0] and "purpose" not in bare.source.split("</style>")[1]
+
+
+def test_the_fourth_control_is_asked_only_with_its_flag(monkeypatch):
+    """Bug: the default run spends time on crops of another object, or the flag does not reach the summary."""
+    asked = []
+    monkeypatch.setattr(evaluate, "run_episodes", lambda vlm, samples, config, options: asked.append(config.zoom) or [zoomed()])
+    plain = train_rl.Config(recipe="vigorl-zoom")
+    assert list(rl_run.measure(None, plain, [], "x")) == asked == ["on", "off", "black"]
+    measured = rl_run.measure(None, replace(plain, eval_wrong=True), [], "x")
+    assert list(measured) == list(evaluate.MODES)
+    after = {mode: m.summary for mode, m in measured.items()}
+    assert metrics.summarise_run(after, after, [], [], 1)["accuracy_wrong_crop"] == after["wrong"]["accuracy"]
+    assert list(rl_run.measure(None, train_rl.Config(recipe="univg-r1", eval_wrong=True), [], "x")) == ["on"]
 
 
 def test_sections_are_counted_apart(tmp_path):
@@ -308,7 +322,7 @@ def test_the_page_of_an_evaluation_explains_its_columns(tmp_path):
     p = Page(str(tmp_path / "ev" / "report.html"))
     assert "run ev, written" in p.source and "questions 2, chance 100.0%</title>" in p.source     # all answers are "checked"
     heads = [t for t in p.all("th")[1:] if "title" in t]
-    assert len(heads) == 9 + 3 and re.findall(r'class="purpose">(.*?)</p>', p.source) == list(metrics.CONTROLS.values())
+    assert len(heads) == 9 + 4 and re.findall(r'class="purpose">(.*?)</p>', p.source) == list(metrics.CONTROLS.values())
 
 
 def test_table_of_summaries(tmp_path):

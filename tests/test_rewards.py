@@ -399,6 +399,13 @@ def test_vigorl_single_turn(text, accuracy, form, grounded, reward):
     parts = reward_of(POINT, text, "vigorl", frames=IMAGE)
     assert (parts["accuracy"], parts["format"], parts["grounded"], parts["reward"]) == (accuracy, form, grounded, reward)
 
+def test_vigorl_ungrounded():
+    """Claim: the baseline pays accuracy and form, 0.5 each, with or without a point in the thought."""
+    for thought, answer, reward in (("so", "(15, 25)", 1), ("(1, 1)", "(15, 25)", 1), ("so", "(5, 5)", 0.5), ("so", "nowhere", 0)):
+        text = f"<think> {thought} </think><answer> {answer} </answer>"
+        found = reward_of(POINT, text, "vigorl", frames=IMAGE)
+        assert reward_of(POINT, text, "vigorl-ungrounded", frames=IMAGE)["reward"] == 0.5 * found["accuracy"] + 0.5 * found["format"] == reward, text
+
 def test_vigorl_form_for_every_answer_type():
     def form(judged, said):
         return reward_of(judged, f"<think>(1, 1)</think><answer>{said}</answer>", "vigorl")["format"]

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import data, evaluate, model, train_rl, train_sft, zoom_rollout
-from appendix import metrics, prefix, rl_options, rl_run, tiny
+from appendix import metrics, prefix, recipes, rl_options, rl_run, tiny
 from appendix import run as files_and_folders
 from conftest import ROOT
 
@@ -182,12 +182,12 @@ def test_a_checkpoint_is_a_model(whole, script):
     run, _ = whole
     out = works(script(f"evaluate.py --model {run}/checkpoint --zoom all --temperature 1 --n 4 --max-new-tokens 40 --difficulty easy --out out"))
     assert all(mode in out for mode in evaluate.MODES.values())
-    assert set(read("out/summary.json")["modes"]) == set(evaluate.MODES) and len(read("out/episodes.jsonl")) == 12
+    assert set(read("out/summary.json")["modes"]) == set(evaluate.MODES) and len(read("out/episodes.jsonl")) == 16
     works(script(f"train_rl.py {SMALL} --model {run}/checkpoint --traces '' --steps 1 --name more"))
     assert len(read("runs/more/metrics.jsonl")) == 1 and os.path.exists("runs/more/report.html")
 
 # What the chapters stand on. Everything else in the appendix may be deleted, with --plain and traces from the oracle.
-GROUND_FLOOR = ["__init__", "motion", "terminal", "run", "ranks", "optimizer", "memory", "files", "prefix", "graphs", "metrics", "recipes", "rl_options", "rl_run",
+GROUND_FLOOR = ["__init__", "motion", "mixture", "terminal", "run", "ranks", "optimizer", "memory", "files", "prefix", "graphs", "metrics", "recipes", "rl_options", "rl_run",
                 "rows", "split", "faults", "parts", "running", "attention", "vision", "tower", "weights", "evaluation_run", "episode_rows", "averages", "evidence"]
 
 @pytest.mark.parametrize("command", ["train_rl.py --num-prompts 4 --blind-prompts 1 --group-size 4 --sft-n 16 --eval-n 4 --steps 2", "train_sft.py --n 16",
@@ -415,9 +415,17 @@ def test_ctrl_c_during_imports_is_one_line(tmp_path):
 
 def test_a_bonus_that_nothing_pays_is_refused(script):
     """Bug: flags of bonuses were ignored by recipes without a zoom."""
-    for flag in ("--distinct-bonus 0.2", "--tool-bonus 1", "--curiosity 0.5"):
+    for flag in ("--distinct-bonus 0.2", "--tool-bonus 1", "--curiosity 0.5", "--zoom-cost 0.1"):
         refused(script(f"train_rl.py --task boxes {flag}"), flag.split()[0], "has none")
     refused(script("train_rl.py --overlong 999"), "--overlong is 999", "192 tokens")
+    refused(script("train_rl.py --mismatch ignore --num-minibatches 2"), "--mismatch ignore", "expected --num-minibatches 1")
+
+def test_a_template_is_a_warm_start(script):
+    """Claim: --template, which stands in for a warm start, makes no traces unless they are asked for; without a tool it is refused."""
+    parsed = lambda *flags: files_and_folders.parse_config(train_rl.Config, ["--template", *flags], presets=recipes.presets)
+    assert parsed().traces == "" and parsed("--traces", "oracle").traces == "oracle"
+    for flags in ("--task relation", "--max-zooms 0"):
+        refused(script(f"train_rl.py --template {flags}"), "--template", "--max-zooms")
 
 def test_a_note_where_the_tiny_model_gets_other_images(script, files):
     """Claim: rows of a file that are no toy scenes get a note with the path that works; toy scenes and other models do not."""

@@ -113,6 +113,16 @@ def test_retarget():
     forced = [turns[0], f"{data.FORCE} lined </answer>"]
     assert retarget(forced, "answer").turns == ["<answer> lined </answer>"]
 
+def test_a_path_is_a_tree_that_is_one_path(vlm, monkeypatch):
+    """Claim: --traces path searches with one simulation, one child, one rollout, in the same form; nothing else differs."""
+    from appendix import tree_search
+    asked = []
+    monkeypatch.setattr(tree_search, "search_traces", lambda vlm, cfg, *_: asked.append(cfg) or ([], {}))
+    plain = train_sft.Config(seed=3)
+    for source in ("path", "mcts"):
+        train_sft.find_traces(vlm, replace(plain, traces=source), "think")
+    assert asked == [replace(plain, traces="mcts", simulations=1, children=1, tries=1, rollouts=1), plain]
+
 def test_traces_are_shown(capsys):
     """Claim: points are numbered, the same point by the same number."""
     turns = chains.to_turns([["At (10, 10).", A], ["At (40, 10).", B]], "lined", "zoom")
@@ -228,8 +238,8 @@ MUTATIONS = [  # where, old code, new code, the test that must fail, its argumen
     ("train_sft:oracle_of_relation", "rng.choice(sample.options)", "sample.options[sample.answer]", test_oracle_of_the_other_tasks, dict(task="relation")),
     ("train_sft:read_traces", 'by_id.get(str(row.get("id")))', "samples[len(traces)]", test_traces_belong_to_their_questions, {}),
     ("train_sft:read_traces", 'row.get("question", sample.question) != sample.question', "False", test_toy_questions_come_back_by_id, {}),
-    ("train_sft:find_traces", 'data.toy(cfg.task, "train", cfg.n, f"sft{cfg.seed}", cfg.difficulty, side)',
-     'data.toy(cfg.task, "test", cfg.n, f"sft{cfg.seed}", cfg.difficulty, side)', test_warm_start_is_decided_by_its_seed, {}),
+    ("train_sft:find_traces", 'mixture.toy_questions(cfg, "train", cfg.n, f"sft{cfg.seed}", side)',
+     'mixture.toy_questions(cfg, "test", cfg.n, f"sft{cfg.seed}", side)', test_warm_start_is_decided_by_its_seed, {}),
     ("train_sft:replay_all", "zoom_rollout.replay(vlm, t.sample, t.turns, style, max_zooms)", "zoom_rollout.replay(vlm, t.sample, t.turns, style)",
      test_warm_start_is_decided_by_its_seed, {}),
 ]

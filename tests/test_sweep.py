@@ -83,9 +83,10 @@ def pretend(tmp_path, monkeypatch):
 
 def test_table(pretend, capsys):
     """Claim: mean over seeds, its t interval, the paired difference; table.json has every figure; the last line is its path."""
-    rows = sweep.sweep(plan_of(["kl_coef=0,0.01"], seeds=(0, 1, 2)), at_once=2)
+    done, failed = sweep.sweep(plan_of(["kl_coef=0,0.01"], seeds=(0, 1, 2)), at_once=2)
     out = capsys.readouterr().out.strip().splitlines()
-    assert out[-1] == "runs/sweeps/s/table.json" and json.load(open(out[-1])) == rows
+    rows = json.load(open(out[-1]))
+    assert out[-1] == "runs/sweeps/s/table.json" and rows == [sweep_results.figures_of(r) for r in done] and failed == []
     assert {(row["arm"], row["seed"]) for row in rows} == {(f"kl_coef={k}", s) for k in ("0", "0.01") for s in (0, 1, 2)}
     table = open("runs/sweeps/s/table.md").read()
     assert "| kl_coef=0 | 3 | 20.0% | 33.3% [33.3, 33.3] |  | 10 |" in table

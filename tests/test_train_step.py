@@ -5,7 +5,7 @@ and its parts in the appendix, and requires the named test to fail.
 
 The rewards are given by hand (a random model earns none), so every group's advantages are known.
 """
-import contextlib, copy, dataclasses, json, os, random, shlex, signal, statistics, sys, tempfile, time, zlib
+import contextlib, copy, dataclasses, itertools, json, math, os, random, re, shlex, signal, statistics, sys, tempfile, time, zlib
 from dataclasses import replace
 from unittest import mock
 
@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-import data, grpo, model, rewards, train_rl, zoom_rollout
+import data, grpo, model, rewards, train_rl, train_sft, zoom_rollout
 from appendix import metrics as step_metrics
 from appendix import averages, evidence, group_view, prefix, recipes, report, rl_options, rl_run, run, split
 from conftest import check_mutation, close, names
@@ -226,7 +226,8 @@ def test_bonuses_are_part_of_the_reward(vlm):
     rows show them."""
     s, answer = SAMPLES[0], "<think> It is at (50, 50). </think>\n<answer> lined </answer>"
     call = f"<think> It may be at (50, 50). </think>\n{data.tool_call(50, 50)}"
-    for flags, bonus in ((dict(curiosity=0.5), lambda e: 0.5 * (0.3 - 0.25) * (len(e.turns) > 1)),
+    for flags, bonus in ((dict(zoom_cost=0.07), lambda e: -0.07 * (len(e.turns) > 1)),
+                         (dict(curiosity=0.5), lambda e: 0.5 * (0.3 - 0.25) * (len(e.turns) > 1)),
                          (dict(overlong=60, max_new_tokens=40), lambda e: max(-1, min(0, (80 - 60 - sum(e.completion_mask)) / 60)))):
         episodes = [zoom_rollout.replay(vlm, s, turns) for turns in ([call, answer], [answer], [answer], [answer])]
         with mock.patch.object(zoom_rollout, "rollout", return_value=episodes):
@@ -234,7 +235,7 @@ def test_bonuses_are_part_of_the_reward(vlm):
         values = [v + bonus(e) for v, e in zip([1.0, 0.0, 0.0, 0.5], episodes)]
         close([e.advantage for e in episodes], standardized(values), 1e-4)
         assert metrics["reward"] == pytest.approx(sum(values) / 4) != 1.5 / 4
-        (name,) = set(flags) & {"curiosity", "overlong"}
+        (name,) = set(flags) & {"zoom_cost", "curiosity", "overlong"}
         assert metrics[name] == pytest.approx(sum(map(bonus, episodes)) / 4)
         for e, value in zip(episodes, values):
             assert e.reward_components["reward"] == pytest.approx(value) and e.reward_components[name] == pytest.approx(bonus(e))
@@ -275,6 +276,44 @@ def test_control_rewards(vlm):
     coins = [rewards_with("random", seed) for seed in range(40)]
     assert coins == [rewards_with("random", seed) for seed in range(40)] and {v for c in coins for v in c} == {0, 1}
     assert 50 < sum(map(sum, coins)) < 110 and any(c[0] != c[3] for c in coins)
+
+def test_a_sampler_of_another_precision(vlm):
+    """Claim: a bf16 sampler shows in logp_gap, and images are encoded anew for the trainer. ignore has REINFORCE's gradient, as if both
+    agreed; truncate weights each token by min(trainer / sampler, cap), by hand; ratio has the same weights where nothing is clipped."""
+    grads = {}
+    for mismatch, cap in (("ratio", 2.0), ("ignore", 2.0), ("truncate", 1.0), ("truncate", 50.0)):
+        metrics, episodes, recorder = run_step(vlm, sampler_dtype="bfloat16", mismatch=mismatch, importance_cap=cap, clip_low=1.0, clip_high=50.0)
+        assert 1e-4 < metrics["logp_gap"] < 0.2 and vlm.dtype == torch.float32 and metrics["tokens_run"] > 0
+        assert all(view.features.dtype == torch.float32 for e in episodes if e.advantage for view in e.views)
+        logprobs, _, mask = vlm.logprobs(episodes, 0.7)
+        weights = torch.ones_like(logprobs) if mismatch == "ignore" else (logprobs - train_rl.sampler_logprobs(episodes, logprobs)).exp().detach().clamp(max=cap)
+        A = torch.tensor([e.advantage for e in episodes])[:, None]
+        (-(weights * A * logprobs)[mask].sum() / mask.sum()).backward()
+        close(recorder.grads[0], flat(vlm), 1e-3)
+        assert metrics.get("importance", 1) == pytest.approx(weights[mask & (A != 0)].mean().item() if mismatch == "truncate" else 1, rel=1e-4)
+        grads[mismatch, cap] = recorder.grads[0]
+    assert run_step(vlm)[0]["logp_gap"] < 1e-4
+    for one, other in itertools.combinations(grads, 2):
+        same = {one, other} == {("ratio", 2.0), ("truncate", 50.0)}
+        assert torch.allclose(grads[one], grads[other], rtol=1e-3, atol=1e-6) == same
+
+def test_reward_parts():
+    """Claim: --reward-parts replaces the recipe's reward by a sum of its components; hit is the IoU cut at one half. Another name is
+    refused before any work."""
+    s = data.toy("boxes", "test", 1)[0]
+    x1, y1, x2, y2 = map(round, s.targets[0]["box"])
+    episodes = [zoom_rollout.Episode(s, turns=[zoom_rollout.Turn(f"{thought}<answer>({x1},{y1}),({x2},{bottom})</answer>")])
+                for thought, bottom in (("<think>so</think>", y2), ("<think>so</think>", y2 - round(0.2 * (y2 - y1))), ("", y1 + 2))]
+    for parts, expected in (("", lambda c: c["iou"] + c["format"]), ("hit,format", lambda c: c["hit"] + c["format"]), ("iou", lambda c: c["iou"])):
+        train_rl.score_episodes(episodes, train_rl.Config(reward_parts=parts, recipe="univg-r1", task="boxes", group_size=3))
+        found = [e.reward_components for e in episodes]
+        assert [c["reward"] for c in found] == [expected(c) for c in found] and [c["hit"] for c in found] == [1, 1, 0]
+    assert 0.5 < found[1]["iou"] < 0.9 and [c["format"] for c in found] == [1, 1, 0]
+    for recipe, parts in itertools.product(rl_options.REWARD_PARTS, ("iou", "distinct", "format")):
+        cfg = train_rl.Config(recipe=recipe, reward_parts=parts)
+        with contextlib.nullcontext() if parts in rl_options.REWARD_PARTS[recipe] else pytest.raises(SystemExit):
+            rl_options.check_options(cfg, 99)
+    assert set(rl_options.REWARD_PARTS) == set(rewards.RECIPES) - {"accuracy"}
 
 def test_a_bonus_is_a_signal(vlm):
     """Bug: dynamic sampling replaced groups that differ in their bonus alone."""
@@ -409,6 +448,33 @@ def test_rows_that_share_an_image_stay_on_one_side():
     began = time.process_time()
     assert len(split.image_groups(many)) == 2 and time.process_time() - began < 2
 
+def test_two_tasks_in_turn(vlm):
+    """Claim: --also asks a second task in every other question: of a step, held out, and in the warm start, whose oracle knows both; the
+    questions of the first task stay what they are. The summary has the accuracy of each."""
+    cfg = train_rl.Config(also="relation", num_prompts=4, eval_n=3)
+    alone = train_rl.Questions(replace(cfg, also=""), 448).of_step(2)
+    for found in (train_rl.Questions(cfg, 448).of_step(2), rl_run.split(cfg, 448, [])[0]):
+        assert [s.category[0] for s in found] == ["search", "relation", "search", "relation"][:len(found)] and len({s.id for s in found}) == len(found)
+    assert [s.id for s in alone][::2] == [s.id for s in train_rl.Questions(cfg, 448).of_step(2)][::2]
+    seen = []
+    with mock.patch.object(train_sft, "finetune", lambda vlm, episodes, cfg: seen.extend(episodes) or [0.0, 0.0]):
+        rl_run.fine_tune_on_traces(vlm, [], [], replace(cfg, traces="oracle", sft_n=4, recipe="vigorl-zoom"))
+    assert [e.sample.category[0] for e in seen] == ["search", "relation"] * 2 and "is at" in seen[1].text and "<tool_call>" not in seen[1].text
+
+def test_the_warm_start_learns_what_the_run_names(vlm):
+    """Claim: --sft-target and --sft-corrected reach the warm start; the answers alone are learned alone."""
+    seen, asked = [], []
+    find = train_sft.find_traces
+    with mock.patch.object(train_sft, "finetune", lambda vlm, episodes, cfg: seen.extend(episodes) or [0.0, 0.0]), \
+         mock.patch.object(train_sft, "find_traces", lambda vlm, cfg, *a, **k: asked.append(cfg) or find(vlm, cfg, *a, **k)):
+        rl_run.fine_tune_on_traces(vlm, [], [], train_rl.Config(task="relation", recipe="vigorl-ungrounded", traces="oracle", sft_n=3, sft_target="answer", sft_corrected=2))
+    assert all(re.fullmatch(r"<answer> \w+ </answer>", e.text) for e in seen) and len(seen) == 3 and asked[0].corrected == 2
+
+def test_more_pixels_show_the_same_scene(vlm):
+    """Bug: --max-pixels made the scenes larger, so a finer overview showed nothing new."""
+    own = model.VLM(vlm.model, vlm.tokenizer, vlm.processor, "tiny", replace(model.MODELS["tiny"], max_pixels=224 * 224))
+    assert own.toy_side == data.SIDE and own.view(Image.new("RGB", (448, 448))).fed == (224, 224)
+
 def test_chance():
     """Bug: in a file where "yes" is right three times of four, a model that always says so is no better than chance."""
     kinds = [data.Sample("", [], "", "choice", ["a", "b"]), data.Sample("", [], "", "point")]
@@ -452,6 +518,21 @@ def test_resume_equals_unbroken(vlm):
             whole, parts = (load_file(f"runs/{name}/checkpoint/{file}.safetensors") for name in ("whole", "parts"))
             assert whole.keys() == parts.keys() and not [k for k, v in whole.items() if not torch.equal(v, parts[k])]
 
+def test_an_end_by_episodes(vlm):
+    """Claim: --max-episodes ends RL, and the run, after the step that reaches it, those that dynamic sampling replaced included; a resumed
+    run counts on from where it was."""
+    with in_a_new_folder():
+        run.replace_folder(vlm.save("random"), "random")
+        count = lambda name: [json.loads(line)["sampled"] for line in open(f"runs/{name}/metrics.jsonl")]
+        main_of("--name whole --steps 9 --max-episodes 13")
+        each = count("whole")[0]
+        assert count("whole") == [each] * math.ceil(13 / each) and os.path.exists("runs/whole/summary.json")
+        main_of("--name parts --steps 1 --max-episodes 13")
+        main_of("--name parts --steps 9 --max-episodes 13 --resume")
+        assert count("parts") == count("whole") and run.read_json("runs/parts/checkpoint/state.json")["step"] == len(count("whole"))
+    metrics, *_ = run_step(vlm, [0.5] * 99, resample=1)
+    assert metrics["sampled"] == 24 and run_step(vlm)[0]["sampled"] == 12
+
 def test_only_the_number_of_steps_may_differ(tmp_path, capsys):
     """Bug: a run goes on with another learning rate, and config.json tells of one of the two."""
     cfg = train_rl.Config()
@@ -469,6 +550,18 @@ def test_only_the_number_of_steps_may_differ(tmp_path, capsys):
 # mutations
 
 MUTATIONS = [
+    ("appendix.rl_options:choose_parts", "sum(parts[name] for name in cfg.reward_parts.split(','))", "parts[cfg.reward_parts.split(',')[0]]", test_reward_parts, {}),
+    ("train_rl:main", "run_log.is_over(step)", "False", test_an_end_by_episodes, {}),
+    ("appendix.rl_run:RunLog.save", "self.progress.sampled", "0", test_an_end_by_episodes, {}),
+    ("appendix.rl_options:add_group_bonuses", "-cfg.zoom_cost * zooms", "cfg.zoom_cost * zooms", test_bonuses_are_part_of_the_reward, {}),
+    ("appendix.mixture:toy_questions", "others[1::2]", "others[::2]", test_two_tasks_in_turn, {}),
+    ("train_sft:warm_start", "learned_parts(traces, cfg.target)", "traces", test_the_warm_start_learns_what_the_run_names, {}),
+    ("appendix.weights:toy_side", "MODELS.get(name, spec)", "spec", test_more_pixels_show_the_same_scene, {}),
+    ("train_rl:grpo_loss", 'cfg.mismatch == "ratio"', 'cfg.mismatch != "ignore"', test_a_sampler_of_another_precision, {}),
+    ("grpo:importance_weights", "logprobs.detach() - sampled_logprobs", "sampled_logprobs - logprobs.detach()", test_a_sampler_of_another_precision, {}),
+    ("grpo:importance_weights", "gap.exp().clamp(max=cap)", "gap.exp()", test_a_sampler_of_another_precision, {}),
+    ("appendix.rl_options:hand_over", "view.drop_features()", "pass", test_a_sampler_of_another_precision, {}),
+    ("appendix.rl_options:hand_over", "vlm.work[kind] += done", "pass", test_a_sampler_of_another_precision, {}),
     ("train_rl:grpo_loss", "grpo.aggregate(per_token, mask, cfg.aggregate, denominator)", "grpo.aggregate(per_token, mask, cfg.aggregate)",
      test_gradient_of_a_step, dict(aggregate="token", micro_tokens=1)),
     ("train_rl:loss_denominator", "count = len(minibatch)", "count = sum(sum(e.completion_mask) for e in minibatch)",

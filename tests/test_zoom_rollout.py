@@ -5,6 +5,7 @@ One story (eight episodes in which everything happens) is told per family and lo
 puts bugs into the code, one at a time, and requires the named test to fail.
 """
 import copy, dataclasses, itertools, math, time
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -13,7 +14,7 @@ import torch
 from PIL import Image
 
 import data, model, rewards, zoom_rollout
-from appendix import files, graphs, running, vision
+from appendix import evidence, files, graphs, running, vision
 from conftest import all_in_float64, check_mutation, close, names
 from test_model import plainly
 from zoom_rollout import RolloutConfig, TurnOptions
@@ -242,6 +243,24 @@ def test_zoom_forbidden(vlm, options, monkeypatch):
         again = zoom_rollout.replay(vlm, good.sample, [good.text], max_zooms=0)
         assert (again.ids, again.completion_mask) == (good.ids, good.completion_mask)
 
+def test_told_to_answer_at_once(vlm, monkeypatch):
+    """Claim: a style that thinks and has no tool obeys zoom off, too: its thought is given, only the answer is its own."""
+    (e, _), _ = tell(vlm, ask()[:1], [([" red </answer>"], "answer")] * 2, monkeypatch, 2, style="think", zoom="off")
+    assert e.text == data.FORCE + " red </answer>" and e.turns[0].forced and e.finish_reason == "answer"
+    assert vlm.text(e.ids[e.completion_mask.index(True):]) == f" red </answer>{END}" and data.SYSTEM["think"] in vlm.text(e.ids)
+
+def test_template(vlm, monkeypatch):
+    """Claim: the first turn opens with a tool call that is given, not trained on, and well formed; the policy writes the point, and goes on
+    as ever. A blind prompt is forced to answer."""
+    own = "20, 30" + data.TOOL_CLOSE
+    e, _ = tell(vlm, ask()[:1], [([own, call(90, 70), " red </answer>"], "answer")] * 2, monkeypatch, 2, template=True, max_zooms=2)[0]
+    assert e.turns[0].text == zoom_rollout.TEMPLATE + own and e.turns[0].point == (20, 30) and not e.turns[0].forced
+    assert e.turns[1].text == call(90, 70) and e.turns[2].forced and e.turns[2].text == data.FORCE + " red </answer>" and rewards.episode_well_formed(e.turns, "choice")
+    first = e.completion_mask.index(True)
+    assert vlm.text(e.ids[:first]).endswith("assistant\n" + zoom_rollout.TEMPLATE) and vlm.text(e.ids[first:]).startswith(own + END)
+    (blind, _), _ = tell(vlm, ask()[:1], [([" red </answer>"], "answer")] * 2, monkeypatch, 2, template=True, zoom="off")
+    assert blind.text == data.FORCE + " red </answer>"
+
 @pytest.mark.parametrize("style", ["think", "boxes"])
 def test_single_turn_styles(vlm, style, monkeypatch):
     """Bug: a style without a tool gets an observation, a forced prefix or the tool's prompt."""
@@ -263,6 +282,20 @@ def test_black_crops(vlm, monkeypatch):
     sample = data.toy("search", "train", 1, 3)[0]
     (seen, box), (black, same) = shown(vlm, sample, monkeypatch), shown(vlm, sample, monkeypatch, zoom="black")
     assert seen.max() > 100 and (black == 0).all() and black.shape == seen.shape and box == same
+
+def test_wrong_crops(vlm, monkeypatch):
+    """Bug: the control shows what was called for, or records a window that it did not show. In a scene the crop is of the object furthest
+    from the point; without one, it lies half the image away."""
+    sample = data.toy("search", "train", 1, 3)[0]
+    called, *others = sample.meta["scenes"][0]["objects"]
+    x, y = max((o["center"] for o in others), key=lambda c: (c[0] - called["center"][0]) ** 2 + (c[1] - called["center"][1]) ** 2)
+    (seen, box), (wrong, (left, top, right, bottom)) = shown(vlm, sample, monkeypatch), shown(vlm, sample, monkeypatch, zoom="wrong")
+    assert left <= x < right and top <= y < bottom and (left, top, right, bottom) != box
+    assert wrong.shape == seen.shape and abs(wrong - seen).max() > 50
+    script = [([call(*vlm.view(sample.images[0]).from_source(*called["center"])), answer("red")], "answer")]
+    (e,), _ = tell(vlm, [sample], script, monkeypatch, 1, zoom="wrong")
+    assert e.turns[0].crop == (left, top, right, bottom) and evidence.saw(e) is False
+    assert evidence.elsewhere(replace(sample, meta={}), 10, 200, (100, 300)) == (60, 50)
 
 def test_crop_from_seen(vlm, monkeypatch):
     """Bug: 'seen' and 'source' swapped: seen pixels hold no pattern, so swapping all patterns in the source must not show."""
@@ -517,6 +550,11 @@ def test_on_cuda(models, dtype, tolerance):
 TURN, STEP, UNFOLD, ROLLOUT = "zoom_rollout:sample_turn", "zoom_rollout:env_step", "zoom_rollout:unfold", "zoom_rollout:rollout"
 
 MUTATIONS = [
+    ("zoom_rollout:RolloutConfig.opening", 'self.zoom == "off" or self.style == "zoom" and number == self.zoom_limit', 'self.style == "zoom" and number == self.zoom_limit', test_told_to_answer_at_once, {}),
+    ("zoom_rollout:RolloutConfig.opening", "self.template and number == 0", "self.template", test_template, {}),
+    ("zoom_rollout:respond", "opening + row.take_turn(ended, vlm)", "row.take_turn(ended, vlm)", test_template, {}),
+    (STEP, 'config.zoom == "wrong"', "False", test_wrong_crops, {}),
+    ("appendix.evidence:elsewhere", "max(centers, key=lambda center: math.dist(center, (x, y)))", "min(centers, key=lambda center: math.dist(center, (x, y)))", test_wrong_crops, {}),
     (STEP, 'vlm.ids("\\n") + message', "message", test_the_whole_transcript, {}),
     (STEP, "zooms_left == 1", "zooms_left == 2", test_the_whole_transcript, {}),
     ("zoom_rollout:Episode.append_given", "[False] * len(ids)", "[True] * len(ids)", test_only_chosen_tokens_are_trained, {}),
