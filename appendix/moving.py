@@ -19,6 +19,7 @@ from PIL import Image, ImageDraw, ImageFont
 import data
 import zoom_rollout
 from appendix import prefix, run
+from appendix.terminal import action_text, thought_of
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 WARM_START = "runs/sft/checkpoint"
@@ -68,21 +69,6 @@ def print_episodes(sample, pair):
         turns = [e.turns[n] if n < len(e.turns) else None for e in pair]
         print(f"| {n + 1} | {' | '.join(map(thought_of, turns))} |")
         print(f"| | {' | '.join(map(action_text, turns))} |")
-
-
-def thought_of(turn):
-    if turn is None:
-        return ""
-    return turn.text.partition("<think>")[2].partition("</think>")[0].strip()
-
-
-def action_text(turn):
-    if turn is None:
-        return ""
-    if turn.point:
-        return f"zoom into {turn.point}"
-    answer = turn.text.partition("<answer>")[2].partition("</answer>")[0].strip()
-    return f"answer: {answer}"
 
 
 def chosen_option(episode):
