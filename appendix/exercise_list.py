@@ -18,8 +18,9 @@ class Exercise:
 class Bug:
     """One wrong line. `old` stands exactly once in the function; `new` is what the bug makes of it.
 
-    command: script and flags that show the symptom in under two minutes on two cores. look_at:
-    keys of metrics.jsonl or summary.json that show it. tests: those that turn green when repaired.
+    command: script and flags that show the symptom in under two minutes on two cores. then: the
+    flags of a second start in the same folder, if there is one. look_at: keys of metrics.jsonl or
+    summary.json that show it, or "steps run". tests: those that turn green when repaired.
     """
     name: str
     symptom: str
@@ -32,14 +33,10 @@ class Bug:
     look_at: tuple
     tests: tuple
     lesson: str
+    then: tuple = ()
 
 
 EXERCISES = [
-    Exercise("coordinates", "appendix.vision", "View.to_source", 5,
-             "The model writes a point in the image as it was fed. Which pixel of the stored image "
-             "is that?",
-             "model.py, the docstring; appendix/vision.py, View.__init__",
-             ("tests/test_model.py::test_coordinates",)),
     Exercise("iou", "rewards", "iou", 10,
              "How much do two boxes overlap, as a share of what they cover together?",
              "rewards.py, area",
@@ -91,6 +88,34 @@ EXERCISES = [
               "tests/test_grpo.py::test_aggregate_weights",
               "tests/test_grpo.py::test_step_without_tokens",
               "tests/test_grpo.py::test_nan_in_a_real_token_is_loud")),
+    Exercise("coordinates", "appendix.vision", "View.to_source", 5,
+             "The model writes a point in the image as it was fed. Which pixel of the stored image "
+             "is that?",
+             "model.py, the docstring; appendix/vision.py, View.__init__",
+             ("tests/test_model.py::test_coordinates",)),
+    Exercise("positions", "model", "mrope", 30,
+             "A token of text has one position, a token of an image a row and a column. Where does "
+             "the text go on after an image?",
+             "model.py, the docstring of mrope: all you need stands there",
+             ("tests/test_model.py::test_positions_equal_transformers",
+              "tests/test_model.py::test_positions_chunk_by_chunk")),
+    Exercise("cached-step", "model", "KVCache.place", 30,
+             "A step with a cache must compute what a pass over the whole sequence computes. Which "
+             "slots do the new tokens of each row take, and which slots may they see?",
+             "model.py, KVCache: its docstring, __init__ (what `row_numbers`, `slots`, `size` and "
+             "`mask` are), and `store` and `attend`, which use them",
+             ("tests/test_model.py::test_cached_equals_one_shot",
+              "tests/test_model.py::test_decoding_equals_prefill",
+              "tests/test_model.py::test_padded_batch_equals_singletons")),
+    Exercise("shared-prompt", "appendix.prefix", "SharedCache.attend_one_token", 45,
+             "The rows of a group share one copy of their prompt. Write the attention of one new "
+             "token per row so that it equals that of rows with a copy each, without making a copy.",
+             "appendix/prefix.py: the drawing at its top, SharedCache, `place` (the mask is added "
+             "to the scores), `to_prompts` and `to_rows`",
+             ("tests/test_prefix.py::test_shared_prompt_equals_own",
+              "tests/test_prefix.py::test_a_step_copies_no_prompt",
+              "tests/test_model.py::test_decoding_equals_prefill",
+              "tests/test_prefix.py::test_rollouts_are_the_same")),
     Exercise("sampling", "zoom_rollout", "sample_tokens", 20,
              "Sample a token for every row from one uniform number each, so that a seed decides "
              "everything.",
@@ -134,20 +159,96 @@ SHORT = ("train_rl.py", "--traces=oracle", "--sft-n=400", "--difficulty=easy", "
          "--eval-n=60")
 
 BUGS = [
-    Bug("the-reward-falls", "accuracy falls from step to step, and the loss says nothing",
-        "A run that worked last week now gets worse with every step.",
+    Bug("the-reward-falls", "accuracy falls from step to step",
+        "A run that worked last week now gets worse with every step. Nothing else looks wrong: the "
+        "form is good, the gradient is finite.",
         "grpo", "ppo_clip",
         "-torch.min(ratio * advantages, clipped * advantages)",
         "torch.min(ratio * advantages, clipped * advantages)",
         SHORT, ("accuracy", "reward", "format"),
         ("tests/test_grpo.py::test_clip_truth_table",),
-        "The value of a policy gradient's loss means nothing: with one update per batch it is 0 "
-        "either way. Look at the reward."),
-    Bug("no-signal", "the reward does not move, the gradient is 0",
-        "The reward is flat, frac_zero_std is near its usual value, and the gradient norm is 0.",
+        "The loss would not have told you: with one update per batch its value is about 0 either "
+        "way. Look at the reward."),
+    Bug("no-signal", "the loss is 0, and nothing is learned",
+        "You print the loss and it is 0. A colleague says that this is no bug: with one update per "
+        "batch it always is, and the run learns all the same. He is right, and yet this run does "
+        "not learn. Many groups have different rewards (frac_zero_std is below 1).",
         "train_rl", "store_advantages",
         "e.advantage = advantage", "e.advantage = 0 * advantage",
         SHORT, ("grad_norm", "frac_zero_std", "accuracy"),
         ("tests/test_train_step.py::test_gradient_of_a_step",),
-        "Follow a number from where it is made to where it is used."),
+        "A loss of 0 is fine, a gradient of 0 is not. Follow a number from where it is made to "
+        "where it is used."),
+    Bug("paid-for-nothing", "the reward is high and rises, accuracy does not",
+        "The reward climbs to its best value, and the policy answers no better than before.",
+        "rewards", "vigorl_zoom",
+        '0.6 * found["accuracy"]', '0.6 * (1 - found["wrong_format"])',
+        SHORT, ("reward", "accuracy", "frac_zero_std"),
+        ("tests/test_rewards.py::test_right_always_beats_wrong",),
+        "The policy learns what is paid, not what is meant. Read a few episodes with a high reward "
+        "before you trust it."),
+    Bug("zooming-dies", "zooming dies after some steps",
+        "At first the policy zooms. Step by step it does so less, until it only guesses.",
+        "rewards", "episode_well_formed",
+        "all(map(zooms_well, turns[:-1])) and answers_well(turns[-1].text, answer_type)",
+        "answers_well(turns[0].text, answer_type)",
+        SHORT, ("zooms", "format", "accuracy", "accuracy_blind"),
+        ("tests/test_rewards.py::test_zoom_grammar",),
+        "When a behaviour dies, compare what an episode with it earns to what one without it "
+        "earns, part by part."),
+    Bug("cut-off", "every turn is cut off by the length limit",
+        "No turn ends by itself: each one is as long as --max-new-tokens allows, whatever the "
+        "limit is.",
+        "zoom_rollout", "replay",
+        "vlm.ids(written) + [vlm.im_end]", "vlm.ids(written)",
+        SHORT, ("clipped_ratio", "length", "format", "accuracy"),
+        ("tests/test_zoom_rollout.py::test_replay_equals_rollout",),
+        "A policy ends a turn only if it has learned to. The token that ends a turn is a token "
+        "like any other: sampled, counted and trained on."),
+    Bug("the-kl-explodes", "the KL explodes, then the text is noise",
+        "The penalty should hold the policy near its reference. With it the policy runs away "
+        "faster than without.",
+        "train_rl", "grpo_loss",
+        "per_token + cfg.kl_coef * penalty", "per_token - cfg.kl_coef * penalty",
+        (*SHORT, "--kl-coef=0.1"), ("kl", "entropy", "format", "accuracy"),
+        ("tests/test_train_step.py::test_kl_pulls_towards_the_reference",),
+        "A loss is minimised: what is to become small is added to it, what is to become large is "
+        "subtracted."),
+    Bug("crops-off", "the points are right, the crops are not",
+        "The policy names the right point, the crop is a little beside it. Look at an episode in "
+        "the report: where is the window, where is the point?",
+        "zoom_rollout", "window_start",
+        "round(center - length / 2)", "round(center)",
+        SHORT, ("saw", "accuracy", "accuracy_after"),
+        ("tests/test_zoom_rollout.py::test_crop_window",),
+        "No error, no warning, and the run even learns: it points beside the object. Only a "
+        "picture, or a metric that knows where the evidence is, shows such a bug."),
+    Bug("resume-repeats", "a resumed run is not the run that was stopped",
+        "Four steps, a stop, four more: the result is not that of eight steps in one go.",
+        "appendix.rl_run", "RunLog.stops_after",
+        "self.save(done)", 'self.save(row["step"])',
+        ("train_rl.py", "--traces=oracle", "--sft-n=100", "--difficulty=easy", "--steps=4",
+         "--eval-n=8"), ("steps run", "accuracy", "reward"),
+        ("tests/test_train_step.py::test_resume_equals_unbroken",),
+        "A checkpoint holds weights and the number of steps that made them. If the two disagree by "
+        "one, a step is done twice or never.",
+        then=("--resume", "--steps=8")),
+    Bug("two-temperatures", "sampler and trainer disagree",
+        "At temperature 1 all is well. At any other, the clip stops tokens although there is one "
+        "update per batch, in which every ratio should be 1.",
+        "train_rl", "grpo_loss",
+        "vlm.logprobs(micro_batch, cfg.temperature)", "vlm.logprobs(micro_batch)",
+        (*SHORT, "--temperature=0.6"), ("logp_gap", "clipfrac", "accuracy"),
+        ("tests/test_train_step.py::test_sampler_and_trainer_agree_and_it_would_show",),
+        "The ratio compares two policies. Whatever shapes the distribution of one (temperature, "
+        "forbidden tokens, precision) must shape that of the other."),
+    Bug("the-control-zooms", "without zooms it is as good as with them",
+        "The paper is nearly written when someone looks at the control: the policy answers as well "
+        "when it may not zoom. So are the zooms useless?",
+        "zoom_rollout", "RolloutConfig.zoom_limit",
+        'self.style == "zoom" and self.zoom != "off"', 'self.style == "zoom"',
+        SHORT, ("accuracy_after", "accuracy_no_zoom", "accuracy_blind"),
+        ("tests/test_zoom_rollout.py::test_zoom_forbidden",),
+        "A control must be checked like any other result: does it do what its name says? The blind "
+        "prompts of every step were the first sign."),
 ]

@@ -6,6 +6,7 @@
     python -m appendix.exercises solution 1     # the function as it is, and what its tests say
     python -m appendix.exercises start bug1     # a copy of the project with a bug, and its symptom
     python -m appendix.exercises hint bug1      # the chapter; asked again, the function
+    python -m appendix.exercises show bug1      # run your copy again: is the symptom gone?
     python -m appendix.exercises check bug1     # is it repaired?
 
 Everything happens in the folder exercises/ below the working directory; no other file is touched.
@@ -24,7 +25,11 @@ import subprocess
 import sys
 import tempfile
 import textwrap
+import time
 import xml.etree.ElementTree
+from dataclasses import dataclass
+
+from tqdm import tqdm
 
 from appendix import run
 from appendix.exercise_list import BUGS, EXERCISES
@@ -130,9 +135,12 @@ def start(exercise):
     run.make_dir(os.path.dirname(path))
     run.write_text(path, blanked(source, exercise.function))
     line = find_function(read(path), exercise.function).lineno
-    print(f"{exercise.question}\n\nRead first: {exercise.read_first}\n"
+    number = EXERCISES.index(exercise) + 1
+    print(f"{textwrap.fill(exercise.question, 90)}\n\n"
+          f"{textwrap.fill('Read first: ' + exercise.read_first, 90)}\n"
           f"Write {exercise.function} in {path}, line {line} (about {exercise.minutes} minutes),\n"
-          f"then: python -m appendix.exercises check {EXERCISES.index(exercise) + 1}")
+          f"then: python -m appendix.exercises check {number}\n"
+          "Its docstring and the comments around it say what goes in and what comes out.")
 
 
 def attempt_path(exercise):
@@ -150,10 +158,12 @@ def check(exercise):
     text = attempt_text(path, exercise.function)
     with tempfile.TemporaryDirectory() as copy:
         shutil.copytree(ROOT, copy, ignore=LEFT_OUT, dirs_exist_ok=True)
+        print(f"running {len(exercise.tests)} tests with your {exercise.function} ...", flush=True)
         place = os.path.join(copy, source_path(exercise.module))
         run.write_text(place, with_function(read(place), exercise.function, text))
         failure = first_failure(copy, exercise.tests)
-    print(failure or f"Right: {len(exercise.tests)} tests pass.")
+    print(failure or f"Right: {len(exercise.tests)} tests pass. Compare with: "
+                     f"python -m appendix.exercises solution {EXERCISES.index(exercise) + 1}")
     return not failure
 
 
@@ -174,7 +184,8 @@ def solution(exercise):
     print(function_text(read(os.path.join(ROOT, source_path(exercise.module))), exercise.function))
     print("\nThe tests that guard it:")
     for test in exercise.tests:
-        print(textwrap.indent(f"{test.split('::')[1]}: {claim_of(test)}", "    "))
+        print(textwrap.indent(textwrap.fill(f"{test.split('::')[1]} {about(claim_of(test))}", 90),
+                              "    "))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -206,30 +217,37 @@ def claim_of(test):
 
 def in_words(name, claim, message):
     """What the first failing test is about, and what it saw."""
-    message = "\n".join(message.strip().split("\n")[:6])
-    return (f"Not yet. {name} fails.\n    What it is about: {claim}\n"
-            f"    What happened: {message[:600]}")
+    message = "\n".join(message.strip().split("\n")[:6])[:600]
+    what_happened = textwrap.indent(message, "        ")
+    return (f"Not yet. {name} fails.\n"
+            f"{textwrap.indent(textwrap.fill('It ' + about(claim), 90), '    ')}\n"
+            f"    What happened:\n{what_happened}")
+
+
+def about(claim):
+    """The docstring of a test as the end of a sentence about it."""
+    if claim.startswith("Bug: "):
+        return f"guards against this: {claim.removeprefix('Bug: ')}"
+    return f"checks this: {claim.removeprefix('Claim: ')}"
 
 
 # --------------------------------------------------------------------------------------------------
 # the bug hunt
 
 def start_bug(bug):
-    """Copy the project with a bug in it to exercises/NAME, run both, print the symptom."""
+    """Copy the project with a bug in it to exercises/NAME, then show its symptom."""
     folder = exercise_folder(bug.name)
     if os.path.exists(folder):
         raise DataError(f"{folder} is there already; remove it to begin again")
     shutil.copytree(ROOT, folder, ignore=LEFT_OUT)
     plant(bug, folder)
-    print(f"{bug.story}\n")
-    print(f"healthy and buggy run of: {' '.join(bug.command)}")
-    healthy = os.path.join(FOLDER, f"{bug.name}-healthy")
-    results = run_both(bug, healthy, folder)
-    print_side_by_side(bug, *results)
+    print(f"{textwrap.fill(bug.story, 90)}\n")
+    show_bug(bug)
     number = BUGS.index(bug) + 1
-    print(f"\nFind the bug in {folder} (one line of one chapter or of its ground floor) and repair "
-          f"it there;\nthen: python -m appendix.exercises check bug{number}   "
-          f"(or: hint bug{number})")
+    print(f"\nOne line of the copy in {folder} is wrong: in a chapter, or in a file of appendix/.\n"
+          f"Repair it there, then: python -m appendix.exercises check bug{number}\n"
+          f"Where to look:        python -m appendix.exercises hint bug{number}\n"
+          f"The symptom again:    python -m appendix.exercises show bug{number}")
 
 
 def plant(bug, folder):
@@ -237,24 +255,76 @@ def plant(bug, folder):
     run.write_text(path, with_bug(read(path), bug.function, bug.old, bug.new))
 
 
+def show_bug(bug):
+    """Run the bug's command with our code and with the reader's copy -> both results, printed."""
+    folder = started(bug)
+    healthy = f"{folder}-healthy"
+    lines = [" ".join(("python", *bug.command))]
+    if bug.then:
+        lines.append(" ".join(("python", *bug.command[:1], *bug.then)))
+    print("\n".join(lines))
+    results = run_both(bug, healthy, folder)
+    print_side_by_side(bug, *results)
+    for out in (healthy, folder):
+        page = os.path.join(out, "runs", "bug", "report.html")
+        if os.path.exists(page):
+            print(f"its episodes: {page}")
+    return results
+
+
+def started(bug):
+    """The folder of a hunt. Raises DataError if it has not begun."""
+    folder = exercise_folder(bug.name)
+    if not os.path.exists(folder):
+        raise DataError(f"{folder} is missing; begin with: python -m appendix.exercises start "
+                        f"bug{BUGS.index(bug) + 1}")
+    return folder
+
+
+@dataclass
+class Result:
+    """What a run left. rows: of metrics.jsonl. steps_run: lines of the log that report a step."""
+    rows: list
+    summary: dict
+    steps_run: int
+    last_words: str                                     # the last line of its log
+
+
 def run_both(bug, healthy, folder):
-    """Run the bug's command with our code and with the buggy copy, at once -> their results."""
+    """Run the bug's command with our code and with the buggy copy, at once -> two Results."""
+    for out in (healthy, folder):
+        os.makedirs(out, exist_ok=True)
+        run.write_text(os.path.join(out, "log.txt"), "")
+    script, *flags = bug.command
+    run_at_once(script, [*flags, "--fresh"], healthy, folder, "both runs")
+    if bug.then:
+        run_at_once(script, bug.then, healthy, folder, "both, again")
+    return [read_result(out) for out in (healthy, folder)]
+
+
+def run_at_once(script, flags, healthy, folder, label):
+    """Start a script in both folders and wait, with a bar that counts steps of the RL loop."""
     processes = []
     for root, out in ((ROOT, healthy), (folder, folder)):
-        os.makedirs(out, exist_ok=True)
-        command = [sys.executable, os.path.join(os.path.abspath(root), bug.command[0]),
-                   *bug.command[1:], "--name=bug", "--fresh"]
-        env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.path.abspath(root)}
-        log = open(os.path.join(out, "log.txt"), "w", encoding="utf-8")
-        processes.append(subprocess.Popen(command, cwd=out, env=env, stdout=log,
-                                          stderr=subprocess.STDOUT))
-    for process in processes:
-        process.wait()
-    return [read_results(out) for out in (healthy, folder)]
+        root = os.path.abspath(root)
+        command = [sys.executable, os.path.join(root, script), *flags, "--name=bug"]
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": root}
+        with open(os.path.join(out, "log.txt"), "a", encoding="utf-8") as log:
+            processes.append(subprocess.Popen(command, cwd=out, env=env, stdout=log,
+                                              stderr=subprocess.STDOUT))
+    before = steps_in_log(healthy) + steps_in_log(folder)
+    with tqdm(desc=label, unit=" steps", disable=None, leave=False) as bar:
+        while any(process.poll() is None for process in processes):
+            time.sleep(0.5)
+            bar.update(steps_in_log(healthy) + steps_in_log(folder) - before - bar.n)
 
 
-def read_results(out):
-    """The metrics and the summary of the run in a folder -> (rows of metrics.jsonl, summary)."""
+def steps_in_log(out):
+    return len(re.findall(r"^step +\d", read(os.path.join(out, "log.txt")), re.M))
+
+
+def read_result(out):
+    """The Result of the run in a folder; without rows or summary if it ended before it had any."""
     rows = []
     summary = {}
     metrics = os.path.join(out, "runs", "bug", "metrics.jsonl")
@@ -263,21 +333,32 @@ def read_results(out):
     path = os.path.join(out, "runs", "bug", "summary.json")
     if os.path.exists(path):
         summary = json.loads(read(path))
-    return rows, summary
+    lines = read(os.path.join(out, "log.txt")).strip().splitlines()
+    return Result(rows, summary, steps_in_log(out), lines[-1] if lines else "")
 
 
 def print_side_by_side(bug, healthy, buggy):
     """The figures that show the symptom: first and last step of metrics, then the summary."""
-    print(f"\n{'':24}{'healthy':>12}{'buggy':>12}")
+    print(f"\n{'':28}{'healthy':>12}{'buggy':>12}")
     for name in bug.look_at:
-        if name in healthy[1]:
-            print(f"{name:24}{figure(healthy[1].get(name)):>12}{figure(buggy[1].get(name)):>12}")
-            continue
-        for label, place in (("first step", 0), ("last step", -1)):
-            cells = []
-            for rows, _ in (healthy, buggy):
-                cells.append(figure(rows[place].get(name) if rows else None))
-            print(f"{name + ', ' + label:24}{cells[0]:>12}{cells[1]:>12}")
+        for label, values in figures_of(name, healthy, buggy):
+            print(f"{label:28}{figure(values[0]):>12}{figure(values[1]):>12}")
+    for label, result in (("healthy", healthy), ("buggy", buggy)):
+        if not result.summary:
+            print(f"the {label} run came to no end: {result.last_words}")
+
+
+def figures_of(name, *results):
+    """A name of look_at -> [(label, a value or None for each result)]."""
+    if name == "steps run":
+        return [(name, [result.steps_run for result in results])]
+    if any(name in result.summary for result in results):
+        return [(name, [result.summary.get(name) for result in results])]
+    found = []
+    for label, place in (("first step", 0), ("last step", -1)):
+        values = [result.rows[place].get(name) if result.rows else None for result in results]
+        found.append((f"{name}, {label}", values))
+    return found
 
 
 def figure(value):
@@ -286,11 +367,7 @@ def figure(value):
 
 def check_bug(bug):
     """Is the bug repaired? Runs the test that knows it, in the reader's copy -> True or False."""
-    folder = exercise_folder(bug.name)
-    if not os.path.exists(folder):
-        raise DataError(f"{folder} is missing; begin with: python -m appendix.exercises start "
-                        f"bug{BUGS.index(bug) + 1}")
-    failure = first_failure(os.path.abspath(folder), bug.tests)
+    failure = first_failure(os.path.abspath(started(bug)), bug.tests)
     print(failure or f"Found and repaired. It was in {bug.module}, {bug.function}:\n"
                      f"    {bug.new}\nin place of\n    {bug.old}\n{bug.lesson}")
     return not failure
@@ -298,12 +375,11 @@ def check_bug(bug):
 
 def hint(bug):
     """First the file, then the function."""
-    path = os.path.join(exercise_folder(bug.name), "hints.txt")
+    path = os.path.join(started(bug), "hints.txt")
     asked = os.path.exists(path)
     if asked:
         print(f"{source_path(bug.module)}, {bug.function}")
     else:
-        run.make_dir(os.path.dirname(path))
         run.write_text(path, "1")
         print(source_path(bug.module))
 
@@ -335,9 +411,13 @@ def find(word):
                     f"bug{len(BUGS)}")
 
 
+EXERCISE_ACTIONS = {"start": start, "check": check, "solution": solution}
+BUG_ACTIONS = {"start": start_bug, "show": show_bug, "hint": hint, "check": check_bug}
+
+
 def main(argv=None):
     parser = run.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["list", "start", "check", "solution", "hint"])
+    parser.add_argument("what", choices=["list", "start", "check", "solution", "hint", "show"])
     parser.add_argument("which", nargs="?", default="",
                         help="a number such as 3 or bug3, or a name")
     args = parser.parse_args(argv)
@@ -345,11 +425,10 @@ def main(argv=None):
         return show_list()
     thing = find(args.which)
     is_bug = thing in BUGS
-    if args.what == ("solution" if is_bug else "hint"):
+    actions = BUG_ACTIONS if is_bug else EXERCISE_ACTIONS
+    if args.what not in actions:
         raise DataError(f"{args.what} is for {'exercises' if is_bug else 'bugs'}; "
-                        f"expected {'hint' if is_bug else 'solution'}")
-    actions = {"start": start_bug if is_bug else start, "check": check_bug if is_bug else check,
-               "solution": solution, "hint": hint}
+                        f"expected {', '.join(actions)}")
     passed = actions[args.what](thing)
     if args.what == "check" and not passed:
         sys.exit(1)

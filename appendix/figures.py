@@ -6,22 +6,16 @@
     python -m appendix.figures --table runs/univg0 runs/univg1 runs/univg2      # the table alone
 
 The first prints the table and one question before and after RL, and writes .github/curve.svg and
-.github/episode.png.
+.github/before-after.gif (see moving.py).
 """
 import argparse
 import json
 import os
 import statistics
-import textwrap
 
-from PIL import Image, ImageDraw, ImageFont
-
-import data
-import zoom_rollout
-from appendix import prefix, run
+from appendix import moving, run
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-WARM_START = "runs/sft/checkpoint"
 # Rows of the table: key of summary.json, label, format. Runs that lack a key leave its row out.
 ROWS = [
     ("accuracy_before", "accuracy, after the warm start", "{:.1%}"),
@@ -141,115 +135,6 @@ def polyline(numbers, left, style):
 
 
 # --------------------------------------------------------------------------------------------------
-# an episode, before and after RL
-
-EPISODE_SIZE = (1000, 300)      # of a drawn episode, in pixels
-SCENE_SIDE = 280                # of the drawn scene
-CROP_SIDE = 112                 # of a drawn crop
-LABELS = ("after the warm start", "after RL")
-COLORS = ("#ff8c1a", "#1ac6ff", "#d94cff")
-
-
-def draw_episodes(before, after, path, seed=0):
-    """The same held-out question before and after RL, sampled with the same random numbers.
-
-    before, after: checkpoint folders. The question is the first of fifty with a wrong option before
-    and the right one after.
-    """
-    policies = [prefix.load_vlm(folder, quiet=True) for folder in (before, after)]
-    for i, sample in enumerate(data.toy("search", "test", 50, f"figure{seed}")):
-        config = zoom_rollout.RolloutConfig(seed=i)
-        pair = [zoom_rollout.rollout(vlm, [sample], config=config)[0] for vlm in policies]
-        first, second = [chosen_option(e) for e in pair]
-        right = sample.options[sample.answer]
-        if first not in (None, second) and second == right:
-            break
-    print_episodes(sample, pair)
-    width, height = EPISODE_SIZE
-    page = Image.new("RGB", (width, 2 * height))
-    for n, (e, label) in enumerate(zip(pair, LABELS)):
-        page.paste(draw_episode(e, f"{label}: {sample.question}"), (0, height * n))
-    page.save(path)
-
-
-def print_episodes(sample, pair):
-    """The table of the README: what both episodes thought, and what they did."""
-    print(f"\n*{sample.question}* (right: {sample.options[sample.answer]})\n")
-    print(f"| turn | {' | '.join(LABELS)} |")
-    print("|---|---|---|")
-    for n in range(max(len(e.turns) for e in pair)):
-        turns = [e.turns[n] if n < len(e.turns) else None for e in pair]
-        print(f"| {n + 1} | {' | '.join(map(thought_of, turns))} |")
-        print(f"| | {' | '.join(map(action_text, turns))} |")
-
-
-def thought_of(turn):
-    if turn is None:
-        return ""
-    return turn.text.partition("<think>")[2].partition("</think>")[0].strip()
-
-
-def action_text(turn):
-    if turn is None:
-        return ""
-    if turn.point:
-        return f"zoom into {turn.point}"
-    answer = turn.text.partition("<answer>")[2].partition("</answer>")[0].strip()
-    return f"answer: {answer}"
-
-
-def chosen_option(episode):
-    """The option that an episode answered with, or None."""
-    for option in episode.sample.options:
-        if f"<answer> {option} </answer>" in episode.turns[-1].text:
-            return option
-    return None
-
-
-def draw_episode(e, label):
-    """The scene with the points that were named and the windows that were seen; words; crops."""
-    page = Image.new("RGB", EPISODE_SIZE, "white")
-    pen = ImageDraw.Draw(page)
-    font = ImageFont.load_default(14)
-    bold = ImageFont.load_default(17)
-    scene = e.views[0].source
-    page.paste(scene.resize((SCENE_SIDE, SCENE_SIDE), Image.Resampling.LANCZOS), (10, 10))
-    pen.text((310, 10), label, "black", bold)
-    y = 40
-    crops = [view for view in e.views if view.box != e.views[0].box]
-    for n, turn in enumerate(e.turns):
-        for line in wrapped_lines(turn.text):
-            pen.text((310, y), line, "#222", font)
-            y += 17
-        y += 8
-        if turn.crop:
-            draw_crop(page, pen, turn, crops.pop(0), n)
-    return page
-
-
-def wrapped_lines(text):
-    lines = []
-    for line in text.split("\n"):
-        lines += textwrap.wrap(line, 62) or [""]
-    return lines
-
-
-def draw_crop(page, pen, turn, view, n):
-    """The window of turn n on the scene, and beside it what it showed."""
-    scale = SCENE_SIDE / view.source.width
-    color = COLORS[n % len(COLORS)]
-    bold = ImageFont.load_default(17)
-    pen.rectangle([10 + value * scale for value in turn.crop], outline=color, width=3)
-    left, top = turn.crop[:2]
-    pen.text((14 + left * scale, 12 + top * scale), str(n + 1), color, bold)
-    crop = view.source.crop(view.box)
-    x = EPISODE_SIZE[0] - CROP_SIDE - 12
-    y = 10 + 120 * n
-    page.paste(crop.resize((CROP_SIDE, CROP_SIDE), Image.Resampling.NEAREST), (x, y))
-    pen.rectangle((x, y, x + CROP_SIDE, y + CROP_SIDE), outline=color, width=3)
-
-
-# --------------------------------------------------------------------------------------------------
 
 def parse(argv=None):
     parser = run.Parser(
@@ -268,7 +153,7 @@ def main():
     os.makedirs(folder, exist_ok=True)
     draw_curves(args.runs, os.path.join(folder, "curve.svg"))
     after = os.path.join(args.runs[0], "checkpoint")
-    draw_episodes(WARM_START, after, os.path.join(folder, "episode.png"))
+    moving.show(moving.WARM_START, after, os.path.join(folder, "before-after.gif"))
 
 
 if __name__ == "__main__":

@@ -8,8 +8,6 @@ the zoom protocol whose question says where to zoom, in numbers.
 
 The questions of the tasks are never asked here. Where to zoom for a question, when, and when to
 answer is left for the warm start and for RL. All scenes are of the train split.
-
-Progress runs from 0 at the beginning of pretraining to 1 at its end.
 """
 import functools
 import math
@@ -22,22 +20,23 @@ import train_sft
 import zoom_rollout
 from zoom_rollout import Episode
 
-DRILLS_FROM = 0.4               # progress from which on drills are mixed in
-DRILLS = 0.15                   # their share of the episodes from then on
-CROWDED_FROM = 0.1              # progress at which all sizes of scenes are in use
-SEVERAL_FROM = 0.2              # progress from which on lessons about several images have
+# What comes when: steps of pretraining.
+CROWDED_FROM = 800              # from here on scenes of all sizes are in full use
+SEVERAL_FROM = 1600             # from here on lessons about several images have
 SEVERAL_IMAGES = 0.4            # this share of the lessons; before, the share rises from 0
+DRILLS_FROM = 3200              # from here on drills are mixed in,
+DRILLS = 0.15                   # and this is their share of the episodes
 
 # How the scenes of a lesson look. "first" has few and large objects.
 LOOKS = {"first": dict(objects=(1, 2), radius=(46, 60)), **data.DIFFICULTY}
 FREQUENCY = {"first": 2, "easy": 3, "medium": 5, "hard": 3}
 
 
-def draw_episode(vlm, rng, progress=1.0):
-    """-> Episode, a lesson or a drill; the loss is on the assistant's tokens."""
-    if progress >= DRILLS_FROM and rng.random() < DRILLS:
+def draw_episode(vlm, rng, step):
+    """-> Episode of this step, a lesson or a drill; the loss is on the assistant's tokens."""
+    if step >= DRILLS_FROM and rng.random() < DRILLS:
         return drill(vlm, rng)
-    return lesson(vlm, rng, progress)
+    return lesson(vlm, rng, step)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -61,11 +60,11 @@ class Picture:
         return next((o for o in self.objects if o["name"] == name), None)
 
 
-def lesson(vlm, rng, progress=1.0):
+def lesson(vlm, rng, step=DRILLS_FROM):
     """-> Episode of one or two questions and their answers, which are what is learned."""
     episode = start_chat(vlm)
-    draw = functools.partial(new_scene, rng, progress)
-    if rng.random() < SEVERAL_IMAGES * min(1, progress / SEVERAL_FROM):
+    draw = functools.partial(new_scene, rng, step)
+    if rng.random() < SEVERAL_IMAGES * min(1, step / SEVERAL_FROM):
         ask = pick(rng, LESSONS_ABOUT_SEVERAL)
         exchange(vlm, episode, *ask(vlm, rng, draw))
         return episode
@@ -85,12 +84,12 @@ def pick(rng, weighted):
     return rng.choices(values, weights=weights)[0]
 
 
-def new_scene(rng, progress=1.0, names=None, split="train"):
-    """A scene of the split: at first with few and large objects, later with more."""
+def new_scene(rng, step=DRILLS_FROM, names=None):
+    """A scene of the train split: at first with few and large objects, later with more."""
     level = "first"
-    if rng.random() <= 0.2 + progress / CROWDED_FROM:
+    if rng.random() <= 0.2 + step / CROWDED_FROM:
         level = pick(rng, FREQUENCY.items())
-    return data.split_scene(rng, split, **LOOKS[level], names=names)
+    return data.split_scene(rng, "train", **LOOKS[level], names=names)
 
 
 def show(vlm, scene, index=0):

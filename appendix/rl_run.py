@@ -230,12 +230,13 @@ class Measurement:
     episodes: list                                      # of this rank
 
 
-def measure(vlm, cfg, samples, label):
-    """Held-out accuracy in each zoom mode, sampled as in training -> {mode: Measurement}."""
+def measure(vlm, cfg, samples, label, modes=None):
+    """Held-out accuracy in each zoom mode, sampled as in training -> {mode: Measurement}.
+
+    modes: those to ask in (default: zoom_modes); without a zoom tool "on" is the only one.
+    """
     can_zoom = data.PROMPT_STYLES[cfg.recipe] == "zoom"
-    modes = ["on"]
-    if can_zoom:
-        modes = [mode for mode in evaluate.MODES if mode != "wrong" or cfg.eval_wrong]
+    modes = (modes or zoom_modes(cfg)) if can_zoom else ["on"]
     options = evaluate.RunOptions(recipe=cfg.recipe, plain=cfg.plain)
     out = {}
     for mode in modes:
@@ -250,6 +251,11 @@ def measure(vlm, cfg, samples, label):
         shares.append(f"{what} {s['accuracy']:.1%} [{s['low']:.1%}, {s['high']:.1%}]")
     print(f"{label}: {'; '.join(shares)}")
     return out
+
+
+def zoom_modes(cfg):
+    """All modes, but "wrong" only if the run asks for it."""
+    return [mode for mode in evaluate.MODES if mode != "wrong" or cfg.eval_wrong]
 
 
 def measure_before(vlm, cfg, samples):

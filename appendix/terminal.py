@@ -48,12 +48,28 @@ def print_example(episodes, label, sample_id):
 def print_episode(e, label):
     print(f"\none held-out question, {label}: {e.sample.question}{right_answer(e.sample)}")
     for turn in e.turns:
-        print(wrapped(" ".join(turn.text.split())[:LONGEST], indent="  | "))
-        if turn.crop:
-            x1, y1, x2, y2 = [round(side) for side in turn.crop]
-            print(f"  > it is shown the pixels ({x1}, {y1}) to ({x2}, {y2}) of the stored image")
+        thought = " ".join(thought_of(turn).split())
+        print(wrapped(thought[:LONGEST] or "(no thought)", indent="  | "))
+        print(wrapped(action_text(turn)[:LONGEST], indent="    "))
     verdict = "right" if evaluate.is_right(e.reward_components) else "wrong"
     print(f"  {verdict}\n", flush=True)
+
+
+def thought_of(turn):
+    """What stands inside the first <think> tags; empty if there are none, or no turn."""
+    if turn is None:
+        return ""
+    return turn.text.partition("<think>")[2].partition("</think>")[0].strip()
+
+
+def action_text(turn):
+    """What a turn did: zoom, or answer."""
+    if turn is None:
+        return ""
+    if turn.point:
+        return f"zoom into {turn.point}"
+    answer = turn.text.partition("<answer>")[2].partition("</answer>")[0].strip()
+    return f"answer: {answer}"
 
 
 def right_answer(sample):

@@ -242,8 +242,7 @@ class Stream(torch.utils.data.IterableDataset):
         torch.set_num_threads(1)
         for pool in range(self.first // 4, math.ceil(self.steps / 4)):
             rng = random.Random(f"lessons/{self.seed}/{pool}")
-            progress = 4 * pool / self.steps
-            episodes = [lessons.draw_episode(self.vlm, rng, progress) for _ in range(4 * BATCH)]
+            episodes = [lessons.draw_episode(self.vlm, rng, 4 * pool) for _ in range(4 * BATCH)]
             episodes.sort(key=lambda e: len(e.ids))
             batches = [episodes[i:i + BATCH] for i in range(0, len(episodes), BATCH)]
             rng.shuffle(batches)

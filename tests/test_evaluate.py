@@ -55,10 +55,12 @@ def zoomed(sample=None, answer="checked"):
 @pytest.mark.parametrize("correct, n, low, high", [(0, 10, 0, 0.2775), (10, 10, 0.7225, 1), (50, 100, 0.4038, 0.5962), (1, 1, 0.2065, 1),
                                                    (5, 10, 0.2366, 0.7634), (81, 263, 0.2553, 0.3662), (0, 0, 0, 1)])
 def test_wilson_against_published_values(correct, n, low, high):
+    """Claim: the interval of published tables, also for none, all, and no question at all."""
     assert evaluate.wilson(correct, n) == pytest.approx((low, high), abs=6e-5)
 
 
 def test_wilson_is_symmetric_inside_0_1_and_shrinks_with_n():
+    """Claim: it holds the share and stays inside 0 to 1; right and wrong exchanged mirror it; more questions make it narrower."""
     for n in (1, 7, 40):
         for k in range(n + 1):
             low, high = evaluate.wilson(k, n)

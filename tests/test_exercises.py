@@ -54,32 +54,42 @@ def test_a_bug_is_planted_once():
     with pytest.raises(DataError, match="0 times"):
         exercises.with_bug(SOURCE, "f", "x + 2", "x - 1")
 
+def spelled(code):
+    """Code without spaces and with one kind of quotes."""
+    return "".join(code.split()).replace('"', "'")
+
 def mutations():
-    """{(module:function, old without spaces)} of all test files."""
-    found = set()
+    """{(module:function, old, new): names of the tests that it turns red} of all test files."""
+    found = {}
     for name in sorted(os.listdir(os.path.join(ROOT, "tests"))):
         if name.startswith("test_") and name != "test_exercises.py":
             module = importlib.import_module(name[:-3])
-            for target, old, *_ in getattr(module, "MUTATIONS", []):
-                found.add((target, "".join(old.split())))
+            for target, old, new, test, *_ in getattr(module, "MUTATIONS", []):
+                found.setdefault((target, spelled(old), spelled(new)), set()).add(f"tests/{name}::{test.__name__}")
     return found
+
+def test_every_bug_is_one_that_the_tests_know():
+    """Bug: a hunt whose `check` is green before anything is repaired. Each bug stands in a list of MUTATIONS, which proves that the
+    tests named for it turn red."""
+    known = mutations()
+    for bug in BUGS:
+        tests = known.get((f"{bug.module}:{bug.function}", spelled(bug.old), spelled(bug.new)), set())
+        assert set(bug.tests) & tests, f"{bug.name}: no MUTATIONS of {bug.tests} has it"
 
 def test_the_list_is_about_the_code_as_it_is():
     """Claim: every function and every test that the list names exists, and every test has a claim to show; every bug stands where the list
     says."""
     names = [thing.name for thing in (*EXERCISES, *BUGS)]
-    assert len(set(names)) == len(names) and len(EXERCISES) >= 15
+    assert len(set(names)) == len(names) and len(EXERCISES) >= 18 and len(BUGS) >= 10
     for exercise in EXERCISES:
         source = exercises.read(os.path.join(ROOT, exercises.source_path(exercise.module)))
         assert exercises.BLANK in exercises.blanked(source, exercise.function)
         assert ast.get_docstring(exercises.find_function(source, exercise.function)), exercise.name
-        for test in exercise.tests:
-            exercises.claim_of(test)
+        assert all(map(exercises.claim_of, exercise.tests)), exercise.name
     for bug in BUGS:
         source = exercises.read(os.path.join(ROOT, exercises.source_path(bug.module)))
         exercises.with_bug(source, bug.function, bug.old, bug.new)
-        for test in bug.tests:
-            exercises.claim_of(test)
+        assert all(map(exercises.claim_of, bug.tests)), bug.name
 
 def test_start_check_solution(tmp_path, monkeypatch, capsys):
     """Claim: a blank, a wrong and a right attempt are told apart, in words; nothing is written outside exercises/."""
@@ -103,7 +113,7 @@ def test_start_check_solution(tmp_path, monkeypatch, capsys):
         f.write(source.replace(exercises.BLANK, "return 0.5"))
     assert exercises.check(exercise) is False
     out = capsys.readouterr().out
-    assert "Not yet. test_iou_by_hand fails" in out and "What happened: assert" in out
+    assert "Not yet. test_iou_by_hand fails" in out and "What happened:\n        assert" in out
     exercises.solution(exercise)
     assert "def iou(a, b):" in capsys.readouterr().out
 

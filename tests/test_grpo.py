@@ -580,6 +580,8 @@ MUTATIONS = [
      test_loss_closed_form, {}),
     ("grpo:ppo_clip", "-torch.min(ratio * advantages, clipped * advantages)", "-torch.max(ratio * advantages, clipped * advantages)",
      test_clip_truth_table, {}),
+    ("grpo:ppo_clip", "-torch.min(ratio * advantages, clipped * advantages)", "torch.min(ratio * advantages, clipped * advantages)",
+     test_clip_truth_table, {}),
     ("grpo:ppo_clip", "-torch.min(ratio * advantages, clipped * advantages)", "-torch.min(ratio, clipped) * advantages",
      test_clip_truth_table, {}),                                                                    # right for A > 0 only
     ("grpo:ppo_clip", "ratio.clamp(1 - clip_low, 1 + clip_high)", "ratio.clamp(1 - clip_high, 1 + clip_low)", test_asymmetric_clip, {}),

@@ -7,6 +7,7 @@ import copy, random
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import data, model, zoom_rollout
 from appendix import parts, prefix
@@ -269,6 +270,28 @@ def test_places_of_rows(models):
     assert rows.to_prompts(x).shape == (2, 2, 9, 5) and torch.equal(rows.to_rows(rows.to_prompts(x)), x)
     assert prefix.SharedCache(cache, torch.tensor([0, 0, 1, 1]), [], [], torch.zeros(4, dtype=torch.long)).in_order
 
+class Largest(TorchDispatchMode):
+    """Notes the largest block of memory that an operation writes."""
+    bytes = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor):
+            self.bytes = max(self.bytes, out.untyped_storage().nbytes())
+        return out
+
+def test_a_step_copies_no_prompt():
+    """Bug: every row gets a copy of its prompt's keys: right, and as slow as a cache in which each row holds its own."""
+    P, B, K, R, S, d = 2, 16, 2, 2, 64, 32
+    prompts = prefix.PromptCache([torch.randn(P, K, S, d)], [torch.randn(P, K, S, d)], torch.tensor([S, S // 2]))
+    cache = prefix.SharedCache(prompts, torch.arange(B) % P, [torch.zeros(B, K, 0, d)], [torch.zeros(B, K, 0, d)], torch.zeros(B, dtype=torch.long))
+    cache.reserve(1)
+    cache.place(1)
+    q, k, v = torch.randn(B, 1, K * R, d), torch.randn(B, 1, K, d), torch.randn(B, 1, K, d)
+    with Largest() as largest:
+        assert cache.attend(0, q, k, v).shape == q.shape
+    assert 0 < largest.bytes < B * K * S * d * q.element_size()
+
 # -----------------------------------------------------------------------------
 # do the tests bite? Each row puts one bug into appendix/prefix.py; the named test must fail.
 
@@ -283,6 +306,7 @@ MUTATIONS = [
     (f"{SHARED}.place", "slots < self.prompts.lengths[self.group, None, None, None]", "slots <= self.prompts.lengths[self.group, None, None, None]",
      test_shared_prompt_equals_own, SHRINKS),
     (f"{SHARED}.assign", "(same_group & earlier).sum(1)", "(same_group & earlier).sum(1) // 2", test_shared_prompt_equals_own, WHOLE),
+    (f"{SHARED}.attend_one_token", "self.to_rows(group_scores)", "q @ prompt_keys[self.group].mT", test_a_step_copies_no_prompt, {}),
     (f"{SHARED}.attend_one_token", "torch.cat([prompt_scores, own_scores], -1) + self.mask", "torch.cat([prompt_scores, own_scores], -1)",
      test_shared_prompt_equals_own, WHOLE),
     (f"{SHARED}.attend_chunk", "prompt_values[p].expand(copies)", "prompt_values[0].expand(copies)", test_shared_prompt_equals_own, WHOLE),

@@ -28,7 +28,7 @@ def text_of(name):
     with open(os.path.join(ROOT, name), encoding="utf-8") as f:
         return f.read()
 
-README, LONG = text_of("README.md"), text_of("appendix/README.md")
+README, LONG, COURSE = text_of("README.md"), text_of("appendix/README.md"), text_of("appendix/course.md")
 
 def section(title):
     """The text under a heading of the README that begins with `title`."""
@@ -41,9 +41,9 @@ def quoted(text):
     return re.findall(r"`([^`\n]+)`", text)
 
 def commands():
-    """(where, script or -m module, arguments) of each `python ...` in the READMEs and in the docstrings of all files."""
+    """(where, script or -m module, arguments) of each `python ...` in the READMEs, the course and the docstrings of all files."""
     out = []
-    for where in ("README.md", "appendix/README.md", *FILES):
+    for where in ("README.md", "appendix/README.md", "appendix/course.md", *FILES):
         text = text_of(where)
         text = text if where.endswith(".md") else ast.get_docstring(ast.parse(text)) or ""
         text = text.replace("\\\n", " ")
@@ -87,7 +87,7 @@ def test_flags_exist():
     flags = {f"--{f.name.replace('_', '-')}" for m in (train_rl, train_sft, evaluate, tiny) for f in dataclasses.fields(m.Config)}
     flags |= set(re.findall(r'"(--[a-z-]+)"', "".join(map(text_of, FILES)))) | {"--slow", "--help", "--index-url"}
     flags |= {"--nproc-per-node", "--nnodes", "--rdzv-backend", "--rdzv-endpoint"}     # torchrun's
-    named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", README + LONG))
+    named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", README + LONG + COURSE))
     assert len(named) > 40 and not named - flags
 
 @pytest.mark.parametrize("module", (train_rl, train_sft, evaluate, tiny), ids=lambda m: m.__name__)
@@ -109,7 +109,7 @@ def test_the_traces_and_models_are_the_defaults():
 # -----------------------------------------------------------------------------
 # names
 
-@pytest.mark.parametrize("where", ["README.md", "appendix/README.md"])
+@pytest.mark.parametrize("where", ["README.md", "appendix/README.md", "appendix/course.md"])
 def test_files_exist(where):
     """Claim: what a README names or links is there: sources, tests, the shipped weights, pictures, headings."""
     text, folder = text_of(where), os.path.dirname(where)
@@ -118,6 +118,7 @@ def test_files_exist(where):
     known = set(FILES) | {f"{m}.py" for m in APPENDIX} | {f"tests/{os.path.basename(f)}" for f in glob.glob(os.path.join(ROOT, "tests", "*.py"))}
     assert sources and not sources - known
     links = {link for link in re.findall(r'\]\(([^)\s]+)\)', text) if "://" not in link}
+    links |= set(re.findall(r'(?:src|srcset)="([^"]+)"', text))
     assert links
     for link in links:
         path, _, anchor = link.partition("#")
@@ -147,7 +148,7 @@ def resolve(name):
 
 def test_functions_exist():
     """Bug: a function is renamed and a README still sends the reader to the old name."""
-    named = [q for q in quoted(README + LONG) if re.fullmatch(rf"(?:{'|'.join((*MODULES, *APPENDIX))})(?:\.\w+)+", q) and not q.endswith((".py", ".jsonl", ".html"))]
+    named = [q for q in quoted(README + LONG + COURSE) if re.fullmatch(rf"(?:{'|'.join((*MODULES, *APPENDIX))})(?:\.\w+)+", q) and not q.endswith((".py", ".jsonl", ".html"))]
     assert len(named) >= 12
     for name in named:
         resolve(name)
@@ -255,5 +256,5 @@ def test_the_readme_is_short():
 
 def test_no_comment_is_left_to_fill_in():
     """Bug: a placeholder ships."""
-    assert not re.findall(r"TODO|FIXME|XXX|FILES-TABLE", README + LONG + "".join(map(text_of, FILES)))
+    assert not re.findall(r"TODO|FIXME|XXX|FILES-TABLE|FIGURE:", README + LONG + COURSE + "".join(map(text_of, FILES)))
     assert not re.findall(r"^<!-- [\w-]+ -->\n\n(?=#|\Z|[A-Z])", README, re.M), "a section is still empty"

@@ -142,14 +142,17 @@ WORDS = [
 
 @pytest.mark.parametrize("text, value", POINTS)
 def test_parse_point(text, value):
+    """Claim: the point in the last answer tag, else the last one that the text says outside thoughts and calls; else None."""
     assert parse_answer(text, "point") == value
 
 @pytest.mark.parametrize("text, value", BOXES)
 def test_parse_box(text, value):
+    """Claim: four numbers in one bracket, or two corners, where the answer stands; two points or a box in a thought are no box."""
     assert parse_answer(text, "box") == value
 
 @pytest.mark.parametrize("text, value", WORDS)
 def test_parse_choice_and_text(text, value):
+    """Claim: what the last answer tag holds, without the space around it; else what is said outside thoughts and calls; else None."""
     assert parse_answer(text, "choice") == parse_answer(text, "text") == value
 
 # what a search could choke on, many times over: half-open shapes, tags that never meet, runs of one character
@@ -228,6 +231,7 @@ IOUS = [
 
 @pytest.mark.parametrize("a, b, value", IOUS)
 def test_iou_by_hand(a, b, value):
+    """Claim: overlap by union, worked out by hand; 0 where a box is inverted or has no area; the order of the boxes does not matter."""
     assert iou(a, b) == pytest.approx(value) == iou(b, a)
 
 @pytest.mark.parametrize("said, soft, hard", [
@@ -437,6 +441,7 @@ FAR = [look(100 * i, 0) for i in range(9)]                                      
     ([FAR[0], say(f" {RIGHT.text}\n")], 1),
 ])
 def test_zoom_grammar(turns, form):
+    """Claim: format is 1 if every turn but the last is a thought and a call that worked, and the last a thought and an answer; else 0."""
     assert reward_of(POINT, turns, "vigorl-zoom")["format"] == form
 
 @pytest.mark.parametrize("shape", [
@@ -618,6 +623,9 @@ MUTATIONS = [
      test_distinct_bonus_ignores_zooms_that_failed, {}),
     ("rewards:distinct_bonus", "min(distances, default=math.inf)", "min(distances[-1:], default=math.inf)", test_distinct_bonus,
      dict(points=[(0, 0), (50, 0), (5, 0)], distinct=0.2)),
+    ("rewards:vigorl_zoom", "0.6 * found['accuracy']", "0.6 * (1 - found['wrong_format'])", test_right_always_beats_wrong, {}),
+    ("rewards:episode_well_formed", "all(map(zooms_well, turns[:-1])) and answers_well(turns[-1].text, answer_type)",
+     "answers_well(turns[0].text, answer_type)", test_zoom_grammar, dict(turns=[FAR[0], RIGHT], form=1)),
     ("rewards:distinct_bonus", "min(0.4, bonuses.distinct * further)", "bonuses.distinct * further", test_right_always_beats_wrong, {}),
     ("rewards:distinct_bonus", "min(len(kept), max_zooms)", "len(kept)", test_distinct_bonus_stops_at_the_zooms_allowed, {}),
     ("rewards:vigorl_zoom", "0.4 * form * (1 + distinct)", "0.4 * (form + distinct)", test_distinct_bonus_is_not_paid_for_a_broken_format, {}),

@@ -573,6 +573,7 @@ MUTATIONS = [
      test_gradient_of_a_step, dict(aggregate="token", micro_tokens=10 ** 6)),
     ("train_rl:train_step", "grpo_loss(vlm, ref, micro_batch, denominator, cfg, step, log)", "grpo_loss(vlm, ref, minibatch[:len(micro_batch)], denominator, cfg, step, log)",
      test_gradient_of_a_step, dict(aggregate="token", micro_tokens=1)),
+    ("train_rl:store_advantages", "e.advantage = advantage", "e.advantage = 0 * advantage", test_gradient_of_a_step, dict(aggregate="token", micro_tokens=10 ** 6)),
     ("train_rl:store_advantages", "advantages.flatten()", "advantages.T.flatten()", test_gradient_of_a_step, dict(aggregate="token", micro_tokens=10 ** 6)),
     ("train_rl:store_advantages", "e.difficulty_weight = weight", "pass", test_the_report_of_a_group_adds_up_to_the_step,
      dict(flags=dict(difficulty_weight="exp", difficulty_normalize=True))),
@@ -625,6 +626,7 @@ MUTATIONS = [
     ("appendix.rl_run:RunLog.begin", "run.keep_rows_before(self.path(name), self.progress.step)", "run.keep_rows_before(self.path(name), self.progress.step + 1)",
      test_resume_equals_unbroken, {}),
     ("train_rl:main", "range(progress.step, cfg.steps)", "range(cfg.steps)", test_resume_equals_unbroken, {}),
+    ("appendix.rl_run:RunLog.stops_after", "self.save(done)", "self.save(row['step'])", test_resume_equals_unbroken, {}),
     ("appendix.rl_run:load_reference", "prefix.load_vlm(path, plain=cfg.plain, device=cfg.device, dtype=cfg.dtype, max_pixels=vlm.spec.max_pixels, quiet=True)",
      "prefix.load_vlm(os.path.join(run_folder(cfg), 'checkpoint') if cfg.resume else cfg.model, quiet=True)", test_resume_equals_unbroken, {}),
 ]

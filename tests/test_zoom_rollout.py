@@ -314,7 +314,7 @@ def test_crop_from_seen(vlm, monkeypatch):
 
 @pytest.mark.parametrize("size", [(448, 448), (500, 337), (81, 1000), (60, 40), (5, 700)])
 def test_crop_window(vlm, size):
-    """Bug: a window that leaves the image, is squashed at the border, or is fed at a size that is not in proportion."""
+    """Bug: a window that is not around its point, leaves the image, is squashed at the border, or is fed at a size that is not in proportion."""
     view, want = vlm.view(Image.new("RGB", size)), [min(vlm.spec.window, side) for side in size]
     w, h = size
     for x, y in itertools.product((0, 1, w / 2, w - 1), (0, 1, h / 3, h - 1)):
@@ -582,6 +582,7 @@ MUTATIONS = [
     ("zoom_rollout:begin", "views is None", "True", test_given_views, {}),
     (ROLLOUT, "for prompt in prompts:\n    for _ in range(group_size):\n        episodes.append(prompt.copy())",
      "for _ in range(group_size):\n    for prompt in prompts:\n        episodes.append(prompt.copy())", test_group_order, {}),
+    ("zoom_rollout:replay", "vlm.ids(written) + [vlm.im_end]", "vlm.ids(written)", test_replay_equals_rollout, {}),
     ("zoom_rollout:replay", "max_zooms - k if can_zoom else 0", "max_zooms - k + 1 if can_zoom else 0", test_replay_equals_rollout, {}),
     ("zoom_rollout:replay", "text.removeprefix(data.FORCE) if forced else text", "text", test_replay_equals_rollout, {}),
     ("zoom_rollout:RolloutConfig.zoom_limit", 'self.style == "zoom" and self.zoom != "off"', 'self.style == "zoom"', test_zoom_forbidden, dict(options=dict(zoom="off"))),
