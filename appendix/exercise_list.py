@@ -109,7 +109,7 @@ EXERCISES = [
               "tests/test_model.py::test_padded_batch_equals_singletons")),
     Exercise("shared-prompt", "appendix.prefix", "SharedCache.attend_one_token", 45,
              "The rows of a group share one copy of their prompt. Write the attention of one new "
-             "token per row so that it equals that of rows with a copy each, without making a copy.",
+             "token per row so that it equals that of rows with a copy each, and make no copy.",
              "appendix/prefix.py: the drawing at its top, SharedCache, `place` (the mask is added "
              "to the scores), `to_prompts` and `to_rows`",
              ("tests/test_prefix.py::test_shared_prompt_equals_own",
