@@ -77,7 +77,8 @@ def plan_of(study, seeds=None, more=()):
                 del settings[name]
         arms.append(sweep.Arm(label, settings))
     shared = [*shlex.split(study.shared), *more]
-    return sweep.Plan(f"study-{study.name}", arms, seeds or list(study.seeds), shared)
+    name = sweep.slug("-".join([f"study-{study.name}", *more]))     # a trial has a folder of its own
+    return sweep.Plan(name, arms, seeds or list(study.seeds), shared)
 
 
 def fields_of(flags):

@@ -145,7 +145,7 @@ STUDIES = [
             "no bonus": "distinct_bonus=0",
             "bonus": "distinct_bonus=0.2",
         },
-        shared="--task relation --recipe vigorl-zoom --traces mcts --sft-n 400 --loss grpo "
+        shared=f"{ORACLE} --task search --difficulty hard --recipe vigorl-zoom --loss grpo "
                "--kl-coef 0 --blind-prompts 2 --steps 60",
         claims=(
             Claim("With the bonus the policy looks more often.",
@@ -153,10 +153,10 @@ STUDIES = [
             Claim("With the bonus it is right more often.", "bonus", "no bonus"),
         ),
         show=("zooms_per_episode", "saw", "accuracy_no_zoom"),
-        limits="Where one thing is, seen from another, takes two looks, one at each, and `saw` "
-               "asks for both; but colors and places show in the overview, so a second look is "
-               "worth less here than on V*. That a bonus for points makes more points is no "
-               "surprise; what it does to the accuracy is the question.",
+        limits="No question of this world needs two zooms: one look at the right place answers it, "
+               "and only a policy that looked at the wrong place first gains by a second look. So "
+               "that the policy looks again can be tested here; what that is worth on V*, whose "
+               "second kind of question compares two things, cannot.",
         read="`rewards.distinct_bonus`, and the table of bounds in `rewards.vigorl_zoom`."),
     Study(
         "behaviours", VIGORL,

@@ -340,7 +340,8 @@ def check_same_sweep(folder, plan):
         same_arms = all(there["arms"][label] == now["arms"][label] for label in common)
         if there["shared"] != now["shared"] or not same_arms:
             raise DataError(f"{folder} holds a sweep with other flags "
-                            f"({' '.join(there['shared']) or 'none'}); take another --name")
+                            f"({' '.join(there['shared']) or 'none'}); take another --name, or "
+                            "remove that folder")
         now["arms"] = there["arms"] | now["arms"]
     run.write_json(path, now)
 

@@ -171,6 +171,7 @@ def test_a_trial_is_not_kept(pretend, capsys):
     assert [r.config.steps for r in sweep.runs_of(plan)[0]] == [1, 1, 0] and {r.config.lr for r in sweep.runs_of(plan)[0]} == {1e-2}
     sweep.main(["--study", "small", "--seeds", "0", "--steps", "1", "--at-once", "1"])
     assert studies.OPEN in capsys.readouterr().out and not os.path.exists("kept/small.json")
+    assert not os.path.exists("runs/sweeps/study-small")                       # where the study itself runs
     for wrong, said in ((["--record", "--steps", "1"], "--record"), (["--record", "--seeds", "0"], "--record"), (["lr=1"], "arms of its own"),
                         (["--name", "x"], "name of its own")):
         with pytest.raises(DataError, match=said):
