@@ -17,6 +17,7 @@ the tests named in the list run there. So an exercise is always about the code a
 """
 import argparse
 import ast
+import functools
 import json
 import os
 import re
@@ -55,9 +56,14 @@ def read(path):
         return f.read()
 
 
+@functools.lru_cache(maxsize=64)
+def syntax_tree(source):
+    return ast.parse(source)
+
+
 def find_function(source, name):
     """The syntax tree of a function or "Class.method". Raises DataError."""
-    node = ast.parse(source)
+    node = syntax_tree(source)
     for part in name.split("."):
         found = [child for child in node.body
                  if isinstance(child, (ast.FunctionDef, ast.ClassDef)) and child.name == part]
