@@ -149,7 +149,7 @@ SYMPTOMS = {
     "no-signal": lambda h, b: last(b, "grad_norm") == 0 < last(h, "grad_norm") and last(b, "frac_zero_std") < 1,
     "paid-for-nothing": lambda h, b: last(b, "reward") >= first(b, "reward") > 0.85 and last(b, "accuracy") < last(h, "accuracy") - 0.15,
     "zooming-dies": lambda h, b: last(b, "zooms") < first(b, "zooms") / 2 and last(h, "zooms") > 0.8,
-    "cut-off": lambda h, b: first(b, "clipped_ratio") > 0.9 and last(h, "clipped_ratio") < 0.1,
+    "cut-off": lambda h, b: last(b, "clipped_ratio") > 0.9 and last(h, "clipped_ratio") < 0.1,
     "the-kl-explodes": lambda h, b: last(b, "kl") > 10 * last(h, "kl") and last(b, "accuracy") < last(h, "accuracy") - 0.2,
     "crops-off": lambda h, b: first(b, "saw") < first(h, "saw") - 0.1,
     "resume-repeats": lambda h, b: (h.steps_run, b.steps_run) == (8, 9) and last(h, "step") == last(b, "step") == 7,
@@ -209,7 +209,19 @@ def test_a_hunt(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out == "loop.py\nloop.py, next_step\n"
     with pytest.raises(DataError, match="is for exercises; expected start, show, hint, check"):
         exercises.main(["solution", "bug1"])
-    (work / "exercises" / "off" / "loop.py").write_text(PROJECT["loop.py"])
+    copy = work / "exercises" / "off" / "loop.py"
+    failing = iter(["It guards against this: the bug", ""])
+    monkeypatch.setattr(exercises, "first_failure", lambda folder, tests: next(failing))
+    with pytest.raises(SystemExit):
+        exercises.main(["check", "off"])
+    out = capsys.readouterr().out
+    assert "Not yet" in out and "hint bug1" in out and "guards" not in out      # the test's claim would give it away
+    copy.write_text("def next_step(done):\n    return (")
+    with pytest.raises(DataError, match="loop.py, line 2"):
+        exercises.main(["check", "off"])
+    copy.write_text(PROJECT["loop.py"])
+    exercises.main(["check", "off"])
+    assert "Found and repaired. In loop.py, next_step" in capsys.readouterr().out
     exercises.main(["show", "off"])
     assert re.search(r"^steps run +4 +4$", capsys.readouterr().out, re.M)
     assert os.listdir(work) == ["exercises"] and set(os.listdir(project)) - {"__pycache__"} == set(PROJECT)
