@@ -4,7 +4,7 @@ Pointing alone hardly teaches a small model to see, because the name that it mus
 the question. A mixture in which the image is needed to predict the text does. So a *lesson* is a
 chat about one scene or several: list what is there, name what is at a point, point, box, compare,
 find the image that shows a thing, tell what a crop shows. A *drill* is an episode in the form of
-the zoom protocol whose question says where to zoom, in numbers.
+the zoom protocol whose question says where to zoom, nearly always in numbers.
 
 The questions of the tasks are never asked here. Where to zoom for a question, when, and when to
 answer is left for the warm start and for RL. All scenes are of the train split.
@@ -27,6 +27,10 @@ SEVERAL_IMAGES = 0.4            # this share of the lessons; before, the share r
 DRILLS_FROM = 3200              # from here on drills are mixed in,
 DRILLS = 0.15                   # and this is their share of the episodes
 
+# At the end: this share of drills, and of the places in them that are named in place of numbers.
+LAST_DRILLS = 0.5
+NAMED = 0.2
+
 # How the scenes of a lesson look. "first" has few and large objects.
 LOOKS = {"first": dict(objects=(1, 2), radius=(46, 60)), **data.DIFFICULTY}
 FREQUENCY = {"first": 2, "easy": 3, "medium": 5, "hard": 3}
@@ -35,8 +39,15 @@ FREQUENCY = {"first": 2, "easy": 3, "medium": 5, "hard": 3}
 def draw_episode(vlm, rng, step):
     """-> Episode of this step, a lesson or a drill; the loss is on the assistant's tokens."""
     if step >= DRILLS_FROM and rng.random() < DRILLS:
-        return drill(vlm, rng)
+        return drill(vlm, rng, named=0.0)
     return lesson(vlm, rng, step)
+
+
+def draw_last_episode(vlm, rng, step):
+    """-> Episode of the end of pretraining, with more drills."""
+    if rng.random() < LAST_DRILLS:
+        return drill(vlm, rng, NAMED)
+    return lesson(vlm, rng)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -253,12 +264,13 @@ LESSONS_ABOUT_SEVERAL = [(box_what_is_shown, 3), (which_other_image, 3), (box_in
 # --------------------------------------------------------------------------------------------------
 # drills: the zoom protocol, told where to zoom
 
-def drill(vlm, rng):
-    """-> Episode in the zoom protocol whose question gives the points to zoom into.
+def drill(vlm, rng, named):
+    """-> Episode in the zoom protocol whose question says where to zoom.
+
+    named: share of the places that are given by the name of a thing, in place of its coordinates.
 
     An instruction-tuned model brings this along: it can write a tool call, read what comes back and
-    pick an option when it must answer. Which point a question calls for is not taught: the drills
-    name points by their coordinates only.
+    pick an option when it must answer. What a question calls for is not taught.
     """
     level = rng.choice(("easy", "medium", "medium", "hard"))
     scene = data.split_scene(rng, "train", **data.DIFFICULTY[level])
@@ -268,7 +280,11 @@ def drill(vlm, rng):
     forced = rng.random() < 0.2
     options = rng.sample(list(data.PATTERNS), len(data.PATTERNS))
     spots = [train_sft.near(o, view, rng) for o in chosen]
-    question = f"Zoom into {', then '.join(str(spot) for spot in spots)}."
+    places = []
+    for o, spot in zip(chosen, spots):
+        by_name = named and rng.random() < named        # no number is drawn where none is named
+        places.append(f"the {o['name']}" if by_name else str(spot))
+    question = f"Zoom into {', then '.join(places)}."
     sample = data.Sample("", [image], question, "choice", options)
 
     if forced and rng.random() < 0.5:           # no zoom allowed: any option
