@@ -109,7 +109,7 @@ EXERCISES = [
               "tests/test_model.py::test_padded_batch_equals_singletons")),
     Exercise("shared-prompt", "appendix.prefix", "SharedCache.attend_one_token", 45,
              "The rows of a group share one copy of their prompt. Write the attention of one new "
-             "token per row so that it equals that of rows with a copy each, without making a copy.",
+             "token per row so that it equals that of rows with a copy each, and make no copy.",
              "appendix/prefix.py: the drawing at its top, SharedCache, `place` (the mask is added "
              "to the scores), `to_prompts` and `to_rows`",
              ("tests/test_prefix.py::test_shared_prompt_equals_own",
@@ -160,8 +160,8 @@ SHORT = ("train_rl.py", "--traces=oracle", "--sft-n=400", "--difficulty=easy", "
 
 BUGS = [
     Bug("the-reward-falls", "accuracy falls from step to step",
-        "A run that worked last week now gets worse with every step. Nothing else looks wrong: the "
-        "form is good, the gradient is finite.",
+        "A run that worked last week now gets worse with every step. No error, no warning, and the "
+        "gradient is as large as ever.",
         "grpo", "ppo_clip",
         "-torch.min(ratio * advantages, clipped * advantages)",
         "torch.min(ratio * advantages, clipped * advantages)",
@@ -188,23 +188,24 @@ BUGS = [
         "The policy learns what is paid, not what is meant. Read a few episodes with a high reward "
         "before you trust it."),
     Bug("zooming-dies", "zooming dies after some steps",
-        "At first the policy zooms. Step by step it does so less, until it only guesses.",
-        "rewards", "episode_well_formed",
-        "all(map(zooms_well, turns[:-1])) and answers_well(turns[-1].text, answer_type)",
-        "answers_well(turns[0].text, answer_type)",
-        SHORT, ("zooms", "format", "accuracy", "accuracy_blind"),
-        ("tests/test_rewards.py::test_zoom_grammar",),
+        "You put a price on length. It should matter only to episodes that come close to the "
+        "limit, and none does. At first the policy zooms. Step by step it does so less, until it "
+        "only guesses.",
+        "grpo", "overlong",
+        "limit - soft - lengths", "soft - lengths",
+        (*SHORT, "--overlong=20"), ("zooms", "overlong", "length", "accuracy"),
+        ("tests/test_grpo.py::test_overlong",),
         "When a behaviour dies, compare what an episode with it earns to what one without it "
         "earns, part by part."),
     Bug("cut-off", "every turn is cut off by the length limit",
         "No turn ends by itself: each one is as long as --max-new-tokens allows, whatever the "
         "limit is.",
-        "zoom_rollout", "replay",
-        "vlm.ids(written) + [vlm.im_end]", "vlm.ids(written)",
+        "zoom_rollout", "sample_turn",
+        "live & ~ended & (written < budgets)", "live & (written < budgets)",
         SHORT, ("clipped_ratio", "length", "format", "accuracy"),
-        ("tests/test_zoom_rollout.py::test_replay_equals_rollout",),
-        "A policy ends a turn only if it has learned to. The token that ends a turn is a token "
-        "like any other: sampled, counted and trained on."),
+        ("tests/test_zoom_rollout.py::test_only_chosen_tokens_are_trained",),
+        "Is it the policy that never ends, or the sampler that never stops? The tokens of one "
+        "episode answer it."),
     Bug("the-kl-explodes", "the KL explodes, then the text is noise",
         "The penalty should hold the policy near its reference. With it the policy runs away "
         "faster than without.",

@@ -553,6 +553,7 @@ MUTATIONS = [
     ("grpo:curiosity", "(cap - zooms).clamp(max=0)", "cap - zooms", test_curiosity, {}),
     ("grpo:overlong", "(room / soft).clamp(-1, 0)", "(room / soft).clamp(-1, 1)", test_overlong, {}),
     ("grpo:overlong", "limit - soft - lengths", "limit - lengths", test_overlong, {}),
+    ("grpo:overlong", "limit - soft - lengths", "soft - lengths", test_overlong, {}),
     ("grpo:group_advantages", "std + 1e-6", "std + 1e-4", test_unbiased_std, {}),
     ("grpo:group_advantages", "rewards.mean(1, keepdim=True)", "rewards.mean()", test_group_order, {}),
     ("grpo:policy_loss", "advantages[:, None]", "advantages.flip(0)[:, None]", test_group_order, {}),

@@ -263,6 +263,15 @@ def test_evidence(vlm):
     assert set(evidence.right_and_saw([*rows, {"right": True}], lambda r, _: r["right"]).values()) == {0.5, 0.25}
     assert evidence.right_and_saw([{**r, "zooms": 0} for r in rows], lambda r, _: r["right"]) == {}
 
+def test_every_turn_is_scored(vlm):
+    """Bug: the answer is looked for in the first turn alone, so that an episode that zooms is never right."""
+    s = SAMPLES[0]
+    answer = f"<think> It is at (50, 50). </think>\n<answer> {s.options[s.answer]} </answer>"
+    call = f"<think> It may be at (50, 50). </think>\n{data.tool_call(50, 50)}"
+    episodes = [zoom_rollout.replay(vlm, s, turns) for turns in ([answer], [call, answer], [call, call, answer])]
+    train_rl.score_episodes(episodes, train_rl.Config(recipe="vigorl-zoom", group_size=3))
+    assert [e.reward_components["reward"] for e in episodes] == [1, 1, 1]
+
 def test_control_rewards(vlm):
     """Claim: the reward of a control is a coin that the seed decides, the form alone, or 1 for a well-formed wrong answer."""
     s = SAMPLES[0]
@@ -573,6 +582,7 @@ MUTATIONS = [
      test_gradient_of_a_step, dict(aggregate="token", micro_tokens=10 ** 6)),
     ("train_rl:train_step", "grpo_loss(vlm, ref, micro_batch, denominator, cfg, step, log)", "grpo_loss(vlm, ref, minibatch[:len(micro_batch)], denominator, cfg, step, log)",
      test_gradient_of_a_step, dict(aggregate="token", micro_tokens=1)),
+    ("train_rl:score_episodes", "e.text", "e.turns[0].text", test_every_turn_is_scored, {}),
     ("train_rl:store_advantages", "e.advantage = advantage", "e.advantage = 0 * advantage", test_gradient_of_a_step, dict(aggregate="token", micro_tokens=10 ** 6)),
     ("train_rl:store_advantages", "advantages.flatten()", "advantages.T.flatten()", test_gradient_of_a_step, dict(aggregate="token", micro_tokens=10 ** 6)),
     ("train_rl:store_advantages", "e.difficulty_weight = weight", "pass", test_the_report_of_a_group_adds_up_to_the_step,
