@@ -155,7 +155,7 @@ class Script:
 class Silent:
     """In place of metrics.StepLog, which reads numbers."""
     def lap(self, *_): pass
-    add = add_micro_batch = lap
+    add = add_gap = add_micro_batch = lap
 
 # -----------------------------------------------------------------------------
 # a step without numbers
