@@ -211,7 +211,7 @@ BUGS = [
         "faster than without.",
         "train_rl", "grpo_loss",
         "per_token + cfg.kl_coef * penalty", "per_token - cfg.kl_coef * penalty",
-        (*SHORT, "--kl-coef=0.1"), ("kl", "entropy", "format", "accuracy"),
+        (*SHORT, "--kl-coef=0.3"), ("kl", "entropy", "format", "accuracy"),
         ("tests/test_train_step.py::test_kl_pulls_towards_the_reference",),
         "A loss is minimised: what is to become small is added to it, what is to become large is "
         "subtracted."),
