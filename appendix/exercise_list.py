@@ -206,9 +206,9 @@ BUGS = [
         ("tests/test_zoom_rollout.py::test_only_chosen_tokens_are_trained",),
         "Is it the policy that never ends, or the sampler that never stops? The tokens of one "
         "episode answer it."),
-    Bug("the-kl-explodes", "the KL explodes, then the text is noise",
-        "The penalty should hold the policy near its reference. With it the policy runs away "
-        "faster than without.",
+    Bug("the-kl-explodes", "the KL explodes",
+        "The penalty should hold the policy near its reference. With it the policy runs away, "
+        "faster from step to step, and loses what it had learned.",
         "train_rl", "grpo_loss",
         "per_token + cfg.kl_coef * penalty", "per_token - cfg.kl_coef * penalty",
         (*SHORT, "--kl-coef=0.3"), ("kl", "entropy", "format", "accuracy"),

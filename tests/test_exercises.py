@@ -150,7 +150,7 @@ SYMPTOMS = {
     "paid-for-nothing": lambda h, b: last(b, "reward") >= first(b, "reward") > 0.85 and last(b, "accuracy") < last(h, "accuracy") - 0.15,
     "zooming-dies": lambda h, b: last(b, "zooms") < first(b, "zooms") / 2 and last(h, "zooms") > 0.8,
     "cut-off": lambda h, b: last(b, "clipped_ratio") > 0.9 and last(h, "clipped_ratio") < 0.1,
-    "the-kl-explodes": lambda h, b: last(b, "kl") > 10 * last(h, "kl") and last(b, "accuracy") < last(h, "accuracy") - 0.2,
+    "the-kl-explodes": lambda h, b: last(b, "kl") > max(0.5, 10 * last(h, "kl")),
     "crops-off": lambda h, b: b.summary["saw"] < h.summary["saw"] - 0.2,
     "resume-repeats": lambda h, b: (h.steps_run, b.steps_run) == (8, 9) and last(h, "step") == last(b, "step") == 7,
     "two-temperatures": lambda h, b: first(b, "logp_gap") > 0.01 > 100 * first(h, "logp_gap") and last(b, "clipfrac") > last(h, "clipfrac") == 0,
