@@ -3,8 +3,8 @@
 Pointing alone hardly teaches a small model to see, because the name that it must write stands in
 the question. A mixture in which the image is needed to predict the text does. So a *lesson* is a
 chat about one scene or several: list what is there, name what is at a point, point, box, compare,
-find the image that shows a thing, tell what a crop shows. A *drill* is an episode in the form of
-the zoom protocol whose question says where to zoom, nearly always in numbers.
+find the image that shows a thing, tell what a crop shows. A *drill* is an episode in the form that
+a task asks for; where it zooms, its question says where to.
 
 The questions of the tasks are never asked here. Where to zoom for a question, when, and when to
 answer is left for the warm start and for RL. All scenes are of the train split.
@@ -27,9 +27,9 @@ SEVERAL_IMAGES = 0.4            # this share of the lessons; before, the share r
 DRILLS_FROM = 3200              # from here on drills are mixed in,
 DRILLS = 0.15                   # and this is their share of the episodes
 
-# At the end: this share of drills, and of the places in them that are named in place of numbers.
+# At the end of pretraining half of the episodes are drills.
 LAST_DRILLS = 0.5
-NAMED = 0.2
+NAMED = 0.2                     # share of their zooms that are asked for by name, not by numbers
 
 # How the scenes of a lesson look. "first" has few and large objects.
 LOOKS = {"first": dict(objects=(1, 2), radius=(46, 60)), **data.DIFFICULTY}
@@ -39,15 +39,16 @@ FREQUENCY = {"first": 2, "easy": 3, "medium": 5, "hard": 3}
 def draw_episode(vlm, rng, step):
     """-> Episode of this step, a lesson or a drill; the loss is on the assistant's tokens."""
     if step >= DRILLS_FROM and rng.random() < DRILLS:
-        return drill(vlm, rng, named=0.0)
+        return zoom_drill(vlm, rng, named=0.0)
     return lesson(vlm, rng, step)
 
 
 def draw_last_episode(vlm, rng, step):
-    """-> Episode of the end of pretraining, with more drills."""
-    if rng.random() < LAST_DRILLS:
-        return drill(vlm, rng, NAMED)
-    return lesson(vlm, rng)
+    """-> Episode of the end of pretraining: more drills, and in all protocols."""
+    if rng.random() >= LAST_DRILLS:
+        return lesson(vlm, rng)
+    make = pick(rng, [(zoom_drill, 2), (think_drill, 1), (box_drill, 1)])
+    return make(vlm, rng, NAMED) if make is zoom_drill else make(vlm, rng)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -262,15 +263,15 @@ LESSONS_ABOUT_SEVERAL = [(box_what_is_shown, 3), (which_other_image, 3), (box_in
 
 
 # --------------------------------------------------------------------------------------------------
-# drills: the zoom protocol, told where to zoom
+# drills: the forms of the three protocols
+#
+# An instruction-tuned model brings this along: it can write a tool call, read what comes back, pick
+# an option when it must answer, and answer in the tags that a prompt asks for.
 
-def drill(vlm, rng, named):
+def zoom_drill(vlm, rng, named):
     """-> Episode in the zoom protocol whose question says where to zoom.
 
     named: share of the places that are given by the name of a thing, in place of its coordinates.
-
-    An instruction-tuned model brings this along: it can write a tool call, read what comes back and
-    pick an option when it must answer. What a question calls for is not taught.
     """
     level = rng.choice(("easy", "medium", "medium", "hard"))
     scene = data.split_scene(rng, "train", **data.DIFFICULTY[level])
@@ -302,6 +303,43 @@ def drill(vlm, rng, named):
     turns.append(f"{opening} {o['pattern']} </answer>")
     max_zooms = len(chosen) if forced else 3
     return zoom_rollout.replay(vlm, sample, turns, max_zooms=max_zooms)
+
+
+def think_drill(vlm, rng):
+    """-> Episode that names points step by step, then answers: a comparison or a list."""
+    picture = show(vlm, data.split_scene(rng, "train", **data.DIFFICULTY["hard"]))
+    ask = rng.choice((compare, list_alike))
+    (_, question), answer = ask(rng, picture)
+    listed, _, said = answer.rpartition(": ")
+    named = [o for o in picture.objects if o["name"] in listed]
+    named.sort(key=lambda o: listed.index(o["name"]))
+    steps = []
+    for o in named:
+        x, y = train_sft.near(o, picture.view, rng)
+        steps.append(f"The {o['name']} is at ({x}, {y}).")
+    if ask is compare:
+        options = rng.sample([o["name"] for o in named], 2)
+        sample = data.Sample("", [picture.view.source], question, "choice", options)
+    else:
+        said = ", ".join(o["name"] for o in named) or "nothing"
+        sample = data.Sample("", [picture.view.source], question, "text")
+    turn = f"<think> {' '.join(steps)} </think>\n<answer> {said} </answer>"
+    return zoom_rollout.replay(vlm, sample, [turn], style="think")
+
+
+def box_drill(vlm, rng):
+    """-> Episode that names a thing, then answers with its box, and with its image if asked."""
+    ask = pick(rng, LESSONS_ABOUT_SEVERAL)
+    draw = functools.partial(new_scene, rng)
+    (*views, question), answer = ask(vlm, rng, draw)
+    image, _, place = answer.rpartition(": ")               # "image 2", or nothing
+    name, _, corners = place.partition(" (")
+    where = f"{image}: " if image else ""
+    turn = f"<think> {name} </think>\n<answer> {where}({corners} </answer>"
+    meta = {"name_image": True} if image else {}
+    images = [view.source for view in views]
+    sample = data.Sample("", images, question, "box", meta=meta)
+    return zoom_rollout.replay(vlm, sample, [turn], style="boxes")
 
 
 # Words of traces and questions that no lesson contains; the tokenizer should know them.

@@ -33,7 +33,7 @@ class Config:
     out: str = ""               # folder of the finished model (default: checkpoints/tiny)
     seed: int = 0               # random seed for weights, scenes and lessons
     lr: float = 1.5e-3          # peak learning rate
-    drill_steps: int = 600      # further steps, with more drills
+    drill_steps: int = 1_000    # further steps, with more drills
     drill_lr: float = 5e-4      # peak learning rate of these
     save_every: int = 500       # steps between saved states
 

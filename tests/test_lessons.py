@@ -64,7 +64,7 @@ def test_drills_say_where_to_zoom(vlm, named):
     rng = random.Random(2)
     kinds = collections.Counter()
     for _ in range(60):
-        e = lessons.drill(vlm, rng, named)
+        e = lessons.zoom_drill(vlm, rng, named)
         places = e.sample.question.removeprefix("Zoom into ").rstrip(".").split(", then ")
         calls = [turn for turn in e.turns if turn.crop]
         for place, turn in zip(places, calls):
@@ -76,6 +76,34 @@ def test_drills_say_where_to_zoom(vlm, named):
         assert len(calls) in (0, len(places))
         kinds[len(calls), "zooms"] += 1
     assert {(0, "zooms"), (1, "zooms"), (2, "zooms")} <= set(kinds) and kinds[False] > 10 and (kinds[True] > 10) == (named > 0)
+
+def test_drills_without_zooms_are_true(vlm, scenes_drawn):
+    """Bug: an answer in another form than the task's, or that does not follow from the thought; a box of another thing."""
+    rng = random.Random(5)
+    kinds = collections.Counter()
+    for _ in range(60):
+        scenes_drawn.clear()
+        e = lessons.think_drill(vlm, rng)
+        thought, _, answer = e.turns[0].text.partition(" </think>\n<answer> ")
+        answer = answer.removesuffix(" </answer>")
+        at = {o["name"]: vlm.view(e.sample.images[0]).from_source(*o["center"]) for o in scenes_drawn[0]["objects"]}
+        for name, x, y in re.findall(r"The (\w+ \w+) is at \((\d+), (\d+)\)", thought):
+            assert abs(int(x) - at[name][0]) + abs(int(y) - at[name][1]) <= (40 if vlm.spec.convention == "thousand" else 5)
+        if e.sample.options:
+            assert answer in e.sample.options and set(e.sample.options) <= set(re.findall(r"The (\w+ \w+) is", thought))
+        else:
+            assert answer == (", ".join(re.findall(r"The (\w+ \w+) is", thought)) or "nothing")
+        kinds["options", bool(e.sample.options)] += 1
+    for _ in range(40):
+        scenes_drawn.clear()
+        e = lessons.box_drill(vlm, rng)
+        name, where, corners = re.fullmatch(r"<think> (\w+ \w+) </think>\n<answer> (image \d: )?(\(.*\)) </answer>", e.turns[0].text).groups()
+        assert bool(where) == bool(e.sample.meta.get("name_image")) == ("Which other image" in e.sample.question)
+        image = numbers(where or e.sample.question)[0] - 1
+        o, = [o for o in scenes_drawn[image]["objects"] if o["name"] == name]
+        assert corners == lessons.train_sft.box_text(data.object_box(o), vlm.view(e.sample.images[image]))
+        kinds["image", bool(where)] += 1
+    assert len(kinds) == 4 and min(kinds.values()) >= 5
 
 def test_lessons_about_one_image_are_true(vlm, draw):
     """Bug: a place of another object, a number that is not theirs, the wrong side."""
