@@ -33,8 +33,9 @@ class Config:
     out: str = ""               # folder of the finished model (default: checkpoints/tiny)
     seed: int = 0               # random seed for weights, scenes and lessons
     lr: float = 1.5e-3          # peak learning rate
-    drill_steps: int = 1_000    # further steps, with more drills
-    drill_lr: float = 5e-4      # peak learning rate of these
+    second_steps: int = 6_000   # steps of the second stage
+    second_lr: float = 1e-3     # peak learning rate of the second stage
+    start: str = ""             # folder of a model that has the first stage behind it; empty: none
     save_every: int = 500       # steps between saved states
 
 
@@ -119,9 +120,12 @@ FALL = 0.4                      # last part of the steps, in which the learning 
 def pretrain(folder, cfg):
     """Make the tiny model from nothing, or go on with it, and save it with its card.
 
-    The lessons first; then a stage of a few hundred steps with more drills, from the rounded
-    weights of the first.
+    The second stage has more drills, and more of the lessons that are hard to learn. It begins with
+    the rounded weights of the first, so cfg.start can give them.
     """
+    if cfg.start:
+        second_stage(prefix.load_vlm(cfg.start), folder, cfg, losses=[], seconds=0.0)
+        return
     stub = make_tiny(["a"], data.PHRASES)
     vlm = make_tiny(lessons.tokenizer_corpus(stub, cfg.seed), data.PHRASES, cfg.seed)
     vlm.model.requires_grad_(True)              # here the vision tower learns too
@@ -131,13 +135,19 @@ def pretrain(folder, cfg):
     if cfg.until and cfg.until < cfg.steps:
         return
     round_to_bf16(vlm)
-    end = replace(cfg, steps=cfg.drill_steps, lr=cfg.drill_lr, seed=cfg.seed + 1)
-    last = Trainer(vlm, end, folder + ".state2", lessons.draw_last_episode)
-    last.learn(end.steps)
-    ship(vlm, folder, cfg, first.losses, (first.seconds + last.seconds) / 60)
-    for trainer in (first, last):
-        if os.path.exists(trainer.path):
-            os.remove(trainer.path)
+    second_stage(vlm, folder, cfg, first.losses, first.seconds)
+    os.remove(first.path)
+
+
+def second_stage(vlm, folder, cfg, losses, seconds):
+    """Train on, save with the card. losses, seconds: of the first stage."""
+    vlm.model.float().requires_grad_(True)
+    cfg = replace(cfg, steps=cfg.second_steps, lr=cfg.second_lr, seed=cfg.seed + 1)
+    second = Trainer(vlm, cfg, folder + ".state2", lessons.draw_second)
+    second.learn(cfg.steps)
+    second.save()
+    ship(vlm, folder, cfg, losses + second.losses, (seconds + second.seconds) / 60)
+    os.remove(second.path)
 
 
 def round_to_bf16(vlm):

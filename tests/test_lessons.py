@@ -20,7 +20,7 @@ PLACE = re.compile(r"(\w+ \w+) \((\d+), (\d+)\)")
 @pytest.fixture
 def draw():
     rng = random.Random("scenes")
-    return functools.partial(lessons.new_scene, rng)
+    return functools.partial(lessons.new_scene, rng, lessons.DRILLS_FROM, lessons.FIRST)
 
 @pytest.fixture
 def scenes_drawn(monkeypatch):
@@ -43,7 +43,7 @@ def test_no_held_out_scene_is_taught(vlm, scenes_drawn):
     rng = random.Random(0)
     for _ in range(300):
         lessons.draw_episode(vlm, rng, rng.randrange(6000))
-        lessons.draw_last_episode(vlm, rng, 0)
+        lessons.draw_second(vlm, rng, 0)
     assert len(scenes_drawn) > 400 and {data.split_of(scene) for scene in scenes_drawn} == {"train"}
 
 def test_no_question_of_a_task_is_asked(vlm):
@@ -54,7 +54,7 @@ def test_no_question_of_a_task_is_asked(vlm):
         assert any(opening in data.toy(task, "train", 1)[0].question for task in data.TASKS), opening
     rng = random.Random(1)
     for _ in range(400):
-        draw = rng.choice((lessons.draw_episode, lessons.draw_last_episode))
+        draw = rng.choice((lessons.draw_episode, lessons.draw_second))
         text = text_of(vlm, draw(vlm, rng, rng.randrange(6000)))
         assert not [opening for opening in openings if opening in text], text
 
@@ -90,7 +90,9 @@ def test_drills_without_zooms_are_true(vlm, scenes_drawn):
         for name, x, y in re.findall(r"The (\w+ \w+) is at \((\d+), (\d+)\)", thought):
             assert abs(int(x) - at[name][0]) + abs(int(y) - at[name][1]) <= (40 if vlm.spec.convention == "thousand" else 5)
         if e.sample.options:
-            assert answer in e.sample.options and set(e.sample.options) <= set(re.findall(r"The (\w+ \w+) is", thought))
+            (ax, ay), (bx, by) = [at[name] for name in re.findall(r"the (\w+ \w+)", e.sample.question)]
+            true = {"left": ax < bx, "right": ax > bx, "above": ay < by, "below": ay > by}
+            assert true[answer] and set(e.sample.options) in ({"left", "right"}, {"above", "below"})
         else:
             assert answer == (", ".join(re.findall(r"The (\w+ \w+) is", thought)) or "nothing")
         kinds["options", bool(e.sample.options)] += 1
@@ -136,8 +138,14 @@ def test_lessons_about_one_image_are_true(vlm, draw):
             further = answer.rpartition(": ")[2]
             other = b if further == a else a
             assert sign * at[further][axis] >= sign * at[other][axis]
+            (_, question), answer = lessons.side_of(rng, picture)
+            a, b = re.findall(r"the (\w+ \w+)", question)
+            side = answer.rpartition(": ")[2]
+            (ax, ay), (bx, by) = at[a], at[b]
+            assert {"left": ax < bx, "right": ax > bx, "above": ay < by, "below": ay > by}[side]
+            assert side in question and (abs(ax - bx) + 2 >= abs(ay - by)) == (side in ("left", "right")) or abs(abs(ax - bx) - abs(ay - by)) <= 4
 
-@pytest.mark.parametrize("ask", [ask for ask, _ in lessons.LESSONS_ABOUT_SEVERAL])
+@pytest.mark.parametrize("ask", sorted(lessons.KINDS_ABOUT_SEVERAL, key=lambda ask: ask.__name__))
 def test_lessons_about_several_images_are_true(vlm, draw, scenes_drawn, ask):
     """Bug: the box of another image."""
     rng = random.Random(4)
@@ -146,8 +154,8 @@ def test_lessons_about_several_images_are_true(vlm, draw, scenes_drawn, ask):
         scenes_drawn.clear()
         question, answer = ask(vlm, rng, draw)
         views, text = question[:-1], question[-1]
-        image = numbers(answer)[0] - 1 if ask is lessons.which_other_image else numbers(text)[0] - 1
-        name = re.findall(r"(\w+ \w+) \(", answer)[0]
+        image = numbers(answer if "image" in answer else text)[0] - 1
+        name = re.findall(r"(\w+ \w+)(?:: image \d:)? \(", answer)[0]
         o, = [o for o in scenes_drawn[image]["objects"] if o["name"] == name]
         assert numbers(answer)[-4:] == numbers(lessons.train_sft.box_text(data.object_box(o), views[image]))
         assert [view.index for view in views] == list(range(len(views)))
@@ -177,7 +185,7 @@ def test_tolerances():
     assert skills.near_enough("red square (40, 40)", "red square (48, 32)") and not skills.near_enough("red square (40, 40)", "red square (49, 40)")
     assert skills.overlaps("a b (0, 0),(10, 10)", "a b (0, 0),(10, 20)") and not skills.overlaps("a b (0, 0),(10, 9)", "a b (0, 0),(10, 20)")
     assert not skills.overlaps("image 2: a b (0, 0),(10, 10)", "image 3: a b (0, 0),(10, 10)")
-    assert skills.same_number("red square (1, 2): 1", "red circle (5, 6): 1") and not skills.same_number("red square (1, 2): 1", "red square (1, 2): 2")
+    assert skills.same_end("red square (1, 2): 1", "red circle (5, 6): 1") and not skills.same_end("red square (1, 2): 1", "red square (1, 2): 2")
 
 # -----------------------------------------------------------------------------
 # the optimizer and the loop
@@ -225,7 +233,7 @@ def run_pretraining(monkeypatch, flags):
 @pytest.mark.slow
 def test_a_killed_pretraining_goes_on(tmp_path, monkeypatch):
     """Bug: state that is not saved. Stopped at 6 of 8 steps, then continued: the same weights as in one go."""
-    drills = "--drill-steps 2"
+    drills = "--second-steps 2"
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(tiny.skills, "measure", lambda vlm: {})
     monkeypatch.setattr(tiny, "BATCH", 4)
