@@ -134,7 +134,7 @@ def test_the_notebook_runs(tmp_path, monkeypatch, capsys):
     images = [x for x in shown if isinstance(x, Image.Image)]
     assert len(drawings) == 2 and all(d._repr_svg_().startswith("<svg") for d in drawings) and len(images) == 3
     assert images[0].size == (data.SIDE, data.SIDE) and images[1].size == names["view"].fed
-    assert out.count("95 % interval") == 6 and not os.listdir(tmp_path)
+    assert out.count("95 % interval") == 2 * len(evaluate.MODES) and not os.listdir(tmp_path)
 
 def test_the_notebook_is_short():
     """Claim: thin: no cell has more than twenty lines, no line more than 100 columns, and no library but the repository's is imported."""
