@@ -77,7 +77,7 @@ def plan_of(study, seeds=None, more=()):
                 del settings[name]
         arms.append(sweep.Arm(label, settings))
     shared = [*shlex.split(study.shared), *more]
-    name = sweep.slug("-".join([f"study-{study.name}", *more]))     # a trial has a folder of its own
+    name = sweep.slug("-".join([f"study-{study.name}", *more]))     # a trial's is its own
     return sweep.Plan(name, arms, seeds or list(study.seeds), shared)
 
 
