@@ -206,12 +206,12 @@ BUGS = [
         ("tests/test_zoom_rollout.py::test_only_chosen_tokens_are_trained",),
         "Is it the policy that never ends, or the sampler that never stops? The tokens of one "
         "episode answer it."),
-    Bug("the-kl-explodes", "the KL explodes, then the text is noise",
-        "The penalty should hold the policy near its reference. With it the policy runs away "
-        "faster than without.",
+    Bug("the-kl-explodes", "the KL explodes",
+        "The penalty should hold the policy near its reference. With it the policy runs away, "
+        "faster from step to step, and loses what it had learned.",
         "train_rl", "grpo_loss",
         "per_token + cfg.kl_coef * penalty", "per_token - cfg.kl_coef * penalty",
-        (*SHORT, "--kl-coef=0.1"), ("kl", "entropy", "format", "accuracy"),
+        (*SHORT, "--kl-coef=0.3"), ("kl", "entropy", "format", "accuracy"),
         ("tests/test_train_step.py::test_kl_pulls_towards_the_reference",),
         "A loss is minimised: what is to become small is added to it, what is to become large is "
         "subtracted."),

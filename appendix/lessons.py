@@ -3,8 +3,8 @@
 Pointing alone hardly teaches a small model to see, because the name that it must write stands in
 the question. A mixture in which the image is needed to predict the text does. So a *lesson* is a
 chat about one scene or several: list what is there, name what is at a point, point, box, compare,
-find the image that shows a thing, tell what a crop shows. A *drill* is an episode in the form of
-the zoom protocol whose question says where to zoom, in numbers.
+find the image that shows a thing, tell what a crop shows. A *drill* is an episode in the form that
+a task asks for; where it zooms, its question says where to.
 
 The questions of the tasks are never asked here. Where to zoom for a question, when, and when to
 answer is left for the warm start and for RL. All scenes are of the train split.
@@ -27,16 +27,27 @@ SEVERAL_IMAGES = 0.4            # this share of the lessons; before, the share r
 DRILLS_FROM = 3200              # from here on drills are mixed in,
 DRILLS = 0.15                   # and this is their share of the episodes
 
+# The second stage of pretraining: this share of the episodes are drills.
+SECOND_DRILLS = 0.4
+NAMED = 0.2                     # share of their zooms that are asked for by name, not by numbers
+
 # How the scenes of a lesson look. "first" has few and large objects.
 LOOKS = {"first": dict(objects=(1, 2), radius=(46, 60)), **data.DIFFICULTY}
-FREQUENCY = {"first": 2, "easy": 3, "medium": 5, "hard": 3}
 
 
 def draw_episode(vlm, rng, step):
     """-> Episode of this step, a lesson or a drill; the loss is on the assistant's tokens."""
     if step >= DRILLS_FROM and rng.random() < DRILLS:
-        return drill(vlm, rng)
-    return lesson(vlm, rng, step)
+        return zoom_drill(vlm, rng, named=0.0)
+    return lesson(vlm, rng, step, FIRST)
+
+
+def draw_second(vlm, rng, step):
+    """-> Episode of the second stage: more drills, and in the forms of all protocols."""
+    if rng.random() >= SECOND_DRILLS:
+        return lesson(vlm, rng, DRILLS_FROM, SECOND)
+    make = pick(rng, [(zoom_drill, 4), (think_drill, 3), (box_drill, 3)])
+    return make(vlm, rng, NAMED) if make is zoom_drill else make(vlm, rng)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -60,16 +71,16 @@ class Picture:
         return next((o for o in self.objects if o["name"] == name), None)
 
 
-def lesson(vlm, rng, step=DRILLS_FROM):
+def lesson(vlm, rng, step, mixture):
     """-> Episode of one or two questions and their answers, which are what is learned."""
     episode = start_chat(vlm)
-    draw = functools.partial(new_scene, rng, step)
+    draw = functools.partial(new_scene, rng, step, mixture)
     if rng.random() < SEVERAL_IMAGES * min(1, step / SEVERAL_FROM):
-        ask = pick(rng, LESSONS_ABOUT_SEVERAL)
+        ask = pick(rng, mixture.about_several)
         exchange(vlm, episode, *ask(vlm, rng, draw))
         return episode
     picture = show(vlm, draw())
-    ask = pick(rng, LESSONS)
+    ask = pick(rng, mixture.about_one)
     if ask is not read_crop:
         exchange(vlm, episode, *ask(rng, picture))
         return episode
@@ -84,11 +95,11 @@ def pick(rng, weighted):
     return rng.choices(values, weights=weights)[0]
 
 
-def new_scene(rng, step=DRILLS_FROM, names=None):
+def new_scene(rng, step, mixture, names=None):
     """A scene of the train split: at first with few and large objects, later with more."""
     level = "first"
     if rng.random() <= 0.2 + step / CROWDED_FROM:
-        level = pick(rng, FREQUENCY.items())
+        level = pick(rng, mixture.levels)
     return data.split_scene(rng, "train", **LOOKS[level], names=names)
 
 
@@ -176,6 +187,20 @@ def compare(rng, picture):
     return [picture.view, question], f"{places}: {further['name']}"
 
 
+def side_of(rng, picture):
+    """On which side of one object is another? Both are located first."""
+    if len(picture.objects) < 2:
+        return name_at(rng, picture)
+    a, b = rng.sample(picture.objects, 2)
+    dx, dy = [p - q for p, q in zip(a["center"], b["center"])]
+    if abs(dx) > abs(dy):
+        kinds, side = "left or right", "left" if dx < 0 else "right"
+    else:
+        kinds, side = "above or below", "above" if dy < 0 else "below"
+    question = f"Is the {a['name']} {kinds} of the {b['name']}?"
+    return [picture.view, question], f"{place(picture, a)}, {place(picture, b)}: {side}"
+
+
 def read_crop(vlm, rng, picture):
     """What does a crop show? Shown in the words of an observation."""
     before, after = data.OBSERVE
@@ -198,10 +223,6 @@ def show_crop(vlm, rng, view, objects):
 def is_empty(x, y, objects):
     """Is the source pixel (x, y) far from all objects?"""
     return all(math.dist((x, y), o["center"]) > 1.8 * o["radius"] for o in objects)
-
-
-LESSONS = [(list_objects, 6), (point_to, 6), (name_at, 2), (list_alike, 3), (box_object, 4),
-           (compare, 2), (read_crop, 3)]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -247,18 +268,46 @@ def several_pictures(vlm, rng, draw):
     return pictures, scenes[0]["objects"][0]["name"], asked["targets"][0]["image"]
 
 
-LESSONS_ABOUT_SEVERAL = [(box_what_is_shown, 3), (which_other_image, 3), (box_in_one_image, 3)]
+def name_then_image(vlm, rng, draw):
+    """As `which_other_image`; the thing is named before its image."""
+    [*views, _], answer = which_other_image(vlm, rng, draw)
+    image, _, place = answer.partition(": ")
+    name, _, corners = place.partition(" (")
+    question = "What does image 1 show, and where else is it?"
+    return [*views, question], f"{name}: {image}: ({corners}"
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """The kinds of lessons, and of their scenes; each with how frequent it is."""
+    about_one: tuple
+    about_several: tuple
+    levels: tuple
+
+
+FIRST = Mixture(
+    about_one=((list_objects, 6), (point_to, 6), (name_at, 2), (list_alike, 3), (box_object, 4),
+               (compare, 2), (read_crop, 3)),
+    about_several=((box_what_is_shown, 3), (which_other_image, 3), (box_in_one_image, 3)),
+    levels=(("first", 2), ("easy", 3), ("medium", 5), ("hard", 3)))
+SECOND = Mixture(
+    about_one=((list_objects, 4), (point_to, 7), (name_at, 1), (list_alike, 5), (box_object, 6),
+               (side_of, 4), (read_crop, 2)),
+    about_several=((box_what_is_shown, 3), (name_then_image, 4), (box_in_one_image, 3)),
+    levels=(("easy", 2), ("medium", 5), ("hard", 4)))
+KINDS_ABOUT_SEVERAL = {ask for mixture in (FIRST, SECOND) for ask, _ in mixture.about_several}
 
 
 # --------------------------------------------------------------------------------------------------
-# drills: the zoom protocol, told where to zoom
+# drills: the forms of the three protocols
+#
+# An instruction-tuned model brings this along: it can write a tool call, read what comes back, pick
+# an option when it must answer, and answer in the tags that a prompt asks for.
 
-def drill(vlm, rng):
-    """-> Episode in the zoom protocol whose question gives the points to zoom into.
+def zoom_drill(vlm, rng, named):
+    """-> Episode in the zoom protocol whose question says where to zoom.
 
-    An instruction-tuned model brings this along: it can write a tool call, read what comes back and
-    pick an option when it must answer. Which point a question calls for is not taught: the drills
-    name points by their coordinates only.
+    named: share of the places that are given by the name of a thing, in place of its coordinates.
     """
     level = rng.choice(("easy", "medium", "medium", "hard"))
     scene = data.split_scene(rng, "train", **data.DIFFICULTY[level])
@@ -268,7 +317,11 @@ def drill(vlm, rng):
     forced = rng.random() < 0.2
     options = rng.sample(list(data.PATTERNS), len(data.PATTERNS))
     spots = [train_sft.near(o, view, rng) for o in chosen]
-    question = f"Zoom into {', then '.join(str(spot) for spot in spots)}."
+    places = []
+    for o, spot in zip(chosen, spots):
+        by_name = named and rng.random() < named        # no number is drawn where none is named
+        places.append(f"the {o['name']}" if by_name else str(spot))
+    question = f"Zoom into {', then '.join(places)}."
     sample = data.Sample("", [image], question, "choice", options)
 
     if forced and rng.random() < 0.5:           # no zoom allowed: any option
@@ -288,6 +341,44 @@ def drill(vlm, rng):
     return zoom_rollout.replay(vlm, sample, turns, max_zooms=max_zooms)
 
 
+def think_drill(vlm, rng):
+    """-> Episode that names points step by step, then answers: a comparison or a list."""
+    picture = show(vlm, data.split_scene(rng, "train", **data.DIFFICULTY["hard"]))
+    ask = rng.choice((side_of, list_alike))
+    (_, question), answer = ask(rng, picture)
+    listed, _, said = answer.rpartition(": ")
+    named = [o for o in picture.objects if o["name"] in listed]
+    named.sort(key=lambda o: listed.index(o["name"]))
+    steps = []
+    for o in named:
+        x, y = train_sft.near(o, picture.view, rng)
+        steps.append(f"The {o['name']} is at ({x}, {y}).")
+    if ask is side_of:
+        sides = ("left", "right") if said in ("left", "right") else ("above", "below")
+        options = rng.sample(sides, 2)
+        sample = data.Sample("", [picture.view.source], question, "choice", options)
+    else:
+        said = ", ".join(o["name"] for o in named) or "nothing"
+        sample = data.Sample("", [picture.view.source], question, "text")
+    turn = f"<think> {' '.join(steps)} </think>\n<answer> {said} </answer>"
+    return zoom_rollout.replay(vlm, sample, [turn], style="think")
+
+
+def box_drill(vlm, rng):
+    """-> Episode that names a thing, then answers with its box, and with its image if asked."""
+    ask = rng.choice((box_what_is_shown, which_other_image, box_in_one_image))
+    draw = functools.partial(new_scene, rng, DRILLS_FROM, SECOND)
+    (*views, question), answer = ask(vlm, rng, draw)
+    image, _, place = answer.rpartition(": ")               # "image 2", or nothing
+    name, _, corners = place.partition(" (")
+    where = f"{image}: " if image else ""
+    turn = f"<think> {name} </think>\n<answer> {where}({corners} </answer>"
+    meta = {"name_image": True} if image else {}
+    images = [view.source for view in views]
+    sample = data.Sample("", images, question, "box", meta=meta)
+    return zoom_rollout.replay(vlm, sample, [turn], style="boxes")
+
+
 # Words of traces and questions that no lesson contains; the tokenizer should know them.
 TRACE_WORDS = (" The may be at. Look at. This is nothing, not the. Click the Image 1 shows. "
                "How many things are there seen from above below left right. "
@@ -302,7 +393,7 @@ def tokenizer_corpus(stub, seed=0):
     rng = random.Random(seed)
     texts = []
     for _ in range(2000):
-        ids = lesson(stub, rng).ids
+        ids = lesson(stub, rng, DRILLS_FROM, FIRST).ids
         texts.append(stub.text([token for token in ids if token != stub.image_token]))
     texts += [TRACE_WORDS] * 200
     for task in data.TASKS:

@@ -49,8 +49,8 @@ def overlaps(reply, answer):
     return said[:-4] == right[:-4] and rewards.iou(said[-4:], right[-4:]) >= 0.5
 
 
-def same_number(reply, answer):
-    """The number at the end."""
+def same_end(reply, answer):
+    """The number or word at the end."""
     return reply.rpartition(": ")[2] == answer.rpartition(": ")[2]
 
 
@@ -66,13 +66,13 @@ SKILLS = {
     "point": (lessons.point_to, "medium", near_enough),
     "point, hard scenes": (lessons.point_to, "hard", near_enough),
     "read a crop": (lessons.read_crop, "medium", same),
-    "name all of a color or shape, and how many": (lessons.list_alike, "hard", same_number),
-    "which is further left": (lessons.compare, "medium", same_number),
+    "name all of a color or shape, and how many": (lessons.list_alike, "hard", same_end),
+    "on which side": (lessons.side_of, "medium", same_end),
     "box": (lessons.box_object, "medium", overlaps),
     "box, hard scenes": (lessons.box_object, "hard", overlaps),
     "box in one of several images": (lessons.box_in_one_image, "medium", overlaps),
     "box what image 1 shows": (lessons.box_what_is_shown, "medium", overlaps),
-    "which image has what image 1 shows": (lessons.which_other_image, "medium", overlaps),
+    "which image has what image 1 shows": (lessons.name_then_image, "medium", overlaps),
 }
 
 
@@ -97,7 +97,7 @@ def accuracy(vlm, name, n=200, seed=0):
 
 def ask_lesson(ask, vlm, rng, draw):
     """The question and the answer of a lesson of any kind."""
-    if ask in dict(lessons.LESSONS_ABOUT_SEVERAL):
+    if ask in lessons.KINDS_ABOUT_SEVERAL:
         return ask(vlm, rng, draw)
     picture = lessons.show(vlm, draw())
     if ask is lessons.read_crop:

@@ -2,7 +2,7 @@
 
     python -m appendix.tiny                              # -> checkpoints/tiny, hours on two cores
     python -m appendix.tiny --out runs/mine --steps 4    # far too short, to try it
-    python -m appendix.tiny --out runs/tenth --until 1400    # the first tenth, to compare losses
+    python -m appendix.tiny --out runs/tenth --until 1000    # the first tenth, to compare losses
 
 What it learns is in appendix/lessons.py, what it then can do in appendix/skills.py. A killed
 command continues where it last saved: the same line again.
@@ -28,11 +28,14 @@ from appendix.muon import Muon
 
 @dataclass
 class Config:
-    steps: int = 8_000          # optimizer steps of the whole schedule
+    steps: int = 10_000         # optimizer steps of the whole schedule
     until: int = 0              # step after which to stop without shipping; 0: the end
     out: str = ""               # folder of the finished model (default: checkpoints/tiny)
     seed: int = 0               # random seed for weights, scenes and lessons
     lr: float = 1.5e-3          # peak learning rate
+    second_steps: int = 6_000   # steps of the second stage
+    second_lr: float = 1e-3     # peak learning rate of the second stage
+    start: str = ""             # folder of a model that has the first stage behind it; empty: none
     save_every: int = 500       # steps between saved states
 
 
@@ -115,27 +118,53 @@ FALL = 0.4                      # last part of the steps, in which the learning 
 
 
 def pretrain(folder, cfg):
-    """Make the tiny model from nothing, or go on with it, and save it with its card."""
+    """Make the tiny model from nothing, or go on with it, and save it with its card.
+
+    The second stage has more drills, and more of the lessons that are hard to learn. It begins with
+    the rounded weights of the first, so cfg.start can give them.
+    """
+    if cfg.start:
+        second_stage(prefix.load_vlm(cfg.start), folder, cfg, losses=[], seconds=0.0)
+        return
     stub = make_tiny(["a"], data.PHRASES)
     vlm = make_tiny(lessons.tokenizer_corpus(stub, cfg.seed), data.PHRASES, cfg.seed)
     vlm.model.requires_grad_(True)              # here the vision tower learns too
-    trainer = Trainer(vlm, cfg, folder + ".state")
-    last = cfg.until or cfg.steps
-    trainer.learn(last)
-    trainer.save()
-    if last == cfg.steps:
-        ship(vlm, folder, cfg, trainer.losses, trainer.seconds / 60)
-        os.remove(trainer.path)
+    first = Trainer(vlm, cfg, folder + ".state", lessons.draw_episode)
+    first.learn(cfg.until or cfg.steps)
+    first.save()
+    if cfg.until and cfg.until < cfg.steps:
+        return
+    round_to_bf16(vlm)
+    second_stage(vlm, folder, cfg, first.losses, first.seconds)
+    os.remove(first.path)
+
+
+def second_stage(vlm, folder, cfg, losses, seconds):
+    """Train on, save with the card. losses, seconds: of the first stage."""
+    vlm.model.float().requires_grad_(True)
+    cfg = replace(cfg, steps=cfg.second_steps, lr=cfg.second_lr, seed=cfg.seed + 1)
+    second = Trainer(vlm, cfg, folder + ".state2", lessons.draw_second)
+    second.learn(cfg.steps)
+    second.save()
+    ship(vlm, folder, cfg, losses + second.losses, (seconds + second.seconds) / 60)
+    os.remove(second.path)
+
+
+def round_to_bf16(vlm):
+    """The weights as they will be saved, in fp32."""
+    vlm.model.to(torch.bfloat16).to(torch.float32)
 
 
 class Trainer:
     """The loop, and its state in a file: weights, both optimizers, losses.
 
     path: the file. If it exists, its run goes on. Raises DataError if it is of another run.
+    draw: (vlm, rng, step) -> Episode.
     """
 
-    def __init__(self, vlm, cfg, path):
+    def __init__(self, vlm, cfg, path, draw):
         self.vlm = vlm
+        self.draw = draw
         self.cfg = cfg
         self.path = path
         self.losses = []                        # mean of every hundred steps
@@ -154,7 +183,7 @@ class Trainer:
         count = sum(p.numel() for p in self.vlm.model.parameters())
         print(f"{count / 1e6:.2f} M parameters, vocabulary {len(self.vlm.tokenizer)}, "
               f"steps {self.step} to {last} of {cfg.steps}", flush=True)
-        stream = Stream(self.vlm, cfg.seed, cfg.steps, self.step)
+        stream = Stream(self.vlm, self.draw, cfg.seed, cfg.steps, self.step)
         batches = iter(torch.utils.data.DataLoader(
             stream, batch_size=None, num_workers=1, prefetch_factor=4))
         recent = []
@@ -232,8 +261,9 @@ class Stream(torch.utils.data.IterableDataset):
     is padded.
     """
 
-    def __init__(self, vlm, seed, steps, first):
+    def __init__(self, vlm, draw, seed, steps, first):
         self.vlm = vlm
+        self.draw = draw
         self.seed = seed
         self.steps = steps
         self.first = first
@@ -242,7 +272,7 @@ class Stream(torch.utils.data.IterableDataset):
         torch.set_num_threads(1)
         for pool in range(self.first // 4, math.ceil(self.steps / 4)):
             rng = random.Random(f"lessons/{self.seed}/{pool}")
-            episodes = [lessons.draw_episode(self.vlm, rng, 4 * pool) for _ in range(4 * BATCH)]
+            episodes = [self.draw(self.vlm, rng, 4 * pool) for _ in range(4 * BATCH)]
             episodes.sort(key=lambda e: len(e.ids))
             batches = [episodes[i:i + BATCH] for i in range(0, len(episodes), BATCH)]
             rng.shuffle(batches)
@@ -289,7 +319,7 @@ Loss, mean of the first hundred steps, and of the hundred before each further th
 
 def ship(vlm, folder, cfg, losses, minutes):
     """Round to bf16 (half the size), measure, and save with a model card."""
-    vlm.model.to(torch.bfloat16).to(torch.float32)
+    round_to_bf16(vlm)
     vlm.model.eval()
     measured = skills.measure(vlm)
     vlm.model.to(torch.bfloat16)
