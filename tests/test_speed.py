@@ -85,6 +85,7 @@ def endless(bench, found):
         except Exception:
             pass
 
+@pytest.mark.slow
 def test_ours_outlives_the_peer(monkeypatch, capsys):
     """Claim: where `generate` lacks memory, our own rollouts have been measured."""
     monkeypatch.setattr(speed_gpu.speed_peers, "generate_turns", lambda vlm, load, r: no_memory(None, {}))
@@ -95,6 +96,7 @@ def test_ours_outlives_the_peer(monkeypatch, capsys):
 def wrong(bench, found):
     raise SystemExit(2)
 
+@pytest.mark.slow
 def test_what_a_failure_leaves(monkeypatch, capsys):
     """Claim: a part that lacks memory, one that never ends and one that leaves the program are noted in one line each, with what they
     had measured; the parts after them run. The status says that something failed."""
