@@ -252,7 +252,7 @@ def ask_video(rng, new_scene):
     steps = {}
     while len(frames) < 3:
         frame = motion.next_frame(rng, frames[-1], steps)
-        if motion.no_collision(frame) and split_of(frame) == split_of(frames[0]):
+        if no_collision(frame) and split_of(frame) == split_of(frames[0]):
             frames.append(frame)
         else:                                       # start over
             frames = [new_scene()]
@@ -261,6 +261,13 @@ def ask_video(rng, new_scene):
     o = frames[image]["objects"][0]
     question = f"These are frames of a video. Find the {o['name']} in image {image + 1}."
     return frames, dict(question=question, answer_type="box", targets=[target(o, image)])
+
+
+def no_collision(scene):
+    for i, a in enumerate(scene["objects"]):
+        if not all(apart(a["center"], a["radius"], b) for b in scene["objects"][:i]):
+            return False
+    return True
 
 
 def ask_count(rng, new_scene):

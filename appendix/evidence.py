@@ -6,7 +6,6 @@ A right answer may be luck. Toy scenes, and the rows of V*Bench, say where the e
 import math
 
 
-
 def saw(episode):
     """Did the crops of an episode show all of the evidence? -> bool; None if it is not known."""
     boxes = episode.sample.meta.get("evidence")

@@ -270,11 +270,12 @@ def several_pictures(vlm, rng, draw):
 
 def name_then_image(vlm, rng, draw):
     """As `which_other_image`; the thing is named before its image."""
-    [*views, _], answer = which_other_image(vlm, rng, draw)
-    image, _, place = answer.partition(": ")
-    name, _, corners = place.partition(" (")
+    pictures, name, found = several_pictures(vlm, rng, draw)
+    views = [p.view for p in pictures]
+    picture = pictures[found]
+    corners = train_sft.box_text(data.object_box(picture.named(name)), picture.view)
     question = "What does image 1 show, and where else is it?"
-    return [*views, question], f"{name}: {image}: ({corners}"
+    return [*views, question], f"{name}: image {found + 1}: {corners}"
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,4 @@
 """How the things in the frames of a toy video move: straight on, and back from the walls."""
-import math
-
 
 def next_frame(rng, scene, steps):
     """The scene one step later. steps: {name: [dx, dy]} in pixels, filled and changed here."""
@@ -23,13 +21,3 @@ def next_frame(rng, scene, steps):
 
 def random_step(rng, side):
     return rng.choice((-1, 1)) * rng.randint(side // 14, side // 6)
-
-
-def no_collision(scene):
-    """Are all objects clear of each other, with a tenth of their radii between them?"""
-    objects = scene["objects"]
-    for i, a in enumerate(objects):
-        for b in objects[:i]:
-            if math.dist(a["center"], b["center"]) <= 1.1 * (a["radius"] + b["radius"]):
-                return False
-    return True

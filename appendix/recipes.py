@@ -26,11 +26,6 @@ PAPERS = {
         dict(num_prompts=128, num_minibatches=2, steps=500, lr=1e-6, sft_lr=1e-6,
              max_new_tokens=2048, warmup_steps=25, weight_decay=0.01, max_pixels=4_194_304),
     ),
-    "vigorl-ungrounded": (      # the baseline without points: the same but for the reward
-        dict(task="relation", group_size=5, loss="dual-clip", kl_coef=0.01),
-        dict(num_prompts=128, num_minibatches=2, steps=500, lr=1e-6, sft_lr=1e-6,
-             max_new_tokens=2048, warmup_steps=25, weight_decay=0.01, max_pixels=4_194_304),
-    ),
     "vigorl-zoom": (
         dict(task="search", blind_prompts=0, distinct_bonus=0.2, loss="dual-clip", kl_coef=0.01),
         dict(num_prompts=128, num_minibatches=16, steps=500, lr=1e-6, sft_lr=1e-6, clip_grad=0.2,
@@ -43,6 +38,7 @@ PAPERS = {
              max_pixels=401_408),
     ),
 }
+PAPERS["vigorl-ungrounded"] = PAPERS["vigorl"]  # the baseline without points: another reward only
 
 
 def presets(cfg):

@@ -22,8 +22,8 @@ from appendix import rl_run, run, sweep
 from appendix.optimizer import AdamW
 
 
-class Clock:
-    """Adds up the seconds spent inside `with clock`."""
+class Stopwatch:
+    """Adds up the seconds spent inside `with` it."""
 
     def __init__(self):
         self.seconds = 0.0
@@ -42,7 +42,7 @@ def speedrun(cfg, target, every):
     """
     vlm = rl_run.load_policy(cfg)
     held_out, _ = rl_run.split(cfg, vlm.toy_side, [])
-    clock = Clock()
+    clock = Stopwatch()
     with clock:
         rl_run.fine_tune_on_traces(vlm, [], held_out, cfg)
         questions = train_rl.Questions(cfg, vlm.toy_side)

@@ -94,22 +94,9 @@ def settings_of(text):
 
 
 @dataclass(frozen=True)
-class Evaluation:
-    """A run of evaluate.py on the checkpoint of a run of a study, as sweep.Pool runs it."""
-    arm: str
-    seed: int
-    name: str                   # its folder below runs/
-    argv: list
-    config: evaluate.Config
+class Evaluation(sweep.Job):
+    """A run of evaluate.py on the checkpoint of a run of a study."""
     steps: int = 1              # its length on the progress bar
-
-    @property
-    def folder(self):
-        return os.path.join("runs", self.name)
-
-    @property
-    def is_done(self):
-        return os.path.exists(os.path.join(self.folder, "summary.json"))
 
     def command(self):
         return ["evaluate.py", *self.argv]

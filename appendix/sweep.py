@@ -68,13 +68,13 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Run:
-    """One run of one arm: its folder below runs/, and its command line without --name."""
+class Job:
+    """A script that a Pool runs for one arm and seed. argv: its command line."""
     arm: str
     seed: int
-    name: str
+    name: str                   # its folder below runs/
     argv: list
-    config: train_rl.Config
+    config: object              # the script's Config
 
     @property
     def folder(self):
@@ -83,6 +83,11 @@ class Run:
     @property
     def is_done(self):
         return os.path.exists(os.path.join(self.folder, "summary.json"))
+
+
+@dataclass(frozen=True)
+class Run(Job):
+    """A run of train_rl.py. argv: without --name."""
 
     @property
     def steps(self):

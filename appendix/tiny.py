@@ -142,9 +142,9 @@ def pretrain(folder, cfg):
 def second_stage(vlm, folder, cfg, losses, seconds):
     """Train on, save with the card. losses, seconds: of the first stage."""
     vlm.model.float().requires_grad_(True)
-    cfg = replace(cfg, steps=cfg.second_steps, lr=cfg.second_lr, seed=cfg.seed + 1)
-    second = Trainer(vlm, cfg, folder + ".state2", lessons.draw_second)
-    second.learn(cfg.steps)
+    its = replace(cfg, steps=cfg.second_steps, lr=cfg.second_lr, seed=cfg.seed + 1)
+    second = Trainer(vlm, its, folder + ".state2", lessons.draw_second)
+    second.learn(its.steps)
     second.save()
     ship(vlm, folder, cfg, losses + second.losses, (seconds + second.seconds) / 60)
     os.remove(second.path)
@@ -185,7 +185,7 @@ class Trainer:
               f"steps {self.step} to {last} of {cfg.steps}", flush=True)
         stream = Stream(self.vlm, self.draw, cfg.seed, cfg.steps, self.step)
         batches = iter(torch.utils.data.DataLoader(
-            stream, batch_size=None, num_workers=1, prefetch_factor=4))
+            stream, batch_size=None, num_workers=1, prefetch_factor=4, worker_init_fn=one_thread))
         recent = []
         clock = time.time()
         while self.step < last:
@@ -254,6 +254,11 @@ def schedule(step, steps):
     return min(1.0, (step + 1) / 100, (steps - step) / (FALL * steps))
 
 
+def one_thread(worker):
+    """For the process that draws: the other cores are the trainer's."""
+    torch.set_num_threads(1)
+
+
 class Stream(torch.utils.data.IterableDataset):
     """The batches from a step on, drawn in a worker process while the model trains.
 
@@ -269,7 +274,6 @@ class Stream(torch.utils.data.IterableDataset):
         self.first = first
 
     def __iter__(self):
-        torch.set_num_threads(1)
         for pool in range(self.first // 4, math.ceil(self.steps / 4)):
             rng = random.Random(f"lessons/{self.seed}/{pool}")
             episodes = [self.draw(self.vlm, rng, 4 * pool) for _ in range(4 * BATCH)]
@@ -298,8 +302,8 @@ class Stream(torch.utils.data.IterableDataset):
 CARD = """# The tiny VLM
 
 The Qwen2.5-VL architecture with {parameters:,} parameters ({sizes}), bf16, and a
-byte-level BPE of {vocabulary} tokens. Made from nothing, seed {seed}, {steps} steps in \
-{minutes:.0f} minutes on two CPU cores, by
+byte-level BPE of {vocabulary} tokens. Made from nothing, seed {seed}, {steps} steps of \
+the first stage and {second_steps} of the second in {minutes:.0f} minutes on two CPU cores, by
 
     python -m appendix.tiny
 
@@ -323,12 +327,14 @@ def ship(vlm, folder, cfg, losses, minutes):
     vlm.model.eval()
     measured = skills.measure(vlm)
     vlm.model.to(torch.bfloat16)
-    tmp = vlm.save(folder, seed=cfg.seed, steps=cfg.steps, skills=measured, losses=losses)
+    tmp = vlm.save(folder, seed=cfg.seed, steps=cfg.steps, second_steps=cfg.second_steps,
+                   skills=measured, losses=losses)
     shown = losses[:1] + losses[9::10]
     card = CARD.format(
         parameters=sum(p.numel() for p in vlm.model.parameters()),
         sizes=", ".join(f"{name} {size}" for name, size in TINY.items()),
-        vocabulary=len(vlm.tokenizer), seed=cfg.seed, steps=cfg.steps, minutes=minutes,
+        vocabulary=len(vlm.tokenizer), minutes=minutes,
+        seed=cfg.seed, steps=cfg.steps, second_steps=cfg.second_steps,
         skills="\n".join(f"- {skill}: {rate:.1%}" for skill, rate in measured.items()),
         losses=", ".join(f"{loss:.2f}" for loss in shown))
     with open(os.path.join(tmp, "README.md"), "w") as f:
