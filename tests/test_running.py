@@ -160,6 +160,7 @@ MUTATIONS = [
     (f"{RUNNING}.put_aside", "last.continues(0)", "pass", *SHARED),
     (f"{RUNNING}.needed_slots", "max(max(own) + self.round_tokens, cached + read)", "max(own) + self.round_tokens", test_what_rows_need_to_read, {}),
     (f"{RUNNING}.can_begin", "max(self.expected_slots(), self.needed_slots(rows), held)", "max(self.needed_slots(rows), held)", test_groups_begin_whole, dict(sizes=[3, 3], bound=50, want=2)),
+    (f"{RUNNING}.can_begin", "self.cache.keys[0].shape[2] if self.rows else 0", "0", *SHARED),
     (f"{RUNNING}.fits", "num_prompts = len({row.prompt_copy or id(row.prompt) for row in rows})", "pass", test_groups_begin_whole, dict(sizes=[3, 3], bound=50, want=2)),
     (f"{RUNNING}.expected_slots", "parts.most_slots(self.vlm, self.config) // 2", "parts.most_slots(self.vlm, self.config)", test_what_a_row_is_expected_to_need, {}),
     (f"{RUNNING}.go_on", "staying.sort(key=lambda b: len(responses[b][0]))", "pass", test_a_long_prefill_is_cut_where_padding_is_least, {}),
