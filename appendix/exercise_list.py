@@ -46,7 +46,7 @@ EXERCISES = [
              "rewards.py, the docstring and parse_answer",
              ("tests/test_rewards.py::test_parse_point", "tests/test_rewards.py::test_parse_box",
               "tests/test_rewards.py::test_parse_choice_and_text",
-              "tests/test_rewards.py::test_time_is_linear_on_10_megabytes")),
+              "tests/test_rewards.py::test_time_is_linear_on_three_megabytes")),
     Exercise("group-advantages", "grpo", "group_advantages", 10,
              "Eight answers to one question, eight rewards: which answers become more likely, and "
              "by how much?",

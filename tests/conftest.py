@@ -27,6 +27,8 @@ def pytest_configure(config):
 
 def pytest_collection_modifyitems(config, items):
     for item in items:
+        if item.name.startswith("test_mutations"):              # see test_planting.py
+            item.add_marker("slow")
         if "slow" in item.keywords and not config.getoption("--slow"):
             item.add_marker(pytest.mark.skip(reason="takes minutes: run with --slow"))
         if "cuda" in item.keywords and not torch.cuda.is_available():
@@ -190,6 +192,12 @@ def parse_code(code):
     return "statements", body
 
 
+def tree_of(module_name):
+    """The syntax tree of the module's file."""
+    with open(importlib.import_module(module_name).__file__, encoding="utf-8") as f:
+        return ast.parse(f.read())
+
+
 class Planter(ast.NodeTransformer):
     """Replaces `old` by `new` wherever it stands, compared as syntax trees; counts how often."""
     def __init__(self, old, new):
@@ -201,6 +209,8 @@ class Planter(ast.NodeTransformer):
 
     def same(self, node, other):
         # Load and Store do not matter: an expression may stand on the left side.
+        if type(node) is not type(other):
+            return False
         return re.sub(r"ctx=\w+\(\)", "", ast.dump(node)) == re.sub(r"ctx=\w+\(\)", "", ast.dump(other))
 
     def visit(self, node):
@@ -254,8 +264,7 @@ def planted(target, old, new, patch):
     run again in the module; names that other modules imported from it keep the old value."""
     module_name, path = target.split(":")
     module = importlib.import_module(module_name)
-    with open(module.__file__, encoding="utf-8") as f:
-        tree = ast.parse(f.read())
+    tree = tree_of(module_name)
     definition = find_definition(tree, path)
     planter = Planter(old, new)
     planter.visit(definition)

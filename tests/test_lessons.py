@@ -18,6 +18,11 @@ from appendix.files import DataError
 PLACE = re.compile(r"(\w+ \w+) \((\d+), (\d+)\)")
 
 @pytest.fixture
+def vlm(models):
+    """One family is enough: what is taught does not depend on it."""
+    return models["qwen2.5"]
+
+@pytest.fixture
 def draw():
     rng = random.Random("scenes")
     return functools.partial(lessons.new_scene, rng, lessons.DRILLS_FROM, lessons.FIRST)

@@ -231,7 +231,8 @@ def measured_and_planned(patch, seed, images=1, **flags):
 # -----------------------------------------------------------------------------
 # the plan is what the code takes
 
-@pytest.mark.parametrize("setting", [s if s == "one turn" else pytest.param(s, marks=pytest.mark.slow) for s in SETTINGS])
+@pytest.mark.slow
+@pytest.mark.parametrize("setting", SETTINGS)
 def test_the_plan_is_what_a_step_takes(no_numbers, setting):
     """Claim: rollout and update of a step hold what the plan says, within a tenth; within 15 % without weights and optimizer."""
     moments, always = measured_and_planned(no_numbers, 1, 3 if setting == "several images" else 1, **SETTINGS[setting])

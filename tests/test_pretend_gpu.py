@@ -1,5 +1,6 @@
 """
-Would a GPU refuse this, or be slow at it? The tiny model in bf16 on a pretend GPU (pretend_gpu.py), one process per activity.
+Would a GPU refuse this, or be slow at it? The tiny model in bf16 on a pretend GPU (pretend_gpu.py), one process per activity; those of
+the longer ones run with --slow.
 """
 import json, os, subprocess, sys
 
@@ -11,19 +12,12 @@ from conftest import ROOT
 PER_TOKEN = {"model.py": ("attend", "decode_step", "forward", "layer", "place"), "prefix.py": ("attend", "decode_step", "place"),
              "zoom_rollout.py": ("sample_tokens",), "attention.py": ("attend", "attend_continued")}
 
-@pytest.fixture(scope="module")
-def started():
-    """All activities, begun at the same time -> {name: process}"""
-    command = [sys.executable, os.path.join(ROOT, "tests", "pretend_gpu.py")]
-    names = ("rl", "univg", "search", "sft", "evaluate", "mix", "math")
-    return {name: subprocess.Popen(command + [name], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                                   env={**os.environ, "OMP_NUM_THREADS": "1"}) for name in names}
-
-def seen_by(process):
+def seen_by(activity):
     """-> {"attention": {"file:line dtype sm80 sm90": calls}, "waits": {"operation file:line": number}}"""
-    out, err = process.communicate()
-    assert process.returncode == 0, err[-2000:]
-    return json.loads(out.strip().splitlines()[-1])
+    command = [sys.executable, os.path.join(ROOT, "tests", "pretend_gpu.py"), activity]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout.strip().splitlines()[-1])
 
 def slow_calls(attention):
     return [call for call in attention if "bfloat16" in call and "math" in call]
@@ -38,21 +32,22 @@ def lines_of(file, functions):
     assert len({node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)} & set(functions)) >= 1
     return {f"{file}:{line}" for span in spans for line in span}
 
-@pytest.mark.parametrize("activity, kernels", [("rl", {"flash", "efficient"}), ("univg", {"flash"}), ("search", {"flash", "efficient"}),
-                                               ("sft", {"flash"}), ("evaluate", {"flash", "efficient"})])
-def test_no_mix_and_no_slow_kernel(started, activity, kernels):
+@pytest.mark.parametrize("activity, kernels", [
+    ("sft", {"flash"}), *(pytest.param(*a, marks=pytest.mark.slow) for a in [
+        ("rl", {"flash", "efficient"}), ("univg", {"flash"}), ("search", {"flash", "efficient"}), ("evaluate", {"flash", "efficient"})])])
+def test_no_mix_and_no_slow_kernel(activity, kernels):
     """Claim: no tensor of the CPU meets one of the GPU; attention in bf16 has a kernel that stores no scores, on an A100 and on Hopper;
     and no token waits for the host."""
-    seen = seen_by(started[activity])
+    seen = seen_by(activity)
     assert seen["attention"] and not slow_calls(seen["attention"])
     chosen = {call.split()[i] for call in seen["attention"] for i in (2, 3)}
     assert chosen == kernels, seen["attention"]
     per_token = set().union(*(lines_of(file, functions) for file, functions in PER_TOKEN.items()))
     assert not [wait for wait in seen["waits"] if wait.split()[-1] in per_token]
 
-def test_a_mix_is_refused(started):
+def test_a_mix_is_refused():
     with pytest.raises(AssertionError, match="mixes devices"):
-        seen_by(started["mix"])
+        seen_by("mix")
 
-def test_a_slow_kernel_is_seen(started):
-    assert slow_calls(seen_by(started["math"])["attention"])
+def test_a_slow_kernel_is_seen():
+    assert slow_calls(seen_by("math")["attention"])

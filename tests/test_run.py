@@ -370,8 +370,7 @@ MUTATIONS = [
     ("appendix.ranks:shard", "end = n * (rank() + 1) // world_size()", "end = first + n // world_size()", test_two_ranks_exchange, {}),
 ]
 
-@pytest.mark.parametrize("target, old, new, test, arguments", [
-    pytest.param(*row, marks=pytest.mark.slow if row[0].startswith("appendix.ranks") else ()) for row in MUTATIONS], ids=names(MUTATIONS))
+@pytest.mark.parametrize("target, old, new, test, arguments", MUTATIONS, ids=names(MUTATIONS))
 def test_mutations(target, old, new, test, arguments, models, tmp_path, capsys):
     """Bug: a test that no bug can turn red."""
     check_mutation(target, old, new, test, arguments, {

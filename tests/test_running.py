@@ -3,6 +3,7 @@ Does it show how many episodes ran at a time? Rollouts under many bounds on the 
 same. At the end MUTATIONS puts bugs into appendix/running.py and requires the named test to fail.
 """
 from collections import deque
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -143,6 +144,17 @@ def test_what_rows_need_to_read(models):
         row.episode.ids += [5] * own
     assert one.needed_slots(rows, [[5], [5] * 70]) == 89 + 70 and one.needed_slots(rows) == 90 + 40 == one.needed_slots(rows, [[5], [5]])
 
+@pytest.mark.parametrize("bound, want", [(4 * (10 + 50), True), (4 * (10 + 50) - 1, False)])
+def test_rows_that_begin_beside_others_are_as_wide(models, bound, want):
+    """Bug: the cache of the rows that run has 50 slots; rows that begin beside them are counted by what they will need themselves, and
+    the joined cache is larger than it may be."""
+    one = running.Running(models["qwen2.5"], RolloutConfig(style="think", max_new_tokens=10, max_batch_tokens=bound))
+    first, others = waiting_rows([1, 1, 1, 1])[:1], waiting_rows([1, 1, 1])
+    one.rows, one.cache = first, SimpleNamespace(keys=[torch.zeros(1, 1, 50, 1)])
+    assert one.can_begin(first + others) == want
+    one.rows = []
+    assert one.can_begin(others)
+
 # -----------------------------------------------------------------------------
 # do the tests bite?
 
@@ -160,7 +172,8 @@ MUTATIONS = [
     (f"{RUNNING}.put_aside", "last.continues(0)", "pass", *SHARED),
     (f"{RUNNING}.needed_slots", "max(max(own) + self.round_tokens, cached + read)", "max(own) + self.round_tokens", test_what_rows_need_to_read, {}),
     (f"{RUNNING}.can_begin", "max(self.expected_slots(), self.needed_slots(rows), held)", "max(self.needed_slots(rows), held)", test_groups_begin_whole, dict(sizes=[3, 3], bound=50, want=2)),
-    (f"{RUNNING}.can_begin", "self.cache.keys[0].shape[2] if self.rows else 0", "0", *SHARED),
+    (f"{RUNNING}.can_begin", "self.cache.keys[0].shape[2] if self.rows else 0", "0",
+     test_rows_that_begin_beside_others_are_as_wide, dict(bound=4 * (10 + 50) - 1, want=False)),
     (f"{RUNNING}.fits", "num_prompts = len({row.prompt_copy or id(row.prompt) for row in rows})", "pass", test_groups_begin_whole, dict(sizes=[3, 3], bound=50, want=2)),
     (f"{RUNNING}.expected_slots", "parts.most_slots(self.vlm, self.config) // 2", "parts.most_slots(self.vlm, self.config)", test_what_a_row_is_expected_to_need, {}),
     (f"{RUNNING}.go_on", "staying.sort(key=lambda b: len(responses[b][0]))", "pass", test_a_long_prefill_is_cut_where_padding_is_least, {}),

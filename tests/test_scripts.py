@@ -190,8 +190,9 @@ def test_a_checkpoint_is_a_model(whole, script):
 GROUND_FLOOR = ["__init__", "motion", "mixture", "terminal", "run", "ranks", "optimizer", "memory", "files", "prefix", "graphs", "metrics", "recipes", "rl_options", "rl_run",
                 "rows", "split", "faults", "parts", "running", "attention", "vision", "tower", "weights", "evaluation_run", "episode_rows", "averages", "evidence"]
 
-@pytest.mark.parametrize("command", ["train_rl.py --num-prompts 4 --blind-prompts 1 --group-size 4 --sft-n 16 --eval-n 4 --steps 2", "train_sft.py --n 16",
-                                     "evaluate.py --n 4"], ids=["rl", "sft", "evaluate"])
+@pytest.mark.parametrize("command", ["train_rl.py --num-prompts 4 --blind-prompts 1 --group-size 4 --sft-n 16 --eval-n 4 --steps 2",
+                                     pytest.param("train_sft.py --n 16", marks=pytest.mark.slow),
+                                     pytest.param("evaluate.py --n 4", marks=pytest.mark.slow)], ids=["rl", "sft", "evaluate"])
 def test_the_chapters_stand_alone(tmp_path, command):
     """Claim: with --plain the chapters need of the appendix its ground floor only. Bug: a chapter imports the rest at its top, or in a
     branch that no flag asked for."""
@@ -213,7 +214,8 @@ def test_the_chapters_stand_alone(tmp_path, command):
         assert len(read(run / "metrics.jsonl")) == 2 and {"accuracy_before", "accuracy_after"} <= set(summary)
     assert (run / "checkpoint" / "model.safetensors").exists() or name == "evaluate.py" and summary["n"] == 4
 
-@pytest.mark.parametrize("task", [t if t == "boxes" else pytest.param(t, marks=pytest.mark.slow) for t in data.TASKS])
+@pytest.mark.slow
+@pytest.mark.parametrize("task", data.TASKS)
 def test_every_toy_task(script, task):
     """Claim: two steps of each task run from the command line, with the recipe that suits the task."""
     out = works(script(f"train_rl.py --task {task} --steps 2 --num-prompts 8 --group-size 4 --max-new-tokens 40 --eval-n 4 --sft-n 48 --sft-epochs 4 "
@@ -368,6 +370,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path, script):
     assert STEP.findall(out) and len(read("runs/mine/metrics.jsonl")) == done + 1 == read("runs/mine/checkpoint/state.json")["step"]
     assert read("runs/mine/summary.json")["n"] == 4
 
+@pytest.mark.slow
 def test_an_earlier_run_is_safe(script):
     """Bug: the same --name once more destroyed the first run: step 0 over its checkpoint, an old report beside new rows."""
     command = f"train_rl.py {SMALL} --steps 2 --name mine"

@@ -209,6 +209,7 @@ def test_warm_start_is_decided_by_its_seed(vlm):
     expected = [zoom_rollout.replay(vlm, t.sample, t.turns, "zoom", 2) for t in found[0]]
     assert [e.ids for e in episodes] == [e.ids for e in expected] and [e.completion_mask for e in episodes] == [e.completion_mask for e in expected]
 
+@pytest.mark.slow
 def test_the_chapter_stands_alone():
     """Claim: with --plain and the oracle the warm start needs the chapters and the ground floor only."""
     code = ("import sys, data, train_sft; from appendix import prefix; vlm = prefix.load_vlm('tiny', plain=True, quiet=True);"

@@ -36,7 +36,8 @@ def run(command, monkeypatch, capsys):
 @pytest.mark.parametrize("command, keys", [
     ("rollout --prompts 1 --group 2 --new-tokens 6 --rounds 1", {"ratio_hf", "ratio_hf_zoom", "prefill_tokens_saved"}),
     ("train --prompts 1 --group 2 --new-tokens 6 --rounds 1 --recompute", {"packed_speedup", "step_seconds"}),
-    ("train --model mid --prompts 1 --group 2 --new-tokens 3 --rounds 1 --image-tokens 4 --no-step", {"packed_speedup"})])
+    pytest.param("train --model mid --prompts 1 --group 2 --new-tokens 3 --rounds 1 --image-tokens 4 --no-step", {"packed_speedup"},
+                 marks=pytest.mark.slow)])
 def test_a_comparison_runs(monkeypatch, capsys, command, keys):
     """Bug: a benchmark that nothing runs calls a function that was renamed."""
     status, result, _ = run(command, monkeypatch, capsys)
@@ -51,6 +52,7 @@ def test_enlarged_questions(models):
 # -----------------------------------------------------------------------------
 # speed gpu
 
+@pytest.mark.slow
 def test_the_whole_on_a_cpu(monkeypatch, capsys):
     """Claim: the rehearsal measures every part that does not need a GPU; its tables are Markdown, its last line is JSON."""
     status, result, out = run("gpu --shape tiny --device cpu", monkeypatch, capsys)
@@ -240,6 +242,6 @@ MUTATIONS = [
 ]
 
 @pytest.mark.parametrize("target, old, new, test", MUTATIONS, ids=names(MUTATIONS))
-def test_bites(target, old, new, test, models):
+def test_mutations(target, old, new, test, models):
     arguments = dict(card=40, cpu=32, model="qwen2.5-vl-3b-short", offload=False) if test is test_the_shape_fits_the_card else {}
     check_mutation(target, old, new, test, arguments, {"models": lambda: models})

@@ -93,6 +93,7 @@ def test_a_study_can_run(study):
         assert cfg.temperature == 1 and cfg.seed == 0 and cfg.checkpoint == f"{r.folder}/checkpoint" and cfg.out == evaluation.folder
         assert cfg.style == data.PROMPT_STYLES[train_sft.recipe_of(r.config)] and cfg.max_new_tokens == r.config.max_new_tokens
 
+@pytest.mark.slow
 @pytest.mark.parametrize("study", POSED, ids=lambda s: s.name)
 def test_a_study_fits_a_lecture(study):
     """Claim: at most half an hour on two cores, by the sweep's own estimate."""

@@ -428,8 +428,8 @@ MUTATIONS = [
     ("appendix.optimizer:AdamW.update", "p.copy_(m)", "pass", test_offload_is_the_same_optimizer, dict(dtype=torch.bfloat16)),
     ("appendix.ranks:all_reduce_gradients", "dist.all_reduce(p.grad)", "pass", test_ranks_and_micro_batches_change_nothing, dict(flags={})),
     ("train_rl:loss_denominator", "ranks.all_reduce([count])[0]", "count", test_ranks_and_micro_batches_change_nothing, dict(flags={})),
-    ("train_rl:roll_out_share", "zoom_rollout.rollout(vlm, samples[share], cfg.group_size, config, first_sample=share.start)",
-     "zoom_rollout.rollout(vlm, samples[share], cfg.group_size, config)", test_ranks_and_micro_batches_change_nothing, dict(flags={})),
+    ("train_rl:roll_out_share", "sample_groups(vlm, samples[share], cfg, config, first + share.start)",
+     "sample_groups(vlm, samples[share], cfg, config, first)", test_ranks_and_micro_batches_change_nothing, dict(flags={})),
     ("train_rl:split_minibatches", "sorted(ranks.gather(list(own)))", "sorted(own)", test_ranks_and_micro_batches_change_nothing, dict(flags=EVERYTHING)),
     ("train_rl:prompt_weights", "weights[first:first + len(accuracy)]", "weights[:len(accuracy)]", test_ranks_and_micro_batches_change_nothing, dict(flags=EVERYTHING)),
     ("train_rl:prompt_weights", "torch.tensor(ranks.gather(accuracy.tolist()))", "accuracy[None].expand(2, -1, -1).flatten(0, 1)",
@@ -446,11 +446,8 @@ MUTATIONS = [
     ("appendix.run:write_text", "tmp = path + '.tmp'", "tmp = path", test_rows_survive_a_crash, {}),
 ]
 
-SLOW = test_ranks_and_micro_batches_change_nothing, test_two_ranks_evaluate_as_one       # each bug starts processes of its own
-
-@pytest.mark.parametrize("target, old, new, test, arguments", [pytest.param(*m, marks=[pytest.mark.slow] * (m[3] in SLOW)) for m in MUTATIONS],
-                         ids=names(MUTATIONS))
-def test_mutations_turn_a_test_red(target, old, new, test, arguments, models, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("target, old, new, test, arguments", MUTATIONS, ids=names(MUTATIONS))
+def test_mutations(target, old, new, test, arguments, models, tmp_path, capsys, monkeypatch):
     """Bug: a test that no bug can turn red."""
     check_mutation(target, old, new, test, arguments, {
         "models": lambda: models, "tmp_path": lambda: tmp_path, "capsys": lambda: capsys, "monkeypatch": lambda: monkeypatch})
