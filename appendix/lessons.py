@@ -4,10 +4,10 @@ Pointing alone hardly teaches a small model to see, because the name that it mus
 the question. A mixture in which the image is needed to predict the text does. So a *lesson* is a
 chat about one scene or several: list what is there, name what is at a point, point, box, compare,
 find the image that shows a thing, tell what a crop shows. A *drill* is an episode in the form that
-a task asks for; where it zooms, its question says where to.
+a task asks for; where it zooms, its question says where to, by numbers or by a name.
 
-The questions of the tasks are never asked here. Where to zoom for a question, when, and when to
-answer is left for the warm start and for RL. All scenes are of the train split.
+The questions of the tasks are never asked here. The warm start and RL must find where to zoom for
+a question, when, and when to answer. All scenes are of the train split.
 """
 import functools
 import math
@@ -20,12 +20,13 @@ import train_sft
 import zoom_rollout
 from zoom_rollout import Episode
 
-# What comes when: steps of pretraining.
-CROWDED_FROM = 800              # from here on scenes of all sizes are in full use
-SEVERAL_FROM = 1600             # from here on lessons about several images have
-SEVERAL_IMAGES = 0.4            # this share of the lessons; before, the share rises from 0
-DRILLS_FROM = 3200              # from here on drills are mixed in,
-DRILLS = 0.15                   # and this is their share of the episodes
+# What comes when: steps of pretraining, and shares.
+CROWDED = 800                   # 0.2 + step / CROWDED is the share of scenes beyond the first look
+SEVERAL_FROM = 1600             # step at which the lessons about several images reach their share
+SEVERAL_IMAGES = 0.4            # this share of the lessons; it rises from 0
+DRILLS_FROM = 3200              # step from which on there are drills
+DRILLS = 0.15                   # their share of the episodes
+LATE = DRILLS_FROM              # a step at which all of this has come
 
 # The second stage of pretraining: this share of the episodes are drills.
 SECOND_DRILLS = 0.4
@@ -45,7 +46,7 @@ def draw_episode(vlm, rng, step):
 def draw_second(vlm, rng, step):
     """-> Episode of the second stage: more drills, and in the forms of all protocols."""
     if rng.random() >= SECOND_DRILLS:
-        return lesson(vlm, rng, DRILLS_FROM, SECOND)
+        return lesson(vlm, rng, LATE, SECOND)
     make = pick(rng, [(zoom_drill, 4), (think_drill, 3), (box_drill, 3)])
     return make(vlm, rng, NAMED) if make is zoom_drill else make(vlm, rng)
 
@@ -81,12 +82,12 @@ def lesson(vlm, rng, step, mixture):
         return episode
     picture = show(vlm, draw())
     ask = pick(rng, mixture.about_one)
-    if ask is not read_crop:
+    if ask is read_crop:
+        if rng.random() < 0.3:                  # a crop after the whole picture, as in a rollout
+            exchange(vlm, episode, *point_to(rng, picture))
+        exchange(vlm, episode, *read_crop(vlm, rng, picture))
+    else:
         exchange(vlm, episode, *ask(rng, picture))
-        return episode
-    if rng.random() < 0.3:                      # as in a rollout: after a look at the whole image
-        exchange(vlm, episode, *point_to(rng, picture))
-    exchange(vlm, episode, *read_crop(vlm, rng, picture))
     return episode
 
 
@@ -98,7 +99,7 @@ def pick(rng, weighted):
 def new_scene(rng, step, mixture, names=None):
     """A scene of the train split: at first with few and large objects, later with more."""
     level = "first"
-    if rng.random() <= 0.2 + step / CROWDED_FROM:
+    if rng.random() <= 0.2 + step / CROWDED:
         level = pick(rng, mixture.levels)
     return data.split_scene(rng, "train", **LOOKS[level], names=names)
 
@@ -110,7 +111,7 @@ def show(vlm, scene, index=0):
 def start_chat(vlm):
     """-> Episode that holds a system message and nothing else yet."""
     episode = Episode(None)
-    episode.append_given(vlm.chat("system", data.SYSTEM["boxes"]))
+    episode.append_given(vlm.chat("system", data.SYSTEM["boxes"]))      # it asks for no form
     return episode
 
 
@@ -202,14 +203,17 @@ def side_of(rng, picture):
 
 
 def read_crop(vlm, rng, picture):
-    """What does a crop show? Shown in the words of an observation."""
+    """What is in the middle of a crop? Shown in the words of an observation."""
     before, after = data.OBSERVE
     crop, seen = show_crop(vlm, rng, picture.view, picture.objects)
     return [before, crop, after], seen
 
 
 def show_crop(vlm, rng, view, objects):
-    """A crop as a rollout makes it, mostly of an object and off center -> (crop, what it shows)."""
+    """A crop as a rollout makes it, mostly of an object and off center -> (crop, what is there).
+
+    What is in the middle counts; a piece of another object may stand at the edge.
+    """
     width, height = view.source.size
     x = rng.randrange(width)
     y = rng.randrange(height)
@@ -320,7 +324,9 @@ def zoom_drill(vlm, rng, named):
     spots = [train_sft.near(o, view, rng) for o in chosen]
     places = []
     for o, spot in zip(chosen, spots):
-        by_name = named and rng.random() < named        # no number is drawn where none is named
+        # The first stage names none. No random number is drawn there, so its episodes stay as they
+        # were when the shipped model was made.
+        by_name = named and rng.random() < named
         places.append(f"the {o['name']}" if by_name else str(spot))
     question = f"Zoom into {', then '.join(places)}."
     sample = data.Sample("", [image], question, "choice", options)
@@ -368,19 +374,20 @@ def think_drill(vlm, rng):
 def box_drill(vlm, rng):
     """-> Episode that names a thing, then answers with its box, and with its image if asked."""
     ask = rng.choice((box_what_is_shown, which_other_image, box_in_one_image))
-    draw = functools.partial(new_scene, rng, DRILLS_FROM, SECOND)
+    draw = functools.partial(new_scene, rng, LATE, SECOND)
     (*views, question), answer = ask(vlm, rng, draw)
     image, _, place = answer.rpartition(": ")               # "image 2", or nothing
     name, _, corners = place.partition(" (")
+    corners = f"({corners}"
     where = f"{image}: " if image else ""
-    turn = f"<think> {name} </think>\n<answer> {where}({corners} </answer>"
+    turn = f"<think> {name} </think>\n<answer> {where}{corners} </answer>"
     meta = {"name_image": True} if image else {}
     images = [view.source for view in views]
     sample = data.Sample("", images, question, "box", meta=meta)
     return zoom_rollout.replay(vlm, sample, [turn], style="boxes")
 
 
-# Words of traces and questions that no lesson contains; the tokenizer should know them.
+# Words of traces and questions that few lessons or none contain; the tokenizer should know them.
 TRACE_WORDS = (" The may be at. Look at. This is nothing, not the. Click the Image 1 shows. "
                "How many things are there seen from above below left right. "
                "It lined barred slanted checked")
@@ -394,7 +401,7 @@ def tokenizer_corpus(stub, seed=0):
     rng = random.Random(seed)
     texts = []
     for _ in range(2000):
-        ids = lesson(stub, rng, DRILLS_FROM, FIRST).ids
+        ids = lesson(stub, rng, LATE, FIRST).ids
         texts.append(stub.text([token for token in ids if token != stub.image_token]))
     texts += [TRACE_WORDS] * 200
     for task in data.TASKS:

@@ -1,4 +1,4 @@
-"""Toy questions of one task, or of two in turn: a world in which not every question is alike."""
+"""Toy questions of one task, or of two in turn."""
 import data
 
 

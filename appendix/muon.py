@@ -1,9 +1,10 @@
-"""Muon: a momentum step whose directions all have the same length (Jordan et al. 2024).
+"""Muon: a momentum step that is equally large in all directions of a matrix (Jordan et al. 2024).
 
-The momentum of a matrix is replaced by the nearest orthogonal matrix, found by a Newton-Schulz
-iteration. torch.optim.Muon does the same one matrix at a time in bf16, which CPUs without bf16
-units emulate: there a step of it takes longer than the forward and the backward pass. Here it is
-fp32, for all matrices of a shape at once.
+The momentum U S V' of a matrix (its singular value decomposition) is replaced by U V', nearly: a
+Newton-Schulz iteration brings all singular values close to 1. torch.optim.Muon with
+adjust_lr_fn="match_rms_adamw" does the same, one matrix at a time and in bf16, which CPUs without
+bf16 units emulate: there a step of it takes longer than the forward and the backward pass. Here it
+is fp32, for all matrices of a shape at once.
 """
 import torch
 
@@ -12,7 +13,11 @@ ITERATIONS = 5
 
 
 class Muon:
-    """params: matrices. The update is scaled so that its root mean square is that of AdamW's."""
+    """params: matrices. The momentum is Nesterov's.
+
+    U V' has a root mean square of 1 / sqrt(max(rows, columns)), AdamW's updates have about 0.2. The
+    update is scaled to the latter, so that one learning rate suits both (Liu et al. 2025).
+    """
 
     def __init__(self, params, lr, momentum=0.95, weight_decay=0.01):
         self.params = list(params)
@@ -42,7 +47,11 @@ class Muon:
 
 
 def orthogonal(m):
-    """(n, rows, columns) -> for each matrix about the nearest one with singular values near 1."""
+    """(n, rows, columns) -> for each matrix U S V' about U V'.
+
+    One pass of the loop makes a s + b s^3 + c s^5 of each singular value s, and keeps U and V. All
+    are below 1 at the beginning, and between 0.7 and 1.2 at the end.
+    """
     is_tall = m.shape[1] > m.shape[2]
     x = m.mT if is_tall else m
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)

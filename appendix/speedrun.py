@@ -1,7 +1,7 @@
 """The speedrun: seconds until held-out accuracy reaches a mark, from the shipped model.
 
     python -m appendix.speedrun                             # the default run, seeds 0, 1 and 2
-    python -m appendix.speedrun --sft-n 1200 --seeds 0      # any flag of train_rl.py
+    python -m appendix.speedrun --sft-n 1200 --seeds 0      # flags of train_rl.py
     python -m appendix.speedrun --target 0.95 --every 2
 
 The clock runs while traces are found, the warm start learns and RL steps are taken. It stands still
@@ -16,9 +16,9 @@ import statistics
 import time
 from dataclasses import replace
 
-import appendix                     # before torch: Ctrl-C is one line from here on
 import train_rl
-from appendix import rl_run, run, sweep
+import train_sft
+from appendix import rl_options, rl_run, run, sweep
 from appendix.optimizer import AdamW
 
 
@@ -48,7 +48,7 @@ def speedrun(cfg, target, every):
         questions = train_rl.Questions(cfg, vlm.toy_side)
         optimizer = AdamW(vlm.parameters(), cfg.lr, weight_decay=cfg.weight_decay)
     for step in range(cfg.steps + 1):
-        if step % every == 0:
+        if step % every == 0 or step == cfg.steps:
             measured = rl_run.measure(vlm, cfg, held_out, f"step {step}, {clock.seconds:.1f} s",
                                       modes=["on"])
             accuracy = measured["on"].summary["accuracy"]
@@ -63,7 +63,7 @@ def speedrun(cfg, target, every):
 def parse(argv=None):
     """-> (flags of the speedrun, flags of train_rl.py)"""
     parser = argparse.ArgumentParser(
-        prog="python -m appendix.speedrun", description=__doc__.partition("\n\n")[0],
+        prog="python -m appendix.speedrun", allow_abbrev=False, description=__doc__.partition("\n\n")[0],
         epilog="All other flags are those of train_rl.py.")
     parser.add_argument("--target", type=float, default=0.9, help="accuracy to reach (default 0.9)")
     parser.add_argument("--every", type=int, default=5,
@@ -78,6 +78,9 @@ def main():
         run.fail("expected a --target between 0 and 1 and an --every of 1 or more")
     seeds = sweep.seeds_of(flags.seeds)
     cfg = sweep.parsed(others)
+    cfg = replace(cfg, recipe=train_sft.recipe_of(cfg))
+    rl_run.check_config(cfg, train_rl.num_blind_prompts(cfg, cfg.num_prompts))
+    rl_options.check_options(cfg, train_rl.episode_limit(cfg))
     if cfg.data or cfg.kl_coef or cfg.resume:
         run.fail("the speedrun is about the toy world, without --data, --kl-coef and --resume")
     seconds = []

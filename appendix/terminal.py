@@ -63,13 +63,15 @@ def thought_of(turn):
 
 
 def action_text(turn):
-    """What a turn did: zoom, or answer."""
+    """What a turn did: zoom, or answer, or neither in a form that can be read."""
     if turn is None:
         return ""
+    if turn.error:
+        return f"a call that was refused: {turn.error}"
     if turn.point:
         return f"zoom into {turn.point}"
     answer = turn.text.partition("<answer>")[2].partition("</answer>")[0].strip()
-    return f"answer: {answer}"
+    return f"answer: {answer}" if answer else "no answer"
 
 
 def right_answer(sample):
@@ -88,10 +90,9 @@ def print_next(cfg):
         return
     name = shlex.quote(cfg.name)
     print("next:")
-    print(f"  open runs/{cfg.name}/report.html                          the episodes, drawn")
-    print(f"  python evaluate.py --model runs/{name}/checkpoint --difficulty hard")
-    for task in data.TASKS:
-        if task != cfg.task and task in ("search", "video", "relation"):
-            print(f"  python train_rl.py --task {task} --name {task}")
-            break
+    if not cfg.plain:
+        print(f"  open runs/{name}/report.html                          the episodes, drawn")
+    print(f"  python evaluate.py --model runs/{name}/checkpoint --task {cfg.task} --difficulty hard")
+    task = "relation" if cfg.task == "search" else "search"
+    print(f"  python train_rl.py --task {task} --name {task}")
     print("  python -m appendix.exercises list                        write a part of it yourself")

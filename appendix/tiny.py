@@ -1,8 +1,9 @@
 """How the tiny model was made: a vision-language model of a million parameters, from nothing.
 
-    python -m appendix.tiny                              # -> checkpoints/tiny, hours on two cores
-    python -m appendix.tiny --out runs/mine --steps 4    # far too short, to try it
+    python -m appendix.tiny --out runs/mine              # two and a half hours on two cores
+    python -m appendix.tiny --out runs/short --steps 4 --second-steps 4     # to see that it runs
     python -m appendix.tiny --out runs/tenth --until 1000    # the first tenth, to compare losses
+    python -m appendix.tiny                              # replaces checkpoints/tiny
 
 What it learns is in appendix/lessons.py, what it then can do in appendix/skills.py. A killed
 command continues where it last saved: the same line again.
@@ -29,14 +30,14 @@ from appendix.muon import Muon
 @dataclass
 class Config:
     steps: int = 10_000         # optimizer steps of the whole schedule
-    until: int = 0              # step after which to stop without shipping; 0: the end
+    until: int = 0              # step of the first stage after which to stop; 0: go on to the end
     out: str = ""               # folder of the finished model (default: checkpoints/tiny)
     seed: int = 0               # random seed for weights, scenes and lessons
     lr: float = 1.5e-3          # peak learning rate
     second_steps: int = 6_000   # steps of the second stage
     second_lr: float = 1e-3     # peak learning rate of the second stage
-    start: str = ""             # folder of a model that has the first stage behind it; empty: none
-    save_every: int = 500       # steps between saved states
+    start: str = ""             # folder of a model made with --second-steps 0: skip the first stage
+    save_every: int = 500       # steps between saved states, a multiple of 100
 
 
 # --------------------------------------------------------------------------------------------------
@@ -47,7 +48,8 @@ TINY = dict(hidden=128, layers=3, heads=4, kv_heads=2, mlp=384, vocab=640,
 ROPE = {"rope_type": "default", "mrope_section": [4, 6, 6], "rope_theta": 30.0}
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>",
            "<|image_pad|>", "<|video_pad|>"]
-# What the tokenizer never merges across: digits are single tokens, words keep their space.
+# A text is first cut into these pieces, and no token spans two. A digit is a piece, and a word with
+# the space before it.
 PIECES = r", | ?\(|\)[.,]?|\p{N}| ?\p{L}+|\n| ?[^\s\p{L}\p{N}]+|\s+"
 
 
@@ -61,7 +63,7 @@ def make_tiny(texts, phrases, seed=0):
     torch.manual_seed(seed)
     net = transformers.Qwen2_5_VLForConditionalGeneration(config)
     for p in net.parameters():
-        if p.ndim >= 2:         # with transformers' deviation of 0.02 this width hardly learns
+        if p.ndim >= 2:         # 1/sqrt(inputs); with transformers' 0.02 this width hardly learns
             torch.nn.init.normal_(p, std=p[0].numel() ** -0.5)
     spec = model.MODELS["tiny"]
     size = {"shortest_edge": 4 * 28 ** 2, "longest_edge": spec.max_pixels}
@@ -121,7 +123,7 @@ def pretrain(folder, cfg):
     """Make the tiny model from nothing, or go on with it, and save it with its card.
 
     The second stage has more drills, and more of the lessons that are hard to learn. It begins with
-    the rounded weights of the first, so cfg.start can give them.
+    the rounded weights of the first, which are what a model that was saved in between holds.
     """
     if cfg.start:
         second_stage(prefix.load_vlm(cfg.start), folder, cfg, losses=[], seconds=0.0)
@@ -132,7 +134,7 @@ def pretrain(folder, cfg):
     first = Trainer(vlm, cfg, folder + ".state", lessons.draw_episode)
     first.learn(cfg.until or cfg.steps)
     first.save()
-    if cfg.until and cfg.until < cfg.steps:
+    if cfg.until:
         return
     round_to_bf16(vlm)
     second_stage(vlm, folder, cfg, first.losses, first.seconds)
@@ -151,8 +153,9 @@ def second_stage(vlm, folder, cfg, losses, seconds):
 
 
 def round_to_bf16(vlm):
-    """The weights as they will be saved, in fp32."""
-    vlm.model.to(torch.bfloat16).to(torch.float32)
+    """The weights as they will be saved, in fp32. Buffers stay: a file does not hold them."""
+    for p in vlm.model.parameters():
+        p.data = p.data.bfloat16().float()
 
 
 class Trainer:
@@ -237,14 +240,14 @@ class Trainer:
 
     def settings(self):
         """What decides the weights."""
-        return {name: getattr(self.cfg, name) for name in ("steps", "seed", "lr")}
+        return {name: getattr(self.cfg, name) for name in ("steps", "seed", "lr", "start")}
 
 
 def split_parameters(net):
     """-> (the matrices that Muon trains, all other parameters)"""
     matrices, others = [], []
     for name, p in net.named_parameters():
-        is_matrix = p.ndim == 2 and "embed_tokens" not in name and "lm_head" not in name
+        is_matrix = p.ndim == 2 and "embed_tokens" not in name
         (matrices if is_matrix else others).append(p)
     return matrices, others
 
@@ -312,8 +315,8 @@ start, no tool, plain questions):
 
 {skills}
 
-It knows nothing but the toy world of `data.py`. It can write a tool call when it is given the \
-point to zoom into, and read the crop. It has never seen the questions of the tasks, nor been told \
+It knows nothing but the toy world of `data.py`. It can write a tool call when it is told where to \
+zoom, by numbers or by a name, and read the crop. It has never seen the questions of the tasks, nor been told \
 what zooming is good for (`appendix/lessons.py` is all that it was taught).
 
 Loss, mean of the first hundred steps, and of the hundred before each further thousand: {losses}. \
@@ -324,7 +327,6 @@ Loss, mean of the first hundred steps, and of the hundred before each further th
 def ship(vlm, folder, cfg, losses, minutes):
     """Round to bf16 (half the size), measure, and save with a model card."""
     round_to_bf16(vlm)
-    vlm.model.eval()
     measured = skills.measure(vlm)
     vlm.model.to(torch.bfloat16)
     tmp = vlm.save(folder, seed=cfg.seed, steps=cfg.steps, second_steps=cfg.second_steps,
@@ -350,8 +352,11 @@ def main():
     cfg = run.parse_config(Config, description=__doc__, positive=("steps", "lr", "save_every"))
     if ranks.world_size() > 1:
         run.fail("pretraining runs in one process: start it without torchrun")
-    if cfg.until > cfg.steps:
-        run.fail(f"--until {cfg.until} lies after the last of the --steps {cfg.steps}")
+    if cfg.until >= cfg.steps or cfg.until and cfg.start:
+        run.fail(f"--until {cfg.until} is no step before the end of a first stage: expected less "
+                 f"than the --steps {cfg.steps}, and no --start")
+    if cfg.save_every % 100 and cfg.save_every < cfg.steps + cfg.second_steps:
+        run.fail(f"--save-every is {cfg.save_every}, expected a multiple of 100")
     folder = (cfg.out or model.MODELS["tiny"].path).rstrip("/")
     run.make_dir(os.path.dirname(os.path.abspath(folder)))
     pretrain(folder, cfg)

@@ -25,7 +25,7 @@ def vlm(models):
 @pytest.fixture
 def draw():
     rng = random.Random("scenes")
-    return functools.partial(lessons.new_scene, rng, lessons.DRILLS_FROM, lessons.FIRST)
+    return functools.partial(lessons.new_scene, rng, lessons.LATE, lessons.FIRST)
 
 @pytest.fixture
 def scenes_drawn(monkeypatch):

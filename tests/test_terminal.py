@@ -36,6 +36,10 @@ def test_the_same_question_before_and_after(vlm, capsys):
     terminal.print_example(episodes_that_say(vlm, "right", "right", "wrong"), "after RL", sample_id)
     said = capsys.readouterr().out
     assert s.question in said and "  right\n" in said
+    before[1].turns[0].error = "too far"
+    assert terminal.action_text(before[1].turns[0]) == "a call that was refused: too far"
+    before[1].turns[1].text = "<think> This is"
+    assert terminal.action_text(before[1].turns[1]) == "no answer"
     terminal.print_example(before, "after RL", "no such question")
     assert not capsys.readouterr().out
     assert terminal.wrong_one(before[:1]) == before[0].sample.id and terminal.wrong_one([]) is None
@@ -99,6 +103,14 @@ def test_the_clock_runs_while_something_is_learned(fake_run):
     fake_run.clear()
     assert speedrun.speedrun(train_rl.Config(steps=8), target=0.99, every=4)[:2] == (None, 8)
     assert fake_run.count("train_step") == 8 and fake_run.count("measure") == 3
+
+def test_the_settings_are_those_of_a_run(monkeypatch, fake_run):
+    """Bug: the recipe stayed empty, as on the command line, and the first measurement failed."""
+    asked = []
+    monkeypatch.setattr(speedrun, "speedrun", lambda cfg, *flags: asked.append(cfg) or (1.0, 5, 0.9))
+    monkeypatch.setattr(sys, "argv", ["speedrun", "--seeds", "3", "--task", "relation"])
+    speedrun.main()
+    assert [(cfg.recipe, cfg.seed) for cfg in asked] == [("vigorl", 3)]
 
 @pytest.mark.parametrize("flags, says", [("--target 1.5", "--target"), ("--every 0", "--every"), ("--seeds 1,1", "--seeds"),
                                          ("--kl-coef 0.1", "--kl-coef"), ("--lr fast", "--lr")])
