@@ -98,8 +98,12 @@ class Config:
 def wilson(correct, n, z=1.96):
     """The 95 % interval of a share, `correct` of n -> (low, high), both in [0, 1].
 
-    Wilson 1927, JASA 22, p. 209. Unlike p +- z sqrt(p (1 - p) / n) it stays inside [0, 1], and at
-    0 % and 100 % it keeps a width: ten right of ten means "at least 72 %".
+    Wilson 1927, JASA 22, p. 209. With p the share and s = z^2 / n it is
+
+        (p + s/2 +- sqrt(s (p (1 - p) + s/4))) / (1 + s).
+
+    Unlike p +- z sqrt(p (1 - p) / n) it stays inside [0, 1], and at 0 % and 100 % it keeps a width:
+    ten right of ten means "at least 72 %". Of no questions nothing is known: (0, 1).
     """
     if n == 0:
         return 0.0, 1.0

@@ -292,7 +292,9 @@ def sample_tokens(logits, u, temperature):
 
     Each token of each episode has a uniform number of its own, drawn before the rollout begins. So
     it does not matter which other rows still run. No top-p or top-k: the trainer could not
-    reproduce the log-probabilities.
+    reproduce the log-probabilities, which are those at this temperature. Temperature 0 takes the
+    likeliest token (log-probabilities: at 1). Sums are in double: however close to 1 a uniform
+    number is, no token of probability 0 may be chosen.
     """
     p = torch.softmax(logits / (temperature or 1.0), -1)                                # (B, V)
     if temperature == 0:

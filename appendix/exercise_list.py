@@ -61,7 +61,7 @@ EXERCISES = [
               "tests/test_grpo.py::test_difficulty_per_group",
               "tests/test_grpo.py::test_difficulty_normalized")),
     Exercise("clip", "grpo", "ppo_clip", 15,
-             "The clip has four corners: ratio above or below, advantage above or below 0. In "
+             "The clip has four cases: ratio above or below, advantage above or below 0. In "
              "which two is there no gradient?",
              "README, step 5; grpo.py, policy_loss",
              ("tests/test_grpo.py::test_clip_truth_table",

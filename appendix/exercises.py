@@ -13,7 +13,8 @@ Everything happens in the folder exercises/ below the working directory; no othe
 The list itself is in appendix/exercise_list.py.
 
 An exercise is graded in a copy of the project: your function takes the place of the original, and
-the tests named in the list run there. So an exercise is always about the code as it is now.
+the tests named in the list run there. So an exercise is always about the code as it is now. Only
+the function itself is taken over: helpers and imports must stand inside it.
 """
 import argparse
 import ast
@@ -39,8 +40,14 @@ from appendix.files import DataError
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 FOLDER = "exercises"
 BLANK = 'raise NotImplementedError("write this function")'
-# What a copy of the project leaves out.
-LEFT_OUT = shutil.ignore_patterns(".*", "__pycache__", "runs", "exercises", "scenes", "*.md")
+
+
+def left_out(folder, names):
+    """For shutil.copytree: what a copy of the project leaves out, such as Python environments."""
+    patterns = shutil.ignore_patterns(".*", "__pycache__", "runs", "exercises", "scenes", "*.md")
+    environments = {name for name in names
+                    if os.path.exists(os.path.join(folder, name, "pyvenv.cfg"))}
+    return patterns(folder, names) | environments
 
 
 # --------------------------------------------------------------------------------------------------
@@ -90,10 +97,9 @@ def blanked(source, name):
     lines = source.split("\n")
     body = node.body
     has_docstring = isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant)
-    first = body[1].lineno if has_docstring and len(body) > 1 else body[0].lineno
-    indent = " " * body[0].col_offset
     # Comments between the docstring and the first statement belong to the body.
-    first = body[0].end_lineno + 1 if has_docstring else first
+    first = body[0].end_lineno + 1 if has_docstring else body[0].lineno
+    indent = " " * body[0].col_offset
     return "\n".join(lines[:first - 1] + [indent + BLANK] + lines[node.end_lineno:])
 
 
@@ -146,7 +152,8 @@ def start(exercise):
           f"{textwrap.fill('Read first: ' + exercise.read_first, 90)}\n"
           f"Write {exercise.function} in {path}, line {line} (about {exercise.minutes} minutes),\n"
           f"then: python -m appendix.exercises check {number}\n"
-          "Its docstring and the comments around it say what goes in and what comes out.")
+          "Its docstring and the comments around it say what goes in and what comes out.\n"
+          "Only this function is graded: put helpers and imports inside it.")
 
 
 def attempt_path(exercise):
@@ -163,7 +170,7 @@ def check(exercise):
                         f"{number}")
     text = attempt_text(path, exercise.function)
     with tempfile.TemporaryDirectory() as copy:
-        shutil.copytree(ROOT, copy, ignore=LEFT_OUT, dirs_exist_ok=True)
+        shutil.copytree(ROOT, copy, ignore=left_out, dirs_exist_ok=True)
         print(f"running {len(exercise.tests)} tests with your {exercise.function} ...", flush=True)
         place = os.path.join(copy, source_path(exercise.module))
         run.write_text(place, with_function(read(place), exercise.function, text))
@@ -206,12 +213,20 @@ def first_failure(folder, tests):
         done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
         if done.returncode == 0:
             return ""
-        for case in xml.etree.ElementTree.parse(report.name).iter("testcase"):
+        for case in test_cases(report.name):
             for problem in [*case.findall("failure"), *case.findall("error")]:
                 name = case.get("name").split("[")[0]
                 test = next((t for t in tests if t.split("::")[1] == name), tests[0])
                 return in_words(name, claim_of(test), problem.get("message") or "")
     return f"The tests could not run:\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
+
+
+def test_cases(path):
+    """The cases in a JUnit report; none where pytest ended before it could write one."""
+    try:
+        return list(xml.etree.ElementTree.parse(path).iter("testcase"))
+    except xml.etree.ElementTree.ParseError:
+        return []
 
 
 def claim_of(test):
@@ -245,7 +260,7 @@ def start_bug(bug):
     folder = exercise_folder(bug.name)
     if os.path.exists(folder):
         raise DataError(f"{folder} is there already; remove it to begin again")
-    shutil.copytree(ROOT, folder, ignore=LEFT_OUT)
+    shutil.copytree(ROOT, folder, ignore=left_out)
     plant(bug, folder)
     print(f"{textwrap.fill(bug.story, 90)}\n")
     show_bug(bug)

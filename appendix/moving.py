@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from PIL import Image, ImageDraw, ImageFont
 
 import data
+import rewards
 import zoom_rollout
 from appendix import prefix, run
 from appendix.terminal import action_text, thought_of
@@ -29,9 +30,10 @@ PANEL = 440                     # width of an episode, in pixels
 SIZE = (2 * PANEL, 456)         # of the image
 SCENE = 232                     # side of the scene
 CROP = 168                      # side of a crop
-WORD = 0.11                     # seconds that a word takes
-PAUSE = 1.2                     # seconds after a zoom
-END = 4.0                       # seconds at the end
+# How long things stay, in milliseconds.
+WORD = 110                      # a word
+PAUSE = 1200                    # what a turn did
+END = 4000                      # the end
 INK, SOFT, LINE = "#1f2328", "#59636e", "#d1d9e0"
 RIGHT_COLOR, WRONG_COLOR = "#1a7f37", "#cf222e"
 WINDOWS = ("#ff8c1a", "#1ac6ff", "#d94cff")     # colors of the first, second and third zoom
@@ -73,10 +75,8 @@ def print_episodes(sample, pair):
 
 def chosen_option(episode):
     """The option that an episode answered with, or None."""
-    for option in episode.sample.options:
-        if f"<answer> {option} </answer>" in episode.turns[-1].text:
-            return option
-    return None
+    answer = rewards.parse_answer(episode.turns[-1].text, "choice")
+    return answer if answer in episode.sample.options else None
 
 
 def wrapped_lines(text, width=LINE_LENGTH):
@@ -95,7 +95,7 @@ class Moment:
     """What a panel shows at a time: the words so far, the zooms so far, and how long it stays."""
     text: str
     zooms: int
-    seconds: float = WORD
+    milliseconds: int = WORD
     is_over: bool = False
 
 
@@ -116,15 +116,15 @@ def moments_of(episode):
 
 
 def in_step(a, b):
-    """Two lists of moments -> [(moment of a, moment of b, seconds)].
+    """Two lists of moments -> [(moment of a, moment of b, milliseconds)].
 
     Both go on at the same time. The one that has ended stays as it is.
     """
     starts = []                                         # of each list: times at which moments begin
     for moments in (a, b):
-        times = [0.0]
+        times = [0]
         for moment in moments[:-1]:
-            times.append(times[-1] + moment.seconds)
+            times.append(times[-1] + moment.milliseconds)
         starts.append(times)
     times = sorted(set(starts[0]) | set(starts[1]))
     frames = []
@@ -187,11 +187,10 @@ def draw_panel(page, pen, left, episode, moment, label, right):
         pen.text((left + SCENE + 12, top + CROP + 24), verdict, color, ImageFont.load_default(28))
 
 
-def write_gif(path, frames, seconds):
-    """PIL images and how long each is shown. All share the colors of the last one."""
+def write_gif(path, frames, durations):
+    """PIL images and the milliseconds of each. All share the colors of the last one."""
     colors = frames[-1].quantize(128)
     coded = [frame.quantize(palette=colors) for frame in frames]
-    durations = [round(1000 * s) for s in seconds]
     run.make_dir(os.path.dirname(os.path.abspath(path)))
     coded[0].save(path, save_all=True, append_images=coded[1:], duration=durations, loop=0)
 
@@ -199,11 +198,11 @@ def write_gif(path, frames, seconds):
 def draw_moving(sample, pair, path):
     """Write the animated image of two episodes of one sample."""
     frames = []
-    seconds = []
+    durations = []
     for first, second, duration in in_step(*map(moments_of, pair)):
         frames.append(draw_frame(sample, pair, (first, second)))
-        seconds.append(duration)
-    write_gif(path, frames, seconds)
+        durations.append(duration)
+    write_gif(path, frames, durations)
 
 
 def show(before, after, path):

@@ -18,6 +18,7 @@ from typing import Callable
 
 import torch
 from PIL import Image
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
 import data
 import evaluate
@@ -136,7 +137,8 @@ def zooms_counted_inside(points, frames):
     bonuses = rewards.Bonuses(distinct=0.2)
     kept = rewards.distinct_bonus(turns, len(points), bonuses)
     any_worked = any(turn.error is None for turn in turns)
-    return round(kept / 0.2) + any_worked
+    further = round(kept / 0.2)                         # the bonus pays 0.2 for each
+    return further + any_worked
 
 
 def iou_minus_one(a, b):
@@ -156,7 +158,7 @@ def match_half_folded(said, gold):
 
 
 def match_substring(said, gold):
-    """The judge of the tree search: the right answer anywhere, or the answer inside the right."""
+    """The judge of the tree search: is the right answer anywhere in what was said?"""
     def bare(text):
         return re.sub(r"\W", "", text).lower()
     return float(bare(gold) in bare(said))
@@ -244,7 +246,9 @@ def sizes_with_stale(sizes):
 
 
 def sizes_each_its_own(sizes):
-    return [StaleSizes().feed(size) for size in sizes]
+    """By the rule that model.VLM.view feeds images by: no side changes the next image's."""
+    fed = [smart_resize(height, width, 28, 28 * 28) for width, height in sizes]
+    return [(width, height) for height, width in fed]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -398,7 +402,7 @@ def show(exhibit):
 
 
 def in_short(value):
-    """A result as text, with at most three digits after the point."""
+    """A result as text; numbers that are not whole with three digits."""
     if isinstance(value, torch.Tensor):
         value = value.tolist()
     if isinstance(value, float):

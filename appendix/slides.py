@@ -7,7 +7,7 @@
     clip.svg        the clipped loss of a token over the ratio, for an advantage above 0 and below 0
     push.svg        how hard each loss pushes a token, over the ratio
     advantages.svg  the advantage of a right and of a wrong answer, over how many of 8 are right
-    weights.svg     UniVG-R1's difficulty weights over the mean accuracy of a group
+    weights.svg     the difficulty weights over the mean accuracy of a group
     kl.svg          the KL estimators over log(ref / pi)
     run.svg         what a run learned, step by step
     algorithm-light.svg, algorithm-dark.svg     with --before: see picture.py
@@ -117,8 +117,8 @@ def clip():
     lines = {}
     for label, advantage in (("advantage 1", 1.0), ("advantage -1", -1.0)):
         lines[label] = [(r, token_loss(r, advantage)[0]) for r in spread(0.4, 1.6)]
-    return Plot("The clip has four corners", "ratio = pi / pi_old", "loss of a token",
-                (0.4, 1.6), (-1.6, 1.6), lines)
+    return Plot("The clip: two of its four cases have no gradient", "ratio = pi / pi_old",
+                "loss of a token", (0.4, 1.6), (-1.6, 1.6), lines)
 
 
 def push():
@@ -175,9 +175,10 @@ def learning(rows):
     """Rows of metrics.jsonl -> the shares of RATES that they have, smoothed over five steps."""
     lines = {}
     for name, label in RATES.items():
-        values = [row[name] for row in rows if name in row]
-        if values:
-            lines[label] = list(enumerate(figures.smooth(values), 1))
+        having = [row for row in rows if name in row]
+        if having:
+            values = figures.smooth([row[name] for row in having])
+            lines[label] = [(row["step"] + 1, value) for row, value in zip(having, values)]
     last = 4 * math.ceil(len(rows) / 4)                 # four steps of the axis are whole numbers
     return Plot("What a run learned", "step", "share", (0, last), (0.0, 1.0), lines)
 

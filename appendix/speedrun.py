@@ -63,7 +63,8 @@ def speedrun(cfg, target, every):
 def parse(argv=None):
     """-> (flags of the speedrun, flags of train_rl.py)"""
     parser = argparse.ArgumentParser(
-        prog="python -m appendix.speedrun", allow_abbrev=False, description=__doc__.partition("\n\n")[0],
+        prog="python -m appendix.speedrun", allow_abbrev=False,
+        description=__doc__.partition("\n\n")[0],
         epilog="All other flags are those of train_rl.py.")
     parser.add_argument("--target", type=float, default=0.9, help="accuracy to reach (default 0.9)")
     parser.add_argument("--every", type=int, default=5,

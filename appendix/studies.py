@@ -5,10 +5,11 @@
     python -m appendix.sweep --study zoom --seeds 0 --steps 5           # a trial
     python -m appendix.studies                          # studies.md and the README's table
 
-appendix/study_list.py says what each study claims, runs and takes for enough, before it is run. A
-study is a sweep (appendix/sweep.py) whose arms have names. Its checkpoints may be evaluated further
-(`Study.evaluate`). Results go to runs/sweeps/study-NAME; with --record they are kept in
-appendix/studies/NAME.json, and appendix/studies.md is written from these files.
+appendix/study_list.py says what each study claims, what it runs, and which difference matters; it
+was written before the runs. A study is a sweep (appendix/sweep.py) whose arms have names. Its
+checkpoints may be evaluated further (`Study.evaluate`). Results go to runs/sweeps/study-NAME; with
+--record they are kept in appendix/studies/NAME.json, and appendix/studies.md is written from these
+files.
 
 The rule. For every seed take the difference that the claim speaks of, so that above 0 speaks for
 it. Over the seeds this gives a mean and its 95 % interval [low, high], by Student's t. `least` is
@@ -23,6 +24,7 @@ import hashlib
 import math
 import operator
 import os
+import re
 import shlex
 import shutil
 import statistics
@@ -72,8 +74,9 @@ def plan_of(study, seeds=None, more=()):
     arms = []
     for label, text in study.arms.items():
         settings = settings_of(text)
-        for name in fields_of(more) & settings.keys():  # those of the trial win,
-            if (name, settings[name]) != ("steps", "0"):    # but an arm without RL stays one
+        # A flag of the trial wins over the arm's, but an arm without RL stays one.
+        for name in fields_of(more) & settings.keys():
+            if (name, settings[name]) != ("steps", "0"):
                 del settings[name]
         arms.append(sweep.Arm(label, settings))
     shared = [*shlex.split(study.shared), *more]
@@ -125,7 +128,8 @@ def is_asked_for(study, arm, label):
     """Does the table, or a claim about this arm, name a figure of this evaluation?"""
     formulas = list(study.show)
     formulas += [claim.figure for claim in study.claims if arm in (claim.arm, claim.than)]
-    return any(f"{label}." in formula for formula in formulas)
+    figures = [figure for formula in formulas for figure in re.split(" [-/] ", formula)]
+    return any(figure.startswith(f"{label}.") for figure in figures)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -393,8 +397,9 @@ INTRODUCTION = """# Studies
 
 Claims of ViGoRL, of UniVG-R1, and of those who doubt or extend them, each put to the test on the
 toy world with the tiny model. A verdict speaks of this world and this model, as its words say; it
-neither proves nor refutes a paper about models of 3B and more. What was claimed, run and taken for
-enough stands in [study_list.py](study_list.py), and was written before the runs.
+neither proves nor refutes a paper about models of 3B and more. [study_list.py](study_list.py)
+says what was claimed, what was run, and which difference would be large enough. It was written
+before the runs.
 
 **The rule.** Each difference is taken seed by seed; all arms of a seed answer the same held-out
 questions, and those that begin alike share a warm start. Over the seeds it has a mean and a 95 %
@@ -406,8 +411,9 @@ seeds*: anything else.
     python -m appendix.sweep --study NAME           # run one; compares with what is recorded here
     python -m appendix.studies                      # write this page from the records
 
-Three seeds give wide intervals: an effect of a few points is often not decided. Differences of
-shares are shares, too: 0.05 is five points.
+Three seeds give wide intervals: an effect of a few points is often not decided. Where nothing is
+true, one claim in forty still comes out as *holds here*, so of all that follow one or two may.
+Differences of shares are shares, too: 0.05 is five points.
 """
 
 

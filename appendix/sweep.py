@@ -212,7 +212,7 @@ def in_words(seconds):
 # run them
 
 class Pool:
-    """Runs train_rl.py as processes, some at once. Ctrl-C stops them; each saves what it has."""
+    """Runs jobs as processes, some at once. Ctrl-C stops them; each saves what it has."""
 
     def __init__(self, at_once):
         self.at_once = at_once
@@ -357,9 +357,7 @@ def check_same_sweep(folder, plan):
 def parse(argv=None):
     """-> (namespace of our own flags, axes, flags of train_rl.py)."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    names = "|".join(f.name for f in fields(train_rl.Config))
-    is_axis = re.compile(rf"({names}|\w+)=")
-    axes = [word for word in argv if is_axis.match(word)]
+    axes = [word for word in argv if re.match(r"\w+=", word)]
     parser = run.Parser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False)

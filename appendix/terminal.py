@@ -92,7 +92,8 @@ def print_next(cfg):
     print("next:")
     if not cfg.plain:
         print(f"  open runs/{name}/report.html                          the episodes, drawn")
-    print(f"  python evaluate.py --model runs/{name}/checkpoint --task {cfg.task} --difficulty hard")
+    policy = f"runs/{name}/checkpoint"
+    print(f"  python evaluate.py --model {policy} --task {cfg.task} --difficulty hard")
     task = "relation" if cfg.task == "search" else "search"
     print(f"  python train_rl.py --task {task} --name {task}")
     print("  python -m appendix.exercises list                        write a part of it yourself")

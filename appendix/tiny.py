@@ -316,8 +316,8 @@ start, no tool, plain questions):
 {skills}
 
 It knows nothing but the toy world of `data.py`. It can write a tool call when it is told where to \
-zoom, by numbers or by a name, and read the crop. It has never seen the questions of the tasks, nor been told \
-what zooming is good for (`appendix/lessons.py` is all that it was taught).
+zoom, by numbers or by a name, and read the crop. It has never seen the questions of the tasks, \
+nor been told what zooming is good for (`appendix/lessons.py` is all that it was taught).
 
 Loss, mean of the first hundred steps, and of the hundred before each further thousand: {losses}. \
 `vlm.json` holds every hundred.

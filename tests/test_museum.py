@@ -33,7 +33,7 @@ CLAIMS = {
         (r - l, b - t) == (100, 100) and l >= 0 and t >= 0 and r <= 400 and b <= 400
         for l, t, r, b in (crop((400, 400), center, 100) for center in ((0, 0), (399, 200), (200, 399), (200, 200)))),
     "crops in the wrong frame": lambda place: place((800, 400), (400, 200), (399, 10)) == (798, 20),
-    "a stale size": lambda sizes: sizes([(300, 200), (14, 14), (300, 200)]) == [(300, 200), (28, 28), (300, 200)],
+    "a stale size": lambda sizes: (fed := sizes([(300, 200), (14, 14), (300, 200)]))[0] == fed[2] and fed[1] == (28, 28),
     "a search that returns to a closed node": lambda visits: visits(5)["closed"] == 0,
     "failures leave the denominator": lambda accuracy: accuracy([True, None]) == 0.5,
     "the right option comes first": lambda accuracy: accuracy(400, 0) < 0.35,

@@ -45,9 +45,11 @@ def test_no_mix_and_no_slow_kernel(activity, kernels):
     per_token = set().union(*(lines_of(file, functions) for file, functions in PER_TOKEN.items()))
     assert not [wait for wait in seen["waits"] if wait.split()[-1] in per_token]
 
+@pytest.mark.slow
 def test_a_mix_is_refused():
     with pytest.raises(AssertionError, match="mixes devices"):
         seen_by("mix")
 
+@pytest.mark.slow
 def test_a_slow_kernel_is_seen():
     assert slow_calls(seen_by("math")["attention"])

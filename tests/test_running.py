@@ -66,7 +66,7 @@ class Watch:
         return zoom_rollout.rollout(self.vlm, data.toy("search", "train", 4, 7), 6, config)
 
 @both
-@pytest.mark.parametrize("bold", [True, False])
+@pytest.mark.parametrize("bold", [True, pytest.param(False, marks=pytest.mark.slow)])
 @torch.no_grad()
 def test_what_is_sampled_does_not_depend_on_room(models, plain, bold, monkeypatch):
     """Bug: a row that waits, begins beside others, or is put aside and begins again, loses a token or a crop, or samples with another's
