@@ -32,6 +32,10 @@ LATE = DRILLS_FROM              # a step at which all of this has come
 SECOND_DRILLS = 0.4
 NAMED = 0.2                     # share of their zooms that are asked for by name, not by numbers
 
+# The third stage, in which a zoom is never asked for by name.
+THIRD_DRILLS = 0.5              # share of the episodes that are drills
+MENTIONED = 0.5                 # share of their zooms whose question names a thing to no purpose
+
 # How the scenes of a lesson look. "first" has few and large objects.
 LOOKS = {"first": dict(objects=(1, 2), radius=(46, 60)), **data.DIFFICULTY}
 
@@ -49,6 +53,14 @@ def draw_second(vlm, rng, step):
         return lesson(vlm, rng, LATE, SECOND)
     make = pick(rng, [(zoom_drill, 4), (think_drill, 3), (box_drill, 3)])
     return make(vlm, rng, NAMED) if make is zoom_drill else make(vlm, rng)
+
+
+def draw_third(vlm, rng, step):
+    """-> Episode of the third stage: half of them drills, also with options to choose from."""
+    if rng.random() >= THIRD_DRILLS:
+        return lesson(vlm, rng, LATE, THIRD)
+    make = pick(rng, [(zoom_drill, 4), (choice_drill, 4), (box_drill, 3)])
+    return make(vlm, rng, 0.0, MENTIONED) if make is zoom_drill else make(vlm, rng)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -300,7 +312,12 @@ SECOND = Mixture(
                (side_of, 4), (read_crop, 2)),
     about_several=((box_what_is_shown, 3), (name_then_image, 4), (box_in_one_image, 3)),
     levels=(("easy", 2), ("medium", 5), ("hard", 4)))
-KINDS_ABOUT_SEVERAL = {ask for mixture in (FIRST, SECOND) for ask, _ in mixture.about_several}
+THIRD = Mixture(
+    about_one=((list_objects, 3), (point_to, 7), (name_at, 1), (list_alike, 7), (box_object, 6),
+               (side_of, 4), (read_crop, 2)),
+    about_several=((box_what_is_shown, 2), (name_then_image, 7), (box_in_one_image, 3)),
+    levels=SECOND.levels)
+KINDS_ABOUT_SEVERAL = {ask for mixture in (FIRST, SECOND, THIRD) for ask, _ in mixture.about_several}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -309,10 +326,11 @@ KINDS_ABOUT_SEVERAL = {ask for mixture in (FIRST, SECOND) for ask, _ in mixture.
 # An instruction-tuned model brings this along: it can write a tool call, read what comes back, pick
 # an option when it must answer, and answer in the tags that a prompt asks for.
 
-def zoom_drill(vlm, rng, named):
+def zoom_drill(vlm, rng, named, mentioned=0.0):
     """-> Episode in the zoom protocol whose question says where to zoom.
 
-    named: share of the places that are given by the name of a thing, in place of its coordinates.
+    named: share of the places that are given by the name of a thing, in place of its coordinates;
+    mentioned: share of the questions that name a thing without asking to look at it.
     """
     level = rng.choice(("easy", "medium", "medium", "hard"))
     scene = data.split_scene(rng, "train", **data.DIFFICULTY[level])
@@ -329,6 +347,8 @@ def zoom_drill(vlm, rng, named):
         by_name = named and rng.random() < named
         places.append(f"the {o['name']}" if by_name else str(spot))
     question = f"Zoom into {', then '.join(places)}."
+    if mentioned and rng.random() < mentioned:
+        question = f"There is a {rng.choice(scene['objects'])['name']}. {question}"
     sample = data.Sample("", [image], question, "choice", options)
 
     if forced and rng.random() < 0.5:           # no zoom allowed: any option
@@ -369,6 +389,42 @@ def think_drill(vlm, rng):
         sample = data.Sample("", [picture.view.source], question, "text")
     turn = f"<think> {' '.join(steps)} </think>\n<answer> {said} </answer>"
     return zoom_rollout.replay(vlm, sample, [turn], style="think")
+
+
+def choice_drill(vlm, rng):
+    """-> Episode that names points step by step, then chooses one of the options.
+
+    Some of the options have nothing to do with the question; then any of them is chosen.
+    """
+    picture = show(vlm, data.split_scene(rng, "train", **data.DIFFICULTY["hard"]))
+    ask = rng.choice((side_of, compare, name_at, list_alike))
+    (_, question), answer = ask(rng, picture)
+    said = answer.rpartition(": ")[2]
+    named = [o for o in picture.objects if o["name"] in answer]
+    named.sort(key=lambda o: answer.index(o["name"]))
+    steps = []
+    for o in named:
+        x, y = train_sft.near(o, picture.view, rng)
+        steps.append(f"The {o['name']} is at ({x}, {y}).")
+    if rng.random() < 0.4:
+        said = rng.choice(rng.choice(OPTIONS))
+    turn = f"<think> {' '.join(steps)} </think>\n<answer> {said} </answer>"
+    options = options_with(rng, said)
+    sample = data.Sample("", [picture.view.source], question, "choice", options)
+    return zoom_rollout.replay(vlm, sample, [turn], style="think")
+
+
+# Kinds of options.
+OPTIONS = (("left", "right"), ("above", "below"), tuple("0123456"),
+           [f"{color} {shape}" for color in data.COLORS for shape in data.SHAPES])
+
+
+def options_with(rng, said):
+    """Options of the kind of an answer, among them the answer, in random order."""
+    kind = next(kind for kind in OPTIONS if said in kind)
+    size = min(len(kind), rng.choice((2, 3, 4)))
+    others = rng.sample([option for option in kind if option != said], size - 1)
+    return rng.sample([said, *others], size)
 
 
 def box_drill(vlm, rng):

@@ -1,12 +1,13 @@
 """How the tiny model was made: a vision-language model of a million parameters, from nothing.
 
     python -m appendix.tiny --out runs/mine              # two and a half hours on two cores
-    python -m appendix.tiny --out runs/short --steps 4 --second-steps 4     # to see that it runs
-    python -m appendix.tiny --out runs/tenth --until 1000    # the first tenth, to compare losses
+    python -m appendix.tiny --out runs/short --steps 4 --second-steps 4 --third-steps 4
+    python -m appendix.tiny --out runs/tenth --until 1000    # the beginning, to compare losses
     python -m appendix.tiny                              # replaces checkpoints/tiny
 
-What it learns is in appendix/lessons.py, what it then can do in appendix/skills.py. A killed
-command continues where it last saved: the same line again.
+What it learns is in appendix/lessons.py, what it then can do in appendix/skills.py. There are three
+stages: lessons; lessons and drills; more drills, some with options to choose from. A killed command
+continues where it last saved: the same line again.
 
 The matrices are trained by Muon (appendix/muon.py); embeddings, norms and biases by AdamW.
 """
@@ -14,6 +15,7 @@ import math
 import os
 import random
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -29,14 +31,16 @@ from appendix.muon import Muon
 
 @dataclass
 class Config:
-    steps: int = 10_000         # optimizer steps of the whole schedule
-    until: int = 0              # step of the first stage after which to stop; 0: go on to the end
     out: str = ""               # folder of the finished model (default: checkpoints/tiny)
     seed: int = 0               # random seed for weights, scenes and lessons
-    lr: float = 1.5e-3          # peak learning rate
-    second_steps: int = 6_000   # steps of the second stage
-    second_lr: float = 1e-3     # peak learning rate of the second stage
-    start: str = ""             # folder of a model made with --second-steps 0: skip the first stage
+    steps: int = 10_000         # optimizer steps of the first stage; 0: leave the stage out
+    lr: float = 1.5e-3          # its peak learning rate
+    second_steps: int = 5_600   # steps of the second stage
+    second_lr: float = 1e-3     # its peak learning rate
+    third_steps: int = 1_000    # steps of the third stage
+    third_lr: float = 6e-4      # its peak learning rate
+    start: str = ""             # folder of a model to go on with (default: random weights)
+    until: int = 0              # step of the first stage after which to stop; 0: go on to the end
     save_every: int = 500       # steps between saved states, a multiple of 100
 
 
@@ -119,37 +123,53 @@ BATCH = 24                      # episodes per step
 FALL = 0.4                      # last part of the steps, in which the learning rate falls to 0
 
 
+@dataclass(frozen=True)
+class Stage:
+    steps: int
+    lr: float                   # peak learning rate
+    seed: int
+    draw: Callable              # (vlm, rng, step) -> Episode
+
+
+def stages_of(cfg):
+    """-> the three stages. Each has a schedule and a seed of its own."""
+    return [Stage(cfg.steps, cfg.lr, cfg.seed, lessons.draw_episode),
+            Stage(cfg.second_steps, cfg.second_lr, cfg.seed + 1, lessons.draw_second),
+            Stage(cfg.third_steps, cfg.third_lr, cfg.seed + 2, lessons.draw_third)]
+
+
 def pretrain(folder, cfg):
-    """Make the tiny model from nothing, or go on with it, and save it with its card.
+    """Make the tiny model from nothing, or go on with one, and save it with its card.
 
-    The second stage has more drills, and more of the lessons that are hard to learn. It begins with
-    the rounded weights of the first, which are what a model that was saved in between holds.
+    Before each stage the weights are rounded to what a saved model would hold, so that a stage can
+    begin with a saved model, too.
     """
-    if cfg.start:
-        second_stage(prefix.load_vlm(cfg.start), folder, cfg, losses=[], seconds=0.0)
-        return
+    vlm = prefix.load_vlm(cfg.start) if cfg.start else new_model(cfg.seed)
+    losses = []
+    seconds = 0.0
+    done = []
+    for number, stage in enumerate(stages_of(cfg), 1):
+        if stage.steps == 0:
+            continue
+        round_to_bf16(vlm)
+        vlm.model.requires_grad_(True)          # here the vision tower learns too
+        trainer = Trainer(vlm, stage, cfg, f"{folder}.state{number}")
+        trainer.learn(cfg.until or stage.steps)
+        trainer.save()
+        if cfg.until:
+            return
+        losses += trainer.losses
+        seconds += trainer.seconds
+        done.append(trainer.path)
+    ship(vlm, folder, cfg, losses, seconds / 60)
+    for path in done:
+        os.remove(path)
+
+
+def new_model(seed):
+    """-> the tiny model with random weights, and with a tokenizer made for its lessons."""
     stub = make_tiny(["a"], data.PHRASES)
-    vlm = make_tiny(lessons.tokenizer_corpus(stub, cfg.seed), data.PHRASES, cfg.seed)
-    vlm.model.requires_grad_(True)              # here the vision tower learns too
-    first = Trainer(vlm, cfg, folder + ".state", lessons.draw_episode)
-    first.learn(cfg.until or cfg.steps)
-    first.save()
-    if cfg.until:
-        return
-    round_to_bf16(vlm)
-    second_stage(vlm, folder, cfg, first.losses, first.seconds)
-    os.remove(first.path)
-
-
-def second_stage(vlm, folder, cfg, losses, seconds):
-    """Train on, save with the card. losses, seconds: of the first stage."""
-    vlm.model.float().requires_grad_(True)
-    its = replace(cfg, steps=cfg.second_steps, lr=cfg.second_lr, seed=cfg.seed + 1)
-    second = Trainer(vlm, its, folder + ".state2", lessons.draw_second)
-    second.learn(its.steps)
-    second.save()
-    ship(vlm, folder, cfg, losses + second.losses, (seconds + second.seconds) / 60)
-    os.remove(second.path)
+    return make_tiny(lessons.tokenizer_corpus(stub, seed), data.PHRASES, seed)
 
 
 def round_to_bf16(vlm):
@@ -159,34 +179,33 @@ def round_to_bf16(vlm):
 
 
 class Trainer:
-    """The loop, and its state in a file: weights, both optimizers, losses.
+    """The loop of a stage, and its state in a file: weights, both optimizers, losses.
 
     path: the file. If it exists, its run goes on. Raises DataError if it is of another run.
-    draw: (vlm, rng, step) -> Episode.
     """
 
-    def __init__(self, vlm, cfg, path, draw):
+    def __init__(self, vlm, stage, cfg, path):
         self.vlm = vlm
-        self.draw = draw
+        self.stage = stage
         self.cfg = cfg
         self.path = path
         self.losses = []                        # mean of every hundred steps
         self.seconds = 0.0
         self.step = 0
         matrices, others = split_parameters(vlm.model)
-        self.muon = Muon(matrices, cfg.lr)
+        self.muon = Muon(matrices, stage.lr)
         self.adamw = torch.optim.AdamW(
-            others, lr=cfg.lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
+            others, lr=stage.lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
         if os.path.exists(path):
             self.load()
 
     def learn(self, last):
         """Next-token loss on the answers, up to step `last`."""
-        cfg = self.cfg
+        stage = self.stage
         count = sum(p.numel() for p in self.vlm.model.parameters())
         print(f"{count / 1e6:.2f} M parameters, vocabulary {len(self.vlm.tokenizer)}, "
-              f"steps {self.step} to {last} of {cfg.steps}", flush=True)
-        stream = Stream(self.vlm, self.draw, cfg.seed, cfg.steps, self.step)
+              f"steps {self.step} to {last} of {stage.steps}", flush=True)
+        stream = Stream(self.vlm, stage.draw, stage.seed, stage.steps, self.step)
         batches = iter(torch.utils.data.DataLoader(
             stream, batch_size=None, num_workers=1, prefetch_factor=4, worker_init_fn=one_thread))
         recent = []
@@ -199,10 +218,10 @@ class Trainer:
                 self.seconds += took
                 self.losses.append(round(sum(recent) / len(recent), 4))
                 recent = []
-                print(f"step {self.step}/{cfg.steps} | loss {self.losses[-1]:.4f} | "
+                print(f"step {self.step}/{stage.steps} | loss {self.losses[-1]:.4f} | "
                       f"{took / 100:.3f} s/step | {took / 6000 * (last - self.step):.0f} min left",
                       flush=True)
-                if self.step % cfg.save_every == 0:
+                if self.step % self.cfg.save_every == 0:
                     self.save()
 
     def train_step(self, episodes):
@@ -212,7 +231,7 @@ class Trainer:
         loss = -logprobs.sum() / mask.sum()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.vlm.model.parameters(), 1.0)
-        lr = self.cfg.lr * schedule(self.step, self.cfg.steps)
+        lr = self.stage.lr * schedule(self.step, self.stage.steps)
         self.muon.lr = lr
         self.adamw.param_groups[0]["lr"] = lr
         self.muon.step()
@@ -239,8 +258,9 @@ class Trainer:
         self.step, self.losses, self.seconds = state["step"], state["losses"], state["seconds"]
 
     def settings(self):
-        """What decides the weights."""
-        return {name: getattr(self.cfg, name) for name in ("steps", "seed", "lr", "start")}
+        """What decides the weights, as far as it can be compared."""
+        return {name: getattr(self.cfg, name) for name in (
+            "seed", "steps", "lr", "second_steps", "second_lr", "third_steps", "third_lr", "start")}
 
 
 def split_parameters(net):
@@ -305,8 +325,8 @@ class Stream(torch.utils.data.IterableDataset):
 CARD = """# The tiny VLM
 
 The Qwen2.5-VL architecture with {parameters:,} parameters ({sizes}), bf16, and a
-byte-level BPE of {vocabulary} tokens. Made from nothing, seed {seed}, {steps} steps of \
-the first stage and {second_steps} of the second in {minutes:.0f} minutes on two CPU cores, by
+byte-level BPE of {vocabulary} tokens. Made from nothing, seed {seed}, in three stages of {steps}, \
+{second_steps} and {third_steps} steps, in {minutes:.0f} minutes on {machine}, by
 
     python -m appendix.tiny
 
@@ -329,14 +349,13 @@ def ship(vlm, folder, cfg, losses, minutes):
     round_to_bf16(vlm)
     measured = skills.measure(vlm)
     vlm.model.to(torch.bfloat16)
-    tmp = vlm.save(folder, seed=cfg.seed, steps=cfg.steps, second_steps=cfg.second_steps,
-                   skills=measured, losses=losses)
+    steps = {name: getattr(cfg, name) for name in ("steps", "second_steps", "third_steps")}
+    tmp = vlm.save(folder, seed=cfg.seed, **steps, skills=measured, losses=losses)
     shown = losses[:1] + losses[9::10]
     card = CARD.format(
         parameters=sum(p.numel() for p in vlm.model.parameters()),
         sizes=", ".join(f"{name} {size}" for name, size in TINY.items()),
-        vocabulary=len(vlm.tokenizer), minutes=minutes,
-        seed=cfg.seed, steps=cfg.steps, second_steps=cfg.second_steps,
+        vocabulary=len(vlm.tokenizer), minutes=minutes, machine=machine(vlm), seed=cfg.seed, **steps,
         skills="\n".join(f"- {skill}: {rate:.1%}" for skill, rate in measured.items()),
         losses=", ".join(f"{loss:.2f}" for loss in shown))
     with open(os.path.join(tmp, "README.md"), "w") as f:
@@ -345,17 +364,26 @@ def ship(vlm, folder, cfg, losses, minutes):
     print(measured)
 
 
+def machine(vlm):
+    """What the model was trained on, in words."""
+    if vlm.device.type == "cuda":
+        return torch.cuda.get_device_name(vlm.device)
+    return f"{os.cpu_count()} CPU cores"
+
+
 # --------------------------------------------------------------------------------------------------
 
 def main():
     ranks.start()
-    cfg = run.parse_config(Config, description=__doc__, positive=("steps", "lr", "save_every"))
+    cfg = run.parse_config(Config, description=__doc__, positive=("lr", "save_every"))
     if ranks.world_size() > 1:
         run.fail("pretraining runs in one process: start it without torchrun")
-    if cfg.until >= cfg.steps or cfg.until and cfg.start:
-        run.fail(f"--until {cfg.until} is no step before the end of a first stage: expected less "
-                 f"than the --steps {cfg.steps}, and no --start")
-    if cfg.save_every % 100 and cfg.save_every < cfg.steps + cfg.second_steps:
+    if min(cfg.steps, cfg.second_steps, cfg.third_steps) < 0:
+        run.fail("a stage cannot have less than 0 steps")
+    if cfg.until and cfg.until >= cfg.steps:
+        run.fail(f"--until {cfg.until} is no step before the end of the first stage: expected less "
+                 f"than the --steps {cfg.steps}")
+    if cfg.save_every % 100:
         run.fail(f"--save-every is {cfg.save_every}, expected a multiple of 100")
     folder = (cfg.out or model.MODELS["tiny"].path).rstrip("/")
     run.make_dir(os.path.dirname(os.path.abspath(folder)))

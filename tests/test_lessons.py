@@ -49,6 +49,7 @@ def test_no_held_out_scene_is_taught(vlm, scenes_drawn):
     for _ in range(300):
         lessons.draw_episode(vlm, rng, rng.randrange(6000))
         lessons.draw_second(vlm, rng, 0)
+        lessons.draw_third(vlm, rng, 0)
     assert len(scenes_drawn) > 400 and {data.split_of(scene) for scene in scenes_drawn} == {"train"}
 
 def test_no_question_of_a_task_is_asked(vlm):
@@ -59,7 +60,7 @@ def test_no_question_of_a_task_is_asked(vlm):
         assert any(opening in data.toy(task, "train", 1)[0].question for task in data.TASKS), opening
     rng = random.Random(1)
     for _ in range(400):
-        draw = rng.choice((lessons.draw_episode, lessons.draw_second))
+        draw = rng.choice((lessons.draw_episode, lessons.draw_second, lessons.draw_third))
         text = text_of(vlm, draw(vlm, rng, rng.randrange(6000)))
         assert not [opening for opening in openings if opening in text], text
 
@@ -82,6 +83,19 @@ def test_drills_say_where_to_zoom(vlm, named):
         kinds[len(calls), "zooms"] += 1
     assert {(0, "zooms"), (1, "zooms"), (2, "zooms")} <= set(kinds) and kinds[False] > 10 and (kinds[True] > 10) == (named > 0)
 
+def test_a_mention_is_no_order(vlm):
+    """Claim: in the third stage the question may name a thing, and the zooms go where the numbers say all the same."""
+    rng = random.Random(3)
+    mentions = 0
+    for _ in range(40):
+        e = lessons.zoom_drill(vlm, rng, 0.0, 0.5)
+        said, _, places = e.sample.question.rpartition("Zoom into ")
+        assert "the " not in places and re.fullmatch(r"(There is a \w+ \w+\. )?", said)
+        for place, turn in zip(places.rstrip(".").split(", then "), [turn for turn in e.turns if turn.crop]):
+            assert numbers(turn.text.partition("coordinate")[2]) == numbers(place)
+        mentions += bool(said)
+    assert 10 < mentions < 30
+
 def test_drills_without_zooms_are_true(vlm, scenes_drawn):
     """Bug: an answer in another form than the task's, or that does not follow from the thought; a box of another thing."""
     rng = random.Random(5)
@@ -101,6 +115,18 @@ def test_drills_without_zooms_are_true(vlm, scenes_drawn):
         else:
             assert answer == (", ".join(re.findall(r"The (\w+ \w+) is", thought)) or "nothing")
         kinds["options", bool(e.sample.options)] += 1
+    for _ in range(60):
+        scenes_drawn.clear()
+        e = lessons.choice_drill(vlm, rng)
+        thought, _, answer = e.turns[0].text.partition(" </think>\n<answer> ")
+        answer = answer.removesuffix(" </answer>")
+        options = e.sample.options
+        assert answer in options and len(set(options)) == len(options) and any(set(options) <= set(kind) for kind in lessons.OPTIONS)
+        at = {o["name"]: vlm.view(e.sample.images[0]).from_source(*o["center"]) for o in scenes_drawn[0]["objects"]}
+        named = re.findall(r"The (\w+ \w+) is at", thought)
+        assert set(named) <= set(at)
+        if e.sample.question.startswith("What is") and answer.isdigit():
+            kinds["counted", len(named) == int(answer)] += 1
     for _ in range(40):
         scenes_drawn.clear()
         e = lessons.box_drill(vlm, rng)
@@ -238,13 +264,13 @@ def run_pretraining(monkeypatch, flags):
 @pytest.mark.slow
 def test_a_killed_pretraining_goes_on(tmp_path, monkeypatch):
     """Bug: state that is not saved. Stopped at 6 of 8 steps, then continued: the same weights as in one go."""
-    drills = "--second-steps 2"
+    drills = "--second-steps 2 --third-steps 2"
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(tiny.skills, "measure", lambda vlm: {})
     monkeypatch.setattr(tiny, "BATCH", 4)
     run_pretraining(monkeypatch, f"--steps 8 --out whole {drills}")
-    run_pretraining(monkeypatch, "--steps 8 --out parts --until 6")
-    assert not (tmp_path / "parts").exists() and (tmp_path / "parts.state").exists()
+    run_pretraining(monkeypatch, f"--steps 8 --out parts --until 6 {drills}")
+    assert not (tmp_path / "parts").exists() and (tmp_path / "parts.state1").exists()
     with pytest.raises(DataError, match="other settings"):
         tiny.pretrain("parts", tiny.Config(steps=9))
     run_pretraining(monkeypatch, f"--steps 8 --out parts {drills}")

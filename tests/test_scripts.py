@@ -260,7 +260,7 @@ def test_warm_start_by_itself(files, script):
 def test_pretraining_makes_a_model(tmp_path, monkeypatch, capsys):
     """Claim: appendix.tiny writes a model folder with a card, into whatever --out names. Four steps teach nothing, but all is run."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", shlex.split("tiny.py --steps 4 --second-steps 2 --out mine"))
+    monkeypatch.setattr(sys, "argv", shlex.split("tiny.py --steps 4 --second-steps 2 --third-steps 2 --out mine"))
     monkeypatch.setattr(tiny.skills, "measure", lambda vlm, measure=tiny.skills.measure: measure(vlm, 4))
     tiny.main()
     vlm = model.load("mine")
