@@ -317,7 +317,8 @@ THIRD = Mixture(
                (side_of, 4), (read_crop, 2)),
     about_several=((box_what_is_shown, 2), (name_then_image, 7), (box_in_one_image, 3)),
     levels=SECOND.levels)
-KINDS_ABOUT_SEVERAL = {ask for mixture in (FIRST, SECOND, THIRD) for ask, _ in mixture.about_several}
+KINDS_ABOUT_SEVERAL = {
+    ask for mixture in (FIRST, SECOND, THIRD) for ask, _ in mixture.about_several}
 
 
 # --------------------------------------------------------------------------------------------------

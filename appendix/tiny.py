@@ -355,7 +355,8 @@ def ship(vlm, folder, cfg, losses, minutes):
     card = CARD.format(
         parameters=sum(p.numel() for p in vlm.model.parameters()),
         sizes=", ".join(f"{name} {size}" for name, size in TINY.items()),
-        vocabulary=len(vlm.tokenizer), minutes=minutes, machine=machine(vlm), seed=cfg.seed, **steps,
+        vocabulary=len(vlm.tokenizer), seed=cfg.seed, minutes=minutes, machine=machine(vlm),
+        **steps,
         skills="\n".join(f"- {skill}: {rate:.1%}" for skill, rate in measured.items()),
         losses=", ".join(f"{loss:.2f}" for loss in shown))
     with open(os.path.join(tmp, "README.md"), "w") as f:

@@ -115,7 +115,8 @@ def test_drills_without_zooms_are_true(vlm, scenes_drawn):
         else:
             assert answer == (", ".join(re.findall(r"The (\w+ \w+) is", thought)) or "nothing")
         kinds["options", bool(e.sample.options)] += 1
-    for _ in range(60):
+    counted = collections.Counter()
+    for _ in range(150):
         scenes_drawn.clear()
         e = lessons.choice_drill(vlm, rng)
         thought, _, answer = e.turns[0].text.partition(" </think>\n<answer> ")
@@ -125,8 +126,9 @@ def test_drills_without_zooms_are_true(vlm, scenes_drawn):
         at = {o["name"]: vlm.view(e.sample.images[0]).from_source(*o["center"]) for o in scenes_drawn[0]["objects"]}
         named = re.findall(r"The (\w+ \w+) is at", thought)
         assert set(named) <= set(at)
-        if e.sample.question.startswith("What is") and answer.isdigit():
-            kinds["counted", len(named) == int(answer)] += 1
+        if re.fullmatch(r"What is \w+\?", e.sample.question) and answer.isdigit():
+            counted[len(named) == int(answer)] += 1
+    assert counted[True] > 2 * counted[False] > 0
     for _ in range(40):
         scenes_drawn.clear()
         e = lessons.box_drill(vlm, rng)
