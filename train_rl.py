@@ -61,7 +61,7 @@ class Config:
     traces: str = "mcts"        # warm-start traces: see train_sft.py; "" for none
     sft_target: Literal["full", "answer", "ungrounded"] = "full"    # part learned of each trace
     sft_corrected: int = 0      # search chains per tree, at most, that go wrong first
-    sft_n: int = 1200           # warm-start traces from the toy world
+    sft_n: int = 30             # warm-start traces from the toy world
     sft_epochs: int = 1         # passes over the traces
     sft_batch: int = 8          # traces per optimizer step of the warm start
     sft_lr: float = 5e-4        # peak learning rate of the warm start (ViGoRL at 3B: 1e-6)

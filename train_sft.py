@@ -64,7 +64,7 @@ class Config:
 
     # the traces
     traces: str = "mcts"        # source: "mcts", "path", "oracle", "teacher" or a JSONL file
-    n: int = 1200               # traces from the toy world
+    n: int = 30                 # traces from the toy world (boxes: 1200)
     target: Literal["full", "answer", "ungrounded"] = "full"    # learned part: trace_tools.retarget
     max_zooms: int = 3          # crops per episode
 
@@ -134,10 +134,10 @@ def recipe_of(cfg):
     return "vigorl-zoom" if cfg.data else data.TASK_RECIPES[cfg.task]
 
 
-def searchable(cfg):
-    """Default of --traces: "oracle" where there is nothing to search (boxes take one turn)."""
+def searchable(cfg, n="n"):
+    """Defaults where there is nothing to search (boxes take one turn). n: name of that field."""
     if data.PROMPT_STYLES[recipe_of(cfg)] == "boxes":
-        return {"traces": "oracle"}
+        return {"traces": "oracle", n: 1200}
     return {}
 
 
@@ -172,11 +172,14 @@ def find_traces(vlm, cfg, style, questions=None, side=data.SIDE, folder="", held
     return read_traces(cfg.traces, questions, cfg.difficulty, side, skip), {}
 
 
+GUESSES = 0.5
+
+
 def oracle(vlm, sample, rng, max_zooms=3):
     """A trace for a toy sample from its ground truth -> the assistant's turns.
 
     Its form is right, its behaviour is not: that is left for RL to find. In every task but `search`
-    one trace in three guesses: it answers with a random object or option.
+    a share of GUESSES of the traces answers with a random object or option.
     """
     write = ORACLES[sample.category[0]]
     return write(vlm, sample, rng, max_zooms)
@@ -220,7 +223,7 @@ def oracle_of_relation(vlm, sample, rng, max_zooms):
     objects = sample.meta["scenes"][0]["objects"]
     view = vlm.view(sample.images[0])
     a, b = [object_in(e["box"], objects) for e in sample.meta["evidence"]]
-    guess = rng.random() < 0.33
+    guess = rng.random() < GUESSES
     option = rng.choice(sample.options) if guess else sample.options[sample.answer]
     thought = f"The {a['name']} is at {near(a, view, rng)}. "
     thought += f"The {b['name']} is at {near(b, view, rng)}."
@@ -230,7 +233,7 @@ def oracle_of_relation(vlm, sample, rng, max_zooms):
 def oracle_of_point(vlm, sample, rng, max_zooms):
     objects = sample.meta["scenes"][0]["objects"]
     view = vlm.view(sample.images[0])
-    o = rng.choice(objects) if rng.random() < 0.33 else objects[0]
+    o = rng.choice(objects) if rng.random() < GUESSES else objects[0]
     thought = f"The {o['name']} is at {near(o, view, rng)}."
     return [f"<think> {thought} </think>\n<answer> {near(o, view, rng)} </answer>"]
 
@@ -238,7 +241,7 @@ def oracle_of_point(vlm, sample, rng, max_zooms):
 def oracle_of_count(vlm, sample, rng, max_zooms):
     view = vlm.view(sample.images[0])
     objects = sample.meta["scenes"][0]["objects"]
-    guess = rng.random() < 0.33
+    guess = rng.random() < GUESSES
     option = rng.choice(sample.options) if guess else sample.options[sample.answer]
     counted = [object_in(e["box"], objects) for e in sample.meta["evidence"]]
     thought = " ".join(f"The {o['name']} is at {near(o, view, rng)}." for o in counted)
@@ -250,7 +253,7 @@ def oracle_of_boxes(vlm, sample, rng, max_zooms):
     target = sample.targets[0]
     view = vlm.view(sample.images[target["image"]])
     objects = sample.meta["scenes"][target["image"]]["objects"]
-    guess = rng.random() < 0.33
+    guess = rng.random() < GUESSES
     o = rng.choice(objects) if guess else object_in(target["box"], objects)
     where = f" image {target['image'] + 1}:" if sample.meta.get("name_image") else ""
     answer = f"{where} {box_text(data.object_box(o), view)}"

@@ -53,7 +53,7 @@ def presets(cfg):
         return {k: v for k, v in settings.items() if k not in ("resume", "name")}
     algorithm, scale = PAPERS.get(cfg.recipe, ({}, {}))
     if is_tiny(cfg.model):
-        defaults = train_sft.searchable(cfg) | algorithm
+        defaults = train_sft.searchable(cfg, "sft_n") | algorithm
     else:
         defaults = REAL | algorithm | scale
     if not cfg.data:

@@ -203,7 +203,7 @@ STUDIES = [
             Claim("Both are better than RL alone.", "both", "RL alone", least=0.05),
         ),
         show=("mean_iou_after", "levels.hard.accuracy_after"),
-        limits="Traces come from the ground truth of the toy world, one in three of them wrong on "
+        limits="Traces come from the ground truth of the toy world, half of them guesses on "
                "purpose, where the paper has a teacher's reasoning. A run of RL alone ends if no "
                "episode of its first step has any success; then the comparison stays open.",
         read="`appendix/recipes.py`; `train_sft.oracle_of_boxes`; "

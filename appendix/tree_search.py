@@ -276,7 +276,7 @@ def next_batch(cfg, questions, side, number, num_traces):
     first = number * cfg.trees
     if questions:
         return questions[first:first + cfg.trees]
-    if num_traces >= cfg.n or first >= 4 * cfg.n + cfg.trees:           # enough, or hopeless
+    if num_traces >= cfg.n or first >= 16 * cfg.n + cfg.trees:          # enough, or hopeless
         return []
     seed = f"sft{cfg.seed}/{number}"
     return mixture.toy_questions(cfg, "train", cfg.trees, seed, side)

@@ -235,7 +235,7 @@ MUTATIONS = [  # where, old code, new code, the test that must fail, its argumen
     ("train_sft:oracle_of_search", "rng.sample(objects, len(objects))", "rng.choices(objects, k=len(objects))", test_oracle_of_search, {}),
     ("train_sft:oracle_of_search", """turns.append(f"{opening} {o['pattern']} </answer>")""", """turns.append(f"{opening} {objects[0]['pattern']} </answer>")""",
      test_oracle_of_search, {}),
-    ("train_sft:oracle_of_point", "rng.choice(objects) if rng.random() < 0.33 else objects[0]", "objects[0]", test_oracle_of_the_other_tasks, dict(task="point")),
+    ("train_sft:oracle_of_point", "rng.choice(objects) if rng.random() < GUESSES else objects[0]", "objects[0]", test_oracle_of_the_other_tasks, dict(task="point")),
     ("train_sft:oracle_of_relation", "rng.choice(sample.options)", "sample.options[sample.answer]", test_oracle_of_the_other_tasks, dict(task="relation")),
     ("train_sft:read_traces", 'by_id.get(str(row.get("id")))', "samples[len(traces)]", test_traces_belong_to_their_questions, {}),
     ("train_sft:read_traces", 'row.get("question", sample.question) != sample.question', "False", test_toy_questions_come_back_by_id, {}),

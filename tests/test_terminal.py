@@ -45,11 +45,11 @@ def test_the_same_question_before_and_after(vlm, capsys):
     assert terminal.wrong_one(before[:1]) == before[0].sample.id and terminal.wrong_one([]) is None
 
 @pytest.mark.parametrize("flags, says, does_not", [
-    ({}, ["find 1200 traces by tree search", "60 steps", "16 prompts x 8 episodes"], []),
+    ({}, ["find 30 traces by tree search", "60 steps", "16 prompts x 8 episodes"], []),
     ({"traces": "oracle", "steps": 7}, ["traces (oracle)", "7 steps"], ["tree search"]),
     ({"traces": ""}, ["60 steps"], ["traces"])])
 def test_plan(capsys, flags, says, does_not):
-    terminal.print_plan(train_rl.Config(**{"sft_n": 1200, **flags}))
+    terminal.print_plan(train_rl.Config(**flags))
     said = " ".join(capsys.readouterr().out.split())
     assert all(part in said for part in says) and not any(part in said for part in does_not), said
 
