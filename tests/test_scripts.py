@@ -16,7 +16,7 @@ from appendix import metrics, prefix, recipes, rl_options, rl_run, tiny
 from appendix import run as files_and_folders
 from conftest import ROOT
 
-SMALL = "--num-prompts 4 --blind-prompts 1 --group-size 4 --max-new-tokens 40 --sft-n 16 --eval-n 4 --difficulty easy --traces oracle"
+SMALL = "--num-prompts 4 --blind-prompts 1 --group-size 4 --max-new-tokens 40 --sft-n 16 --eval-n 4 --difficulty hard --traces oracle"
 STEP = re.compile(r"^step +\d", re.M)
 
 # -----------------------------------------------------------------------------

@@ -626,7 +626,7 @@ MUTATIONS = [
     ("train_rl:prompt_weights", "grpo.difficulty_weights(accuracy_of_all, cfg.difficulty_weight, cfg.difficulty_normalize)",
      "grpo.difficulty_weights(accuracy_of_all, cfg.difficulty_weight)", test_difficulty_weight_multiplies_the_groups_advantages, {}),
     ("appendix.recipes:presets", "REAL | algorithm | scale", "REAL | algorithm", test_recipes_hold_the_papers_numbers, {}),
-    ("appendix.recipes:presets", "train_sft.searchable(cfg) | algorithm", "train_sft.searchable(cfg) | algorithm | scale", test_recipes_hold_the_papers_numbers, {}),
+    ("appendix.recipes:presets", "train_sft.searchable(cfg, 'sft_n') | algorithm", "train_sft.searchable(cfg, 'sft_n') | algorithm | scale", test_recipes_hold_the_papers_numbers, {}),
     ("train_rl:Questions.row", 'random.Random(f"{self.cfg.seed}/{epoch}")', "random.Random(self.cfg.seed)", test_questions_depend_on_seed_and_step_only, {}),
     ("appendix.rl_run:split", "return held_out, train_rows", "return held_out, rows", test_held_out_rows_are_not_trained_on, {}),
     ("appendix.rl_run:split", "'test'", "'train'", test_held_out_rows_are_not_trained_on, {}),
