@@ -47,7 +47,7 @@ OURS = ("name", "seed", "resume", "fresh")
 # About how long a part takes on two cores like those of the README, in seconds.
 SECONDS_PER_EPISODE = 0.006     # of an RL step, sampling and update, per episode
 SECONDS_PER_ANSWER = 0.02       # of a measurement, per held-out question, all zoom modes
-SECONDS_PER_TRACE = {"mcts": 0.04, "path": 0.03, "oracle": 0.01}
+SECONDS_PER_TRACE = {"mcts": 0.5, "path": 0.3, "oracle": 0.02}
 SECONDS_TO_START = 8
 
 
