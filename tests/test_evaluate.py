@@ -528,6 +528,7 @@ def test_adversarial_predictions_are_scored_by_the_rule(kind, text, right, unrea
     assert evaluate.record(e)["verdict"] == ("right" if right else "wrong")
 
 
+@pytest.mark.slow
 def test_ten_thousand_predictions_in_ten_seconds():
     """No image exists here; none may be opened."""
     samples = [point(str(i), "x.png") if i % 2 else choice(str(i), "x.png") for i in range(10_000)]

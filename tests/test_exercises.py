@@ -91,6 +91,7 @@ def test_the_list_is_about_the_code_as_it_is():
         exercises.with_bug(source, bug.function, bug.old, bug.new)
         assert all(map(exercises.claim_of, bug.tests)), bug.name
 
+@pytest.mark.slow
 def test_start_check_solution(tmp_path, monkeypatch, capsys):
     """Claim: a blank, a wrong and a right attempt are told apart, in words; nothing is written outside exercises/."""
     monkeypatch.chdir(tmp_path)

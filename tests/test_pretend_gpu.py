@@ -1,12 +1,14 @@
 """
-Would a GPU refuse this, or be slow at it? The tiny model in bf16 on a pretend GPU (pretend_gpu.py), one process per activity; those of
-the longer ones run with --slow.
+Would a GPU refuse this, or be slow at it? The tiny model in bf16 on a pretend GPU (pretend_gpu.py), one process per activity; it takes minutes,
+so it runs with --slow.
 """
 import json, os, subprocess, sys
 
 import pytest
 
 from conftest import ROOT
+
+pytestmark = pytest.mark.slow
 
 # Lines that run once per token, so that the GPU must never be waited for there: {file: the functions}.
 PER_TOKEN = {"model.py": ("attend", "decode_step", "forward", "layer", "place"), "prefix.py": ("attend", "decode_step", "place"),
@@ -33,8 +35,7 @@ def lines_of(file, functions):
     return {f"{file}:{line}" for span in spans for line in span}
 
 @pytest.mark.parametrize("activity, kernels", [
-    ("sft", {"flash"}), *(pytest.param(*a, marks=pytest.mark.slow) for a in [
-        ("rl", {"flash", "efficient"}), ("univg", {"flash"}), ("search", {"flash", "efficient"}), ("evaluate", {"flash", "efficient"})])])
+    ("rl", {"flash", "efficient"}), ("univg", {"flash"}), ("search", {"flash", "efficient"}), ("sft", {"flash"}), ("evaluate", {"flash", "efficient"})])
 def test_no_mix_and_no_slow_kernel(activity, kernels):
     """Claim: no tensor of the CPU meets one of the GPU; attention in bf16 has a kernel that stores no scores, on an A100 and on Hopper;
     and no token waits for the host."""
@@ -45,11 +46,9 @@ def test_no_mix_and_no_slow_kernel(activity, kernels):
     per_token = set().union(*(lines_of(file, functions) for file, functions in PER_TOKEN.items()))
     assert not [wait for wait in seen["waits"] if wait.split()[-1] in per_token]
 
-@pytest.mark.slow
 def test_a_mix_is_refused():
     with pytest.raises(AssertionError, match="mixes devices"):
         seen_by("mix")
 
-@pytest.mark.slow
 def test_a_slow_kernel_is_seen():
     assert slow_calls(seen_by("math")["attention"])

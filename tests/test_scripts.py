@@ -190,9 +190,9 @@ def test_a_checkpoint_is_a_model(whole, script):
 GROUND_FLOOR = ["__init__", "motion", "mixture", "terminal", "run", "ranks", "optimizer", "memory", "files", "prefix", "graphs", "metrics", "recipes", "rl_options", "rl_run",
                 "rows", "split", "faults", "parts", "running", "attention", "vision", "tower", "weights", "evaluation_run", "episode_rows", "averages", "evidence"]
 
-@pytest.mark.parametrize("command", ["train_rl.py --num-prompts 4 --blind-prompts 1 --group-size 4 --sft-n 16 --eval-n 4 --steps 2",
-                                     pytest.param("train_sft.py --n 16", marks=pytest.mark.slow),
-                                     pytest.param("evaluate.py --n 4", marks=pytest.mark.slow)], ids=["rl", "sft", "evaluate"])
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["train_rl.py --num-prompts 4 --blind-prompts 1 --group-size 4 --sft-n 16 --eval-n 4 --steps 2", "train_sft.py --n 16",
+                                     "evaluate.py --n 4"], ids=["rl", "sft", "evaluate"])
 def test_the_chapters_stand_alone(tmp_path, command):
     """Claim: with --plain the chapters need of the appendix its ground floor only. Bug: a chapter imports the rest at its top, or in a
     branch that no flag asked for."""
@@ -239,6 +239,7 @@ def test_own_data(files, script):
     assert [s.id for s in test] == read("runs/rl/config.json")["held_out"]
     assert len(test) == held and not {s.id for s in test} & ({s.id for s in train} | asked) and len(test) + len(train) == 12
 
+@pytest.mark.slow
 def test_warm_start_by_itself(files, script):
     """Claim: train_sft.py fine-tunes on the oracle's traces or on a file's, keeps the traces, and evaluate.py reads the checkpoint."""
     works(script("train_sft.py --traces oracle --n 32 --name a"))
@@ -355,6 +356,7 @@ def test_resume_after_a_torn_row(whole, script):
     works(script(f"train_rl.py {SMALL} --steps 7 --save-every 4 --resume"))
     assert [r["step"] for r in read("runs/rl/metrics.jsonl")] == list(range(7))
 
+@pytest.mark.slow
 def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path, script):
     """Claim: Ctrl-C finishes the step, saves it, says how to go on; and with what it says, and more steps, it goes on."""
     process = start(f"train_rl.py {SMALL} --steps 500 --save-every 100 --name mine", tmp_path)

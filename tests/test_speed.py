@@ -126,6 +126,7 @@ def test_cudnn_is_off_and_on_again(monkeypatch):
             assert torch.backends.cuda.cudnn_sdp_enabled() == before
     assert seen == [False, True] * 2
 
+@pytest.mark.slow
 def test_without_a_model(monkeypatch, capsys):
     """Claim: where the model cannot be made, its parts say so, and what was measured before stands."""
     break_parts(monkeypatch, model=no_memory)
