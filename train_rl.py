@@ -463,6 +463,12 @@ def episode_limit(cfg):
 # --------------------------------------------------------------------------------------------------
 # the run around the steps
 
+def check(cfg):
+    """Settings that contradict each other end the program."""
+    rl_run.check_config(cfg, num_blind_prompts(cfg, cfg.num_prompts))
+    rl_options.check_options(cfg, episode_limit(cfg))
+
+
 def main():
     began = time.time()
     ranks.start()
@@ -472,8 +478,7 @@ def main():
     run.lock(folder)
     if not cfg.resume:
         run.refuse_to_overwrite(folder, rl_run.RESULTS, cfg.fresh, "continue it with --resume, ")
-    rl_run.check_config(cfg, num_blind_prompts(cfg, cfg.num_prompts))
-    rl_options.check_options(cfg, episode_limit(cfg))
+    check(cfg)
     rows = data.read_jsonl(cfg.data, cfg.images or None) if cfg.data else []
     sizes = faults.check_samples(rows)                  # of the images
     note_on_tiny(cfg.model, rows, "train_rl.py")

@@ -172,14 +172,14 @@ def find_traces(vlm, cfg, style, questions=None, side=data.SIDE, folder="", held
     return read_traces(cfg.traces, questions, cfg.difficulty, side, skip), {}
 
 
-GUESSES = 0.5
+GUESSES = 0.5                   # share of the oracle's traces that answer at random
 
 
 def oracle(vlm, sample, rng, max_zooms=3):
     """A trace for a toy sample from its ground truth -> the assistant's turns.
 
     Its form is right, its behaviour is not: that is left for RL to find. In every task but `search`
-    a share of GUESSES of the traces answers with a random object or option.
+    half of the traces (GUESSES) answer with a random object or option.
     """
     write = ORACLES[sample.category[0]]
     return write(vlm, sample, rng, max_zooms)

@@ -213,7 +213,7 @@ def first_failure(folder, tests):
         done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
         if done.returncode == 0:
             return ""
-        for case in test_cases(report.name):
+        for case in cases_in(report.name):
             for problem in [*case.findall("failure"), *case.findall("error")]:
                 name = case.get("name").split("[")[0]
                 test = next((t for t in tests if t.split("::")[1] == name), tests[0])
@@ -221,7 +221,7 @@ def first_failure(folder, tests):
     return f"The tests could not run:\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
 
 
-def test_cases(path):
+def cases_in(path):
     """The cases in a JUnit report; none where pytest ended before it could write one."""
     try:
         return list(xml.etree.ElementTree.parse(path).iter("testcase"))

@@ -374,22 +374,27 @@ def think_drill(vlm, rng):
     picture = show(vlm, data.split_scene(rng, "train", **data.DIFFICULTY["hard"]))
     ask = rng.choice((side_of, list_alike))
     (_, question), answer = ask(rng, picture)
-    listed, _, said = answer.rpartition(": ")
-    named = [o for o in picture.objects if o["name"] in listed]
-    named.sort(key=lambda o: listed.index(o["name"]))
+    names, thoughts = locate(rng, picture, answer)
+    if ask is side_of:
+        said = answer.rpartition(": ")[2]
+        options = rng.sample(kind_of_option(said), 2)
+        sample = data.Sample("", [picture.view.source], question, "choice", options)
+    else:
+        said = ", ".join(names) or "nothing"
+        sample = data.Sample("", [picture.view.source], question, "text")
+    turn = f"<think> {thoughts} </think>\n<answer> {said} </answer>"
+    return zoom_rollout.replay(vlm, sample, [turn], style="think")
+
+
+def locate(rng, picture, answer):
+    """The objects that an answer names, in its order -> (their names, thoughts with points)"""
+    named = [o for o in picture.objects if o["name"] in answer]
+    named.sort(key=lambda o: answer.index(o["name"]))
     steps = []
     for o in named:
         x, y = train_sft.near(o, picture.view, rng)
         steps.append(f"The {o['name']} is at ({x}, {y}).")
-    if ask is side_of:
-        sides = ("left", "right") if said in ("left", "right") else ("above", "below")
-        options = rng.sample(sides, 2)
-        sample = data.Sample("", [picture.view.source], question, "choice", options)
-    else:
-        said = ", ".join(o["name"] for o in named) or "nothing"
-        sample = data.Sample("", [picture.view.source], question, "text")
-    turn = f"<think> {' '.join(steps)} </think>\n<answer> {said} </answer>"
-    return zoom_rollout.replay(vlm, sample, [turn], style="think")
+    return [o["name"] for o in named], " ".join(steps)
 
 
 def choice_drill(vlm, rng):
@@ -400,16 +405,11 @@ def choice_drill(vlm, rng):
     picture = show(vlm, data.split_scene(rng, "train", **data.DIFFICULTY["hard"]))
     ask = rng.choice((side_of, compare, name_at, list_alike))
     (_, question), answer = ask(rng, picture)
+    _, thoughts = locate(rng, picture, answer)
     said = answer.rpartition(": ")[2]
-    named = [o for o in picture.objects if o["name"] in answer]
-    named.sort(key=lambda o: answer.index(o["name"]))
-    steps = []
-    for o in named:
-        x, y = train_sft.near(o, picture.view, rng)
-        steps.append(f"The {o['name']} is at ({x}, {y}).")
     if rng.random() < 0.4:
         said = rng.choice(rng.choice(OPTIONS))
-    turn = f"<think> {' '.join(steps)} </think>\n<answer> {said} </answer>"
+    turn = f"<think> {thoughts} </think>\n<answer> {said} </answer>"
     options = options_with(rng, said)
     sample = data.Sample("", [picture.view.source], question, "choice", options)
     return zoom_rollout.replay(vlm, sample, [turn], style="think")
@@ -420,9 +420,13 @@ OPTIONS = (("left", "right"), ("above", "below"), tuple("0123456"),
            [f"{color} {shape}" for color in data.COLORS for shape in data.SHAPES])
 
 
+def kind_of_option(said):
+    return next(kind for kind in OPTIONS if said in kind)
+
+
 def options_with(rng, said):
     """Options of the kind of an answer, among them the answer, in random order."""
-    kind = next(kind for kind in OPTIONS if said in kind)
+    kind = kind_of_option(said)
     size = min(len(kind), rng.choice((2, 3, 4)))
     others = rng.sample([option for option in kind if option != said], size - 1)
     return rng.sample([said, *others], size)

@@ -18,7 +18,7 @@ from dataclasses import replace
 
 import train_rl
 import train_sft
-from appendix import rl_options, rl_run, run, sweep
+from appendix import rl_run, run, sweep
 from appendix.optimizer import AdamW
 
 
@@ -80,8 +80,7 @@ def main():
     seeds = sweep.seeds_of(flags.seeds)
     cfg = sweep.parsed(others)
     cfg = replace(cfg, recipe=train_sft.recipe_of(cfg))
-    rl_run.check_config(cfg, train_rl.num_blind_prompts(cfg, cfg.num_prompts))
-    rl_options.check_options(cfg, train_rl.episode_limit(cfg))
+    train_rl.check(cfg)
     if cfg.data or cfg.kl_coef or cfg.resume:
         run.fail("the speedrun is about the toy world, without --data, --kl-coef and --resume")
     seconds = []

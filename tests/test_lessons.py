@@ -96,6 +96,15 @@ def test_a_mention_is_no_order(vlm):
         mentions += bool(said)
     assert 10 < mentions < 30
 
+def parts_of(e):
+    """The one turn of a drill -> (thought, answer)"""
+    thought, _, answer = e.turns[0].text.partition(" </think>\n<answer> ")
+    return thought, answer.removesuffix(" </answer>")
+
+def places_in(vlm, e, scene):
+    """{name: center as the model reads points}"""
+    return {o["name"]: vlm.view(e.sample.images[0]).from_source(*o["center"]) for o in scene["objects"]}
+
 def test_drills_without_zooms_are_true(vlm, scenes_drawn):
     """Bug: an answer in another form than the task's, or that does not follow from the thought; a box of another thing."""
     rng = random.Random(5)
@@ -103,9 +112,8 @@ def test_drills_without_zooms_are_true(vlm, scenes_drawn):
     for _ in range(60):
         scenes_drawn.clear()
         e = lessons.think_drill(vlm, rng)
-        thought, _, answer = e.turns[0].text.partition(" </think>\n<answer> ")
-        answer = answer.removesuffix(" </answer>")
-        at = {o["name"]: vlm.view(e.sample.images[0]).from_source(*o["center"]) for o in scenes_drawn[0]["objects"]}
+        thought, answer = parts_of(e)
+        at = places_in(vlm, e, scenes_drawn[0])
         for name, x, y in re.findall(r"The (\w+ \w+) is at \((\d+), (\d+)\)", thought):
             assert abs(int(x) - at[name][0]) + abs(int(y) - at[name][1]) <= (40 if vlm.spec.convention == "thousand" else 5)
         if e.sample.options:
@@ -119,11 +127,10 @@ def test_drills_without_zooms_are_true(vlm, scenes_drawn):
     for _ in range(150):
         scenes_drawn.clear()
         e = lessons.choice_drill(vlm, rng)
-        thought, _, answer = e.turns[0].text.partition(" </think>\n<answer> ")
-        answer = answer.removesuffix(" </answer>")
+        thought, answer = parts_of(e)
         options = e.sample.options
         assert answer in options and len(set(options)) == len(options) and any(set(options) <= set(kind) for kind in lessons.OPTIONS)
-        at = {o["name"]: vlm.view(e.sample.images[0]).from_source(*o["center"]) for o in scenes_drawn[0]["objects"]}
+        at = places_in(vlm, e, scenes_drawn[0])
         named = re.findall(r"The (\w+ \w+) is at", thought)
         assert set(named) <= set(at)
         if re.fullmatch(r"What is \w+\?", e.sample.question) and answer.isdigit():
