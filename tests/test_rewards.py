@@ -162,7 +162,7 @@ HOSTILE = ["<think>", "</think><answer>", "<answer></answer>", "(", "(1,", "(1,1
 @pytest.mark.parametrize("wrap", ["<think></think>{}", *(pytest.param(w, marks=pytest.mark.slow) for w in ("<think>{}</think>", "<think></think><answer>({}</answer>"))])
 def test_time_is_linear_on_three_megabytes(unit, wrap):
     """Bug: patterns like <think>.*?</think>\\s*<answer>.*?</answer> take quadratic time on what a policy may write."""
-    for size, seconds in [(100_000, 0.5), (3_000_000, 2)]:  # the small one first: it fails soon where the large one would hang
+    for size, seconds in [(100_000, 0.5), (3_000_000, 1)]:  # the small one first: it fails soon where the large one would hang
         text = wrap.format(unit * (size // len(unit)))
         for judged, recipe in [(POINT, "vigorl"), (BOX, "univg-r1"), (CHOICE, "accuracy")]:
             begin = time.process_time()  # of this process: the machine may be busy with other things
