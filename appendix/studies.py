@@ -325,7 +325,8 @@ def estimated_seconds(study, plan, runs, warm_starts):
     seconds = sweep.seconds_of(runs, warm_starts)
     for evaluation in evaluations_of(study, runs):
         episodes = evaluation.config.n * evaluation.config.samples
-        seconds += sweep.SECONDS_TO_START + episodes * sweep.SECONDS_PER_ANSWER / 3
+        one_mode = sweep.SECONDS_PER_ANSWER / 3         # of the three that a run asks in
+        seconds += sweep.SECONDS_TO_START + episodes * one_mode
     return seconds / 2
 
 
@@ -401,11 +402,11 @@ neither proves nor refutes a paper about models of 3B and more. [study_list.py](
 says what was claimed, what was run, and which difference would be large enough. It was written
 before the runs.
 
-**The rule.** Each difference is taken seed by seed; all arms of a seed answer the same held-out
-questions, and those that begin alike share a warm start. Over the seeds it has a mean and a 95 %
-interval (Student's t). *Holds here*: the interval lies above 0 and the mean reaches the smallest
-difference that matters. *Does not hold here*: the interval lies below that. *Not decided by these
-seeds*: anything else.
+**The rule.** Each difference is taken seed by seed; the arms that a claim compares answer the same
+held-out questions, and arms that begin alike share a warm start. Over the seeds it has a mean and a
+95 % interval (Student's t). *Holds here*: the interval lies above 0 and the mean reaches the
+smallest difference that matters. *Does not hold here*: the interval lies below that. *Not decided
+by these seeds*: anything else.
 
     python -m appendix.sweep --list                 # all studies
     python -m appendix.sweep --study NAME           # run one; compares with what is recorded here
@@ -413,7 +414,8 @@ seeds*: anything else.
 
 Three seeds give wide intervals: an effect of a few points is often not decided. Where nothing is
 true, one claim in forty still comes out as *holds here*, so of all that follow one or two may.
-Differences of shares are shares, too: 0.05 is five points.
+Differences of shares are shares, too: 0.05 is five points. Minutes are those of the runs' own
+clocks, divided by two cores; the start of each process comes on top.
 """
 
 
@@ -435,13 +437,14 @@ def section(number, study, record):
              f"*Claimed by:* {study.source}", ""]
     if study.arms:
         lines += [f"    {command_of(study)}", ""]
+        lines += [f"All runs: `{study.shared}`.", ""]
     lines += claims_table(study, record)
     if record:
         lines += ["", *figures_table(study, record), ""]
         for failure in record["failed"]:
             lines.append(f"{failure['arm']}, seed {failure['seed']} ended early: "
                          f"{failure['message']}\n")
-        lines += [f"![accuracy in training](studies/{study.name}.svg)", ""]
+        lines += [f"![accuracy in training, of boxes the mean IoU](studies/{study.name}.svg)", ""]
         lines += [f"{record['minutes']:.0f} minutes on two cores, seeds "
                   f"{', '.join(map(str, record['seeds']))}, base `{record['base']}`."]
     if study.picture and (record or study.picture == "weights.svg"):
@@ -506,6 +509,8 @@ def weights_picture():
     accuracy = torch.linspace(0, 1, 51)
     lines = []
     for name, weight in grpo.WEIGHTS.items():
+        if name == "log-original":                      # where it is above 0 it is `log`
+            continue
         weights = weight(accuracy).clamp(min=0)
         lines.append((name, (weights / weights.max()).tolist()))
     return sweep_results.draw_lines(lines, "accuracy 0", "1")

@@ -3,7 +3,7 @@
 All of this was written before the runs, and no study is tuned until it agrees with its paper. The
 settings are those of train_rl.py. The smallest difference that matters (`least`) is a share unless
 the figure is a count; it is five points where a paper reports a large effect, two or three where it
-reports a small one.
+reports a small one, and twenty where a control should take away what the policy learned.
 """
 from dataclasses import dataclass, field
 
@@ -47,9 +47,11 @@ VIGORL = "ViGoRL"
 UNIVG = "UniVG-R1"
 FIELD = "The field"
 
-# Traces from the ground truth of the toy world, which look at random objects, make a warm start in
-# seconds. Studies of the warm start itself name their own.
+# Traces from the ground truth of the toy world, which look at random objects or guess, make a warm
+# start in seconds. Studies of the warm start itself name their own.
 ORACLE = "--traces oracle --sft-n 400"
+# Half as many prompts per step as by default: what differs shows before the task is solved.
+SMALL = "--num-prompts 8 --blind-prompts 1"
 # GSPO with the clips of its paper.
 GSPO = "loss=gspo clip_low=3e-4 clip_high=4e-4 aggregate=sequence"
 
@@ -70,15 +72,17 @@ STUDIES = [
             Claim("On `relation`, points in the reasoning make RL end higher.",
                   "relation, points", "relation, no points"),
             Claim("On `point`, too.", "clicks, points", "clicks, no points"),
-            Claim("The points are used: told to answer at once, the policy that was trained with "
-                  "them on `relation` is right less often.",
+            Claim("The reasoning is used: told to answer at once, the policy that was trained "
+                  "with points on `relation` is right less often.",
                   "relation, points", figure="accuracy_after - at_once.accuracy", least=0.05),
         ),
         evaluate={"at_once": "--zoom=off"},
         show=("at_once.accuracy",),
         limits="The tiny base was taught to point by its pretraining, and its reasoning has no "
-               "words but names and places. Told to answer at once, it continues a given sentence "
-               "that it was not trained on, so a part of what it loses may be the surprise.",
+               "words but names and places. Told to answer at once it loses the whole thought, "
+               "not only the points; and a drill of the pretraining (`lessons.zoom_drill`) put "
+               "random options after that very sentence, so a part of what it loses was taught. "
+               "The prompt asks for points in all arms.",
         read="`rewards.vigorl` and `rewards.vigorl_ungrounded`; `trace_tools.retarget`; "
              "`zoom_rollout.RolloutConfig.opening`."),
     Study(
@@ -104,7 +108,7 @@ STUDIES = [
         limits="The teacher is the tiny base itself, not a model of 72B, and there are equally "
                "many traces in all arms: what search costs, and that it solves more questions, "
                "does not count here (`python -m appendix.speed search` measures that). A policy "
-               "that learned answers alone never earns the format part of the reward.",
+               "that learned answers alone hardly earns the format part of the reward at first.",
         read="`appendix/tree_search.py`; `train_sft.find_traces`; `trace_tools.retarget`."),
     Study(
         "zoom", VIGORL,
@@ -114,7 +118,7 @@ STUDIES = [
         arms={
             "zoom": "",
             "crops of the fed copy": "crop_from=seen",
-            "larger overview": "max_pixels=50176 max_zooms=0 recipe=vigorl",
+            "larger overview": "task=search max_pixels=50176 max_zooms=0 recipe=vigorl",
         },
         shared=f"{ORACLE} --loss grpo --kl-coef 0 --group-size 8 --steps 60 --eval-wrong",
         claims=(
@@ -129,8 +133,10 @@ STUDIES = [
         ),
         show=("accuracy_no_zoom", "accuracy_black_crop", "accuracy_wrong_crop",
               "zooms_per_episode"),
-        limits="The world is made so that patterns vanish in the overview, so the controls should "
-               "fall to chance; if they did not, something would leak. That zooming beats the "
+        limits="The world is made so that patterns vanish in the overview, so without zooms and "
+               "with black crops the policy should fall to chance; if it did not, something would "
+               "leak. With wrong crops it sees another object, and may call again. That zooming "
+               "beats the "
                "same number of image tokens spent on a larger overview cannot be posed honestly: "
                "the arm `larger overview` sees the scene at twice the size, 64 tokens, as many as "
                "an overview and three crops, but the eyes of the tiny base are frozen in RL and "
@@ -161,7 +167,7 @@ STUDIES = [
         read="`rewards.distinct_bonus`, and the table of bounds in `rewards.vigorl_zoom`."),
     Study(
         "behaviours", VIGORL,
-        "Regions looked at, verification and backtracking rise with RL.",
+        "The policy looks at more regions after RL (and verifies and backtracks more).",
         "ViGoRL, section A6: 3.5 regions, 0.39 verifications and 0.47 backtrackings per trace, "
         "against 1.8, 0.17 and 0 for GRPO without grounding.",
         arms={
@@ -183,7 +189,8 @@ STUDIES = [
         limits="Behaviours are counted by rules on words and points (`appendix/analysis.py`), and "
                "the tiny model knows few words: of correction one phrase, of subgoals none, so "
                "there is no claim about those. Corrected chains of the warm start bring the "
-               "backtracking; RL can only keep it or drop it.",
+               "backtracking. The paper compares with GRPO without grounding, this study with its "
+               "own warm start.",
         read="`analysis.behaviour`; `appendix/chains.py` on corrected chains."),
 
     Study(
@@ -196,7 +203,7 @@ STUDIES = [
             "RL alone": "traces=",
             "both": "",
         },
-        shared="--recipe univg-r1 --sft-n 600 --steps 100",
+        shared=f"{SMALL} --recipe univg-r1 --sft-n 600 --steps 100",
         claims=(
             Claim("Both are better than fine-tuning alone.", "both", "fine-tuning alone",
                   least=0.05),
@@ -204,7 +211,8 @@ STUDIES = [
         ),
         show=("mean_iou_after", "levels.hard.accuracy_after"),
         limits="Traces come from the ground truth of the toy world, half of them guesses on "
-               "purpose, where the paper has a teacher's reasoning. A run of RL alone ends if no "
+               "purpose, where the paper has a teacher's reasoning. The KL term and the weight "
+               "`exp` are on, as in the paper. A run of RL alone ends if no "
                "episode of its first step has any success; then the comparison stays open.",
         read="`appendix/recipes.py`; `train_sft.oracle_of_boxes`; "
              "`rl_run.stop_if_nothing_succeeds`."),
@@ -222,7 +230,7 @@ STUDIES = [
             "1/m": "difficulty_weight=inverse",
             "m": "difficulty_weight=easy",
         },
-        shared="--recipe univg-r1 --sft-n 600 --steps 80",
+        shared=f"{SMALL} --recipe univg-r1 --sft-n 600 --kl-coef 0 --steps 60",
         claims=(
             Claim("`exp` is better than no weight.", "exp", "none", least=0.02),
             Claim("`exp` scaled to mean 1 is better than no weight.", "exp, normalised", "none",
@@ -237,8 +245,11 @@ STUDIES = [
         picture="weights.svg",
         picture_shows="each weight over the mean accuracy of the group, as a share of its largest",
         limits="In the paper the weight is worth two points. Three seeds of a tiny model scatter "
-               "by more than that, so an open verdict is likely. Adam divides by the size of the "
-               "gradient: a factor on all advantages alone changes little.",
+               "by more than that, so an open verdict is likely. The paper has a KL term beside "
+               "the "
+               "weights; here there is none, because a larger weight would also make that term "
+               "smaller in proportion. Adam divides by the size of the gradient, so a factor on "
+               "all advantages alone changes little.",
         read="`grpo.difficulty_weights`; `train_rl.prompt_weights`."),
     Study(
         "soft-iou", UNIVG,
@@ -251,7 +262,8 @@ STUDIES = [
             "IoU": "reward_parts=iou",
             "hit": "reward_parts=hit",
         },
-        shared="--recipe univg-r1 --sft-n 600 --difficulty-weight none --steps 80",
+        shared=f"{SMALL} --recipe univg-r1 --sft-n 600 --difficulty-weight none --kl-coef 0 "
+               "--steps 60",
         claims=(
             Claim("The IoU is better than the hit, with the format part.",
                   "IoU + format", "hit + format"),
@@ -277,7 +289,7 @@ STUDIES = [
             "relation, before": "task=relation recipe=vigorl-zoom steps=0",
             "relation": "task=relation recipe=vigorl-zoom steps=60",
         },
-        shared=ORACLE,
+        shared=f"{ORACLE} {SMALL} --loss grpo --kl-coef 0 --distinct-bonus 0",
         claims=(
             Claim("RL on boxes helps on video frames.", "boxes", "boxes, before",
                   figure="video.accuracy"),
@@ -291,7 +303,9 @@ STUDIES = [
         evaluate={name: f"--task={name}" for name in ("boxes", "video", "search", "relation")},
         limits="`find` is left out: its answers must name an image, a form that no other task "
                "teaches, so every arm would stay at 0. A policy keeps the prompt it was trained "
-               "with (`search` and `relation`: with the zoom tool).",
+               "with (`search` and `relation`: with the zoom tool). Patterns and sides are other "
+               "words, so between `search` and `relation` both policies may stay near 0, and "
+               "nothing can be seen to transfer.",
         read="`data.ASK`; `appendix/mixture.py` for training on two kinds at a time."),
 
     Study(
@@ -303,7 +317,7 @@ STUDIES = [
             "before RL": "steps=0",
             "after RL": "steps=100",
         },
-        shared="--recipe univg-r1 --sft-n 600 --difficulty hard --eval-n 100",
+        shared=f"{SMALL} --recipe univg-r1 --sft-n 600 --difficulty hard --kl-coef 0 --eval-n 100",
         claims=(
             Claim("Pass@64 is higher after RL.", "after RL", "before RL",
                   figure="many.pass_at.64", least=0.02),
@@ -316,7 +330,8 @@ STUDIES = [
         show=tuple(f"many.pass_at.{2 ** i}" for i in range(7)),
         picture="pass-at-k-curve.svg",
         picture_shows="pass@k before and after RL, by k on a logarithmic axis",
-        limits="Boxes in hard scenes, because with four options 64 guesses are always right. "
+        limits="Boxes in hard scenes, because with four options one of 64 guesses is almost surely "
+               "right. "
                "`Before` is the policy after the warm start, which is what RL begins with. A box "
                "that covers half of the right one can also be hit by chance; 64 tries find some.",
         read="`evaluate.pass_at_k`."),
@@ -330,7 +345,7 @@ STUDIES = [
             "template": "template=true traces=",
             "neither": "traces=",
         },
-        shared="--sft-n 400 --max-zooms 1 --steps 80",
+        shared=f"{SMALL} --sft-n 400 --max-zooms 1 --steps 80",
         claims=(
             Claim("The template does nearly as well: at most five points less.",
                   "template", "warm start", handicap=0.05, least=0.0),
@@ -341,7 +356,7 @@ STUDIES = [
         show=("zooms_per_episode", "saw"),
         limits="The base has practised the form of a tool call in its pretraining, as "
                "instruction-tuned models have. All arms have the same number of RL steps, so the "
-               "warm start comes on top.",
+               "warm start comes on top. The policy of the template is measured with it, too.",
         read="`zoom_rollout.TEMPLATE` and `RolloutConfig.opening`."),
     Study(
         "spurious-rewards", FIELD,
@@ -355,7 +370,7 @@ STUDIES = [
             "format": "control=format",
             "inverted": "control=inverted",
         },
-        shared=f"{ORACLE} --steps 40",
+        shared=f"{ORACLE} {SMALL} --steps 40",
         claims=(
             Claim("Random rewards help.", "random", "warm start"),
             Claim("Format rewards help.", "format", "warm start"),
@@ -364,14 +379,16 @@ STUDIES = [
         ),
         show=("zooms_per_episode", "saw"),
         limits="The paper explains the gains by what pretraining left behind and the clip "
-               "amplifies. There is one update per batch here, so nothing is clipped, and the "
-               "tiny base has no hidden skill for the task.",
+               "amplifies. There is one update per batch here, so nothing is clipped. The "
+               "tiny base has the skills that the task needs (it points, and reads a crop), but "
+               "has not put them together.",
         read="`rl_options.replace_by_control`."),
     Study(
         "tool-use", FIELD,
         "Where zooming costs a little and half of the questions need none, it dies out.",
-        "Users of DeepEyes (issues 55, 78: no call after 20 steps, 143); PyVision-RL (2602.20739) "
-        "names interaction collapse. Cures: DeepEyes' bonus, Pixel-Reasoner's curiosity "
+        "Users of DeepEyes (issues 55, 78 and 143; in 78 no call is left after 20 steps); "
+        "PyVision-RL (2602.20739) names interaction collapse. Cures: DeepEyes' bonus, "
+        "Pixel-Reasoner's curiosity "
         "(2505.15966).",
         arms={
             "cost": "zoom_cost=0.1",
@@ -384,6 +401,8 @@ STUDIES = [
         shared=f"{ORACLE} --task search --also relation --recipe vigorl-zoom --distinct-bonus 0 "
                "--loss grpo --kl-coef 0 --blind-prompts 2 --steps 60",
         claims=(
+            Claim("With the cost there is less than half a zoom per question that needs one.",
+                  "cost", figure="levels.search.zooms", falls=True, handicap=0.5, least=0.0),
             Claim("With the cost there is less zooming where it is needed.",
                   "cost", "no cost", figure="levels.search.zooms", falls=True, least=0.3),
             Claim("DeepEyes' bonus makes the questions that need a zoom come out right more often.",
@@ -422,7 +441,7 @@ STUDIES = [
             "reinforce, 4": "loss=reinforce num_minibatches=4",
             "reinforce, 16": "loss=reinforce num_minibatches=16",
         },
-        shared=f"{ORACLE} --steps 30",
+        shared=f"{ORACLE} {SMALL} --steps 30",
         claims=(
             Claim("At 16 updates per batch, GRPO's clip is better than REINFORCE without one.",
                   "grpo, 16", "reinforce, 16", least=0.05),
@@ -435,12 +454,16 @@ STUDIES = [
                   "grpo, 4", "grpo, 1"),
         ),
         limits="With one update per batch all losses have the same gradient (tested), so one arm "
-               "stands for all. The learning rate is the same everywhere; a loss that takes "
+               "stands for all (not quite for `gspo`, which takes means of sequences). A run that "
+               "diverges ends early: the page lists it, and its seed is missing where arms are "
+               "compared, which is kind to a loss that diverges. The learning rate is the same "
+               "everywhere; a loss that takes "
                "smaller steps might like another.",
         read="`grpo.LOSSES`; `tests/test_grpo.py` compares each with its paper."),
     Study(
         "details", FIELD,
-        "The details of GRPO matter: the standard deviation, the aggregate, the clip, the KL.",
+        "RL ends higher if advantages are not divided by the standard deviation (and five more "
+        "details).",
         "Dr. GRPO (2503.20783) divides by no standard deviation; DAPO (2503.14476) takes the mean "
         "over tokens and a higher upper clip; PAPO's table (2507.06448) is better without a KL "
         "term.",
@@ -453,7 +476,7 @@ STUDIES = [
             "KL 0.01": "kl_coef=0.01",
             "KL 0.04": "kl_coef=0.04",
         },
-        shared=f"{ORACLE} --num-minibatches 4 --steps 40",
+        shared=f"{ORACLE} {SMALL} --num-minibatches 4 --steps 40",
         claims=(
             Claim("No division by the standard deviation is better.", "no division by std", "base"),
             Claim("The mean over tokens is better than the mean of sequences.",
@@ -464,8 +487,8 @@ STUDIES = [
             Claim("A constant in place of the token count is better.", "constant", "base"),
         ),
         limits="All of these are small effects in long runs of large models; 40 steps of a tiny "
-               "one may not reach where they differ. Episodes here have nearly equal lengths, so "
-               "the aggregates differ little.",
+               "one may not reach where they differ. Episodes here are short, so the aggregates "
+               "differ little.",
         read="`grpo.group_advantages`, `grpo.aggregate`, `grpo.kl_penalty`."),
     Study(
         "positives", FIELD,
@@ -476,7 +499,7 @@ STUDIES = [
             "all": "",
             "positives alone": "mask_negative=true",
         },
-        shared=f"{ORACLE} --steps 60",
+        shared=f"{ORACLE} {SMALL} --steps 60",
         claims=(
             Claim("Positives alone do nearly as well: at most three points less.",
                   "positives alone", "all", handicap=0.03, least=0.0),
@@ -486,8 +509,8 @@ STUDIES = [
         read="`rl_options.mask_advantages`."),
     Study(
         "precision", FIELD,
-        "A sampler in another precision than the trainer hurts, and truncated importance weights "
-        "cure it.",
+        "A sampler in another precision than the trainer hurts (and truncated importance weights "
+        "cure it).",
         "2510.26788: the mismatch of bf16 makes RL unstable; truncated importance sampling helps, "
         "fp16 nearly removes it.",
         arms={
@@ -496,7 +519,7 @@ STUDIES = [
             "bf16, truncated": "sampler_dtype=bfloat16 mismatch=truncate",
             "bf16, in the ratio": "sampler_dtype=bfloat16 mismatch=ratio",
         },
-        shared=f"{ORACLE} --num-prompts 8 --blind-prompts 1 --steps 40",
+        shared=f"{ORACLE} {SMALL} --steps 40",
         claims=(
             Claim("A bf16 sampler whose mismatch is ignored hurts.", "bf16, ignored", "fp32",
                   falls=True),
@@ -521,14 +544,15 @@ STUDIES = [
             "32 x 4": "num_prompts=32 group_size=4 blind_prompts=4",
             "8 x 16": "num_prompts=8 group_size=16 blind_prompts=1",
         },
-        shared=f"{ORACLE} --steps 50 --max-episodes 6400",
+        shared=f"{ORACLE} --steps 40 --max-episodes 3840",
         claims=(
             Claim("Dynamic sampling is better than none.", "16 x 8, dynamic", "16 x 8"),
             Claim("Groups of 16 are better than groups of 4.", "8 x 16", "32 x 4"),
         ),
         limits="Few groups of this world are without a signal until the task is nearly solved, so "
                "there is little to replace before it is too late to matter. The arm with dynamic "
-               "sampling takes fewer steps, by as much as it replaces.",
+               "sampling takes fewer steps, by as much as it replaces; its last step may go past "
+               "the limit.",
         read="`train_rl.dynamic_sampling`; `--max-episodes`."),
     Study(
         "perception", FIELD,
@@ -538,7 +562,7 @@ STUDIES = [
             "grpo": "",
             "papo": "papo_coef=0.02",
         },
-        shared=f"{ORACLE} --steps 40 --eval-wrong",
+        shared=f"{ORACLE} {SMALL} --steps 40 --eval-wrong",
         claims=(
             Claim("The accuracy falls more with black crops after training with the term.",
                   "papo", "grpo", figure="accuracy_after - accuracy_black_crop"),
@@ -559,7 +583,7 @@ STUDIES = [
             "outcome": "",
             "evidence bonus": "evidence_bonus=0.2",
         },
-        shared=f"{ORACLE} --steps 40",
+        shared=f"{ORACLE} {SMALL} --steps 40",
         claims=(
             Claim("With the bonus more of the right answers come after a look at the evidence.",
                   "evidence bonus", "outcome", figure="right_and_saw / accuracy_after"),
@@ -571,6 +595,6 @@ STUDIES = [
         show=("saw", "right_and_saw", "right_not_saw", "wrong_though_saw"),
         limits="Four options: a quarter of blind guesses are right, so a policy that looks at "
                "nothing is right without having seen. The bonus knows where the evidence is, "
-               "which no benchmark tells in training.",
+               "which few training sets tell.",
         read="`evidence.saw`; `rl_options.add_group_bonuses`."),
 ]

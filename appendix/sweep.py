@@ -44,10 +44,12 @@ WARM = ("model", "seed", "task", "also", "difficulty", "data", "images", "recipe
         "max_zooms", "dtype")
 # Settings that the sweep itself decides.
 OURS = ("name", "seed", "resume", "fresh")
-# About how long a part takes on two cores like those of the README, in seconds.
-SECONDS_PER_EPISODE = 0.006     # of an RL step, sampling and update, per episode
-SECONDS_PER_ANSWER = 0.02       # of a measurement, per held-out question, all zoom modes
-SECONDS_PER_TRACE = {"mcts": 0.5, "path": 0.3, "oracle": 0.02}
+# About how long a part takes on one core while the other is busy, too, in seconds.
+SECONDS_PER_EPISODE = {         # of an RL step, sampling and update, per episode
+    "search": 0.01, "boxes": 0.015, "find": 0.015, "video": 0.015}
+SECONDS_PER_SHORT_EPISODE = 0.006                       # of the other tasks
+SECONDS_PER_ANSWER = 0.03       # of a measurement, per held-out question, all zoom modes
+SECONDS_PER_TRACE = {"mcts": 0.3, "path": 0.2, "oracle": 0.05}
 SECONDS_TO_START = 8
 
 
@@ -157,7 +159,7 @@ def runs_of(plan):
             cfg = parsed(argv)
             if cfg.traces:
                 warm = warm_start_of(plan, argv, cfg)
-                warm_starts[warm.name] = warm
+                warm_starts[warm.name] = warm           # the same for all arms that begin alike
                 argv = argv + [f"--model={warm.folder}/checkpoint", "--traces="]
             name = f"sweeps/{plan.name}/{slug(arm.label)}-seed{seed}"
             runs.append(Run(arm.label, seed, name, argv, cfg))
@@ -198,8 +200,8 @@ def seconds_of(runs, warm_starts):
         total += SECONDS_TO_START + per_trace * warm.config.sft_n
     for r in runs:
         cfg = r.config
-        per_step = SECONDS_PER_EPISODE * cfg.num_prompts * cfg.group_size
-        total += SECONDS_TO_START + per_step * cfg.steps
+        per_episode = SECONDS_PER_EPISODE.get(cfg.task, SECONDS_PER_SHORT_EPISODE)
+        total += SECONDS_TO_START + per_episode * cfg.num_prompts * cfg.group_size * cfg.steps
         total += 2 * SECONDS_PER_ANSWER * cfg.eval_n
     return total
 

@@ -71,8 +71,8 @@ def paired_difference(arm, first):
     arm, first: {seed: {id: right or not}}. Only seeds that both have count, and within a seed the
     questions that both answered.
     """
-    seeds = [seed for seed in arm if seed in first]
-    if not seeds:
+    seeds = [seed for seed in arm if seed in first and arm[seed].keys() & first[seed].keys()]
+    if not seeds:                                       # of other tasks, for example
         return None
     comparisons = [evaluate.paired(first[seed], arm[seed]) for seed in seeds]
     if len(seeds) == 1:

@@ -79,7 +79,7 @@ def test_there_are_commands():
     """Claim: a reader with a laptop, one with a GPU and one who wants proof find theirs; each script with a main is shown."""
     shown = {name for where, name, _ in commands() if where == "README.md"}
     assert {"train_rl.py", "train_sft.py", "evaluate.py", "data.py", "-m appendix.figures"} <= shown
-    assert {"-m appendix.speed", "-m appendix.tiny", "-m appendix.ablation"} <= {name for _, name, _ in commands()}
+    assert {"-m appendix.speed", "-m appendix.tiny", "-m appendix.sweep"} <= {name for _, name, _ in commands()}
     assert "python -m pytest" in README and len(commands()) >= 30
 
 def test_flags_exist():

@@ -402,7 +402,7 @@ def test_ctrl_c_before_the_loop_is_no_traceback(script, monkeypatch, name):
     monkeypatch.setattr(prefix, "load_vlm", interrupt)
     refused(script(name), "interrupted")
 
-COMMANDS = ["train_rl.py", "train_sft.py", "evaluate.py", "data.py", *(f"-m appendix.{name}" for name in ("ablation", "figures", "speed", "tiny"))]
+COMMANDS = ["train_rl.py", "train_sft.py", "evaluate.py", "data.py", *(f"-m appendix.{name}" for name in ("figures", "speed", "sweep", "tiny"))]
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_explains_and_does_nothing(script, command):
