@@ -136,13 +136,12 @@ STUDIES = [
         limits="The world is made so that patterns vanish in the overview, so without zooms and "
                "with black crops the policy should fall to chance; if it did not, something would "
                "leak. With wrong crops it sees another object, and may call again. That zooming "
-               "beats the "
-               "same number of image tokens spent on a larger overview cannot be posed honestly: "
-               "the arm `larger overview` sees the scene at twice the size, 64 tokens, as many as "
-               "an overview and three crops, but the eyes of the tiny base are frozen in RL and "
-               "have never seen a pattern at that size. So its row stands in the table without a "
-               "claim. The warm start of the arm with crops of the fed copy showed crops of the "
-               "stored image, as that of the other arms.",
+               "beats the same number of image tokens spent on a larger overview cannot be posed "
+               "honestly: the arm `larger overview` sees the scene at twice the size, 64 tokens, "
+               "as many as an overview and three crops, but the eyes of the tiny base are frozen "
+               "in RL and have never seen a pattern at that size. So its row stands in the table "
+               "without a claim. The warm start of the arm with crops of the fed copy showed "
+               "crops of the stored image, as that of the other arms.",
         read="`zoom_rollout.crop` and `env_step`; `evidence.elsewhere`; `evaluate.MODES`."),
     Study(
         "distinct-points", VIGORL,
@@ -246,8 +245,7 @@ STUDIES = [
         picture_shows="each weight over the mean accuracy of the group, as a share of its largest",
         limits="In the paper the weight is worth two points. Three seeds of a tiny model scatter "
                "by more than that, so an open verdict is likely. The paper has a KL term beside "
-               "the "
-               "weights; here there is none, because a larger weight would also make that term "
+               "the weights; here there is none, because a larger weight would also make that term "
                "smaller in proportion. Adam divides by the size of the gradient, so a factor on "
                "all advantages alone changes little.",
         read="`grpo.difficulty_weights`; `train_rl.prompt_weights`."),
@@ -331,9 +329,9 @@ STUDIES = [
         picture="pass-at-k-curve.svg",
         picture_shows="pass@k before and after RL, by k on a logarithmic axis",
         limits="Boxes in hard scenes, because with four options one of 64 guesses is almost surely "
-               "right. "
-               "`Before` is the policy after the warm start, which is what RL begins with. A box "
-               "that covers half of the right one can also be hit by chance; 64 tries find some.",
+               "right. `Before` is the policy after the warm start, which is what RL begins with. "
+               "A box that covers half of the right one can also be hit by chance; 64 tries find "
+               "some.",
         read="`evaluate.pass_at_k`."),
     Study(
         "cold-start", FIELD,
@@ -388,8 +386,7 @@ STUDIES = [
         "Where zooming costs a little and half of the questions need none, it dies out.",
         "Users of DeepEyes (issues 55, 78 and 143; in 78 no call is left after 20 steps); "
         "PyVision-RL (2602.20739) names interaction collapse. Cures: DeepEyes' bonus, "
-        "Pixel-Reasoner's curiosity "
-        "(2505.15966).",
+        "Pixel-Reasoner's curiosity (2505.15966).",
         arms={
             "cost": "zoom_cost=0.1",
             "no cost": "zoom_cost=0",
@@ -457,8 +454,7 @@ STUDIES = [
                "stands for all (not quite for `gspo`, which takes means of sequences). A run that "
                "diverges ends early: the page lists it, and its seed is missing where arms are "
                "compared, which is kind to a loss that diverges. The learning rate is the same "
-               "everywhere; a loss that takes "
-               "smaller steps might like another.",
+               "everywhere; a loss that takes smaller steps might like another.",
         read="`grpo.LOSSES`; `tests/test_grpo.py` compares each with its paper."),
     Study(
         "details", FIELD,
