@@ -159,9 +159,9 @@ def crop(vlm, view, x, y, crop_from="source", black=False):
     """The tool: a square window of spec.window source pixels around source pixel (x, y) -> View.
 
     Where the window would stick out, it is moved inside the image (ViGoRL clips it and then
-    squashes what is left). It is fed at spec.crop_side pixels a side. It begins at a multiple of 4
-    pixels, except at the right and lower edge of an image: so the toy world's fine patterns look
-    the same in every crop, which a small model learns fast.
+    squashes what is left). It is fed at spec.crop_side pixels a side. Its start is rounded down to
+    a multiple of 4 pixels, except at the right and lower edge of an image: so the toy world's fine
+    patterns look the same in every crop, which a small model learns fast.
 
     crop_from "source": cut from the image as stored, so that a zoom brings new pixels; "seen": from
     the copy that the model was fed, as in the paper's training code. black: the control that shows
@@ -182,7 +182,7 @@ def crop(vlm, view, x, y, crop_from="source", black=False):
 
 
 def window_start(center, length, side):
-    """Where a window of this length around `center` begins on a side of the image."""
+    """The pixel at which a window of this length around `center` begins. side: of the image."""
     start = max(round(center - length / 2), 0) // 4 * 4
     return min(start, side - length)
 

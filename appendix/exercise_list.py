@@ -1,4 +1,7 @@
-"""The exercises and the bugs of appendix/exercises.py, in the order of the chapters."""
+"""The exercises and the bugs of appendix/exercises.py, in the order of the chapters.
+
+It holds the answers of the hunt.
+"""
 from dataclasses import dataclass
 
 
@@ -81,9 +84,10 @@ EXERCISES = [
              ("tests/test_grpo.py::test_kl_values", "tests/test_grpo.py::test_kl_gradient",
               "tests/test_grpo.py::test_unbiased_k3_off_policy",
               "tests/test_grpo.py::test_padding_does_not_leak")),
-    Exercise("accumulation", "grpo", "aggregate", 20,
-             "The sum over micro-batches must equal one large batch. By what is each divided?",
-             "README, step 5",
+    Exercise("accumulation", "grpo", "aggregate", 10,
+             "The sum over micro-batches must equal one large batch. By what is each divided, and "
+             "what must be cleared before anything is added up?",
+             "README, step 5; grpo.py, AGGREGATES and the three functions in it",
              ("tests/test_grpo.py::test_microbatch_invariance",
               "tests/test_grpo.py::test_aggregate_weights",
               "tests/test_grpo.py::test_step_without_tokens",
@@ -124,7 +128,7 @@ EXERCISES = [
               "tests/test_zoom_rollout.py::test_greedy")),
     Exercise("crop", "zoom_rollout", "window_start", 10,
              "The window around a point near the border must stay inside the image and keep its "
-             "size.",
+             "size. At which pixel does it begin?",
              "zoom_rollout.py, crop",
              ("tests/test_zoom_rollout.py::test_crop_window",)),
     Exercise("who-wrote-it", "zoom_rollout", "replay", 30,
@@ -149,6 +153,7 @@ EXERCISES = [
              "is left below a node?",
              "appendix/tree_search.py, Node and uct",
              ("tests/test_search.py::test_uct_by_hand",
+              "tests/test_search.py::test_nothing_is_left",
               "tests/test_search.py::test_search_ends_at_a_dead_end",
               "tests/test_search.py::test_search_goes_where_it_was_right",
               "tests/test_search.py::test_search_ends_when_all_children_are_rejected")),
@@ -216,14 +221,14 @@ BUGS = [
         "A loss is minimised: what is to become small is added to it, what is to become large is "
         "subtracted."),
     Bug("crops-off", "the points are right, the crops are not",
-        "The policy names the right point, the crop is a little beside it. Look at an episode in "
-        "the report: where is the window, where is the point?",
-        "zoom_rollout", "window_start",
-        "round(center - length / 2)", "round(center)",
+        "The policy names the right point, the crop shows another place. Look at an episode in the "
+        "report, below \"before RL\": where is the window, where is the point?",
+        "zoom_rollout", "crop",
+        "window_start(y, height, source.height)", "window_start(x, height, source.height)",
         SHORT, ("saw", "accuracy", "accuracy_after"),
         ("tests/test_zoom_rollout.py::test_crop_window",),
-        "No error, no warning, and the run even learns: it points beside the object. Only a "
-        "picture, or a metric that knows where the evidence is, shows such a bug."),
+        "No error, no warning, and where x and y are alike the crop is right. Only a picture, or a "
+        "metric that knows where the evidence is, shows such a bug."),
     Bug("resume-repeats", "a resumed run is not the run that was stopped",
         "Four steps, a stop, four more: the result is not that of eight steps in one go.",
         "appendix.rl_run", "RunLog.stops_after",

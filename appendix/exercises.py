@@ -10,7 +10,7 @@
     python -m appendix.exercises check bug1     # is it repaired?
 
 Everything happens in the folder exercises/ below the working directory; no other file is touched.
-The list itself is in appendix/exercise_list.py.
+The list itself is in appendix/exercise_list.py; it holds the answers of the hunt.
 
 An exercise is graded in a copy of the project: your function takes the place of the original, and
 the tests named in the list run there. So an exercise is always about the code as it is now. Only
@@ -40,6 +40,9 @@ from appendix.files import DataError
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 FOLDER = "exercises"
 BLANK = 'raise NotImplementedError("write this function")'
+MOST_MINUTES = 10               # for the tests of one exercise, after which they are stopped
+# What a hunt's copy leaves out: where the bugs are written down.
+ANSWERS = ("exercise_list.py", "exercises.py", "tests")
 
 
 def left_out(folder, names):
@@ -48,6 +51,10 @@ def left_out(folder, names):
     environments = {name for name in names
                     if os.path.exists(os.path.join(folder, name, "pyvenv.cfg"))}
     return patterns(folder, names) | environments
+
+
+def left_out_of_a_hunt(folder, names):
+    return left_out(folder, names) | {name for name in names if name in ANSWERS}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -171,13 +178,17 @@ def check(exercise):
     text = attempt_text(path, exercise.function)
     with tempfile.TemporaryDirectory() as copy:
         shutil.copytree(ROOT, copy, ignore=left_out, dirs_exist_ok=True)
-        print(f"running {len(exercise.tests)} tests with your {exercise.function} ...", flush=True)
+        print(f"running {tests_in_words(exercise)} with your {exercise.function} ...", flush=True)
         place = os.path.join(copy, source_path(exercise.module))
         run.write_text(place, with_function(read(place), exercise.function, text))
         failure = first_failure(copy, exercise.tests)
-    print(failure or f"Right: {len(exercise.tests)} tests pass. Compare with: "
+    print(failure or f"Right. {tests_in_words(exercise)} passed. Compare with: "
                      f"python -m appendix.exercises solution {EXERCISES.index(exercise) + 1}")
     return not failure
+
+
+def tests_in_words(exercise):
+    return f"{len(exercise.tests)} test{'s' if len(exercise.tests) > 1 else ''}"
 
 
 def attempt_text(path, function):
@@ -210,7 +221,12 @@ def first_failure(folder, tests):
         command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider",
                    f"--junitxml={report.name}", *tests]
         env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": folder}
-        done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
+        try:
+            done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True,
+                                  timeout=60 * MOST_MINUTES)
+        except subprocess.TimeoutExpired:
+            return (f"Not yet. The tests did not end within {MOST_MINUTES} minutes: "
+                    "does the function loop for ever?")
         if done.returncode == 0:
             return ""
         for case in cases_in(report.name):
@@ -260,9 +276,9 @@ def start_bug(bug):
     folder = exercise_folder(bug.name)
     if os.path.exists(folder):
         raise DataError(f"{folder} is there already; remove it to begin again")
-    shutil.copytree(ROOT, folder, ignore=left_out)
+    shutil.copytree(ROOT, folder, ignore=left_out_of_a_hunt)
     plant(bug, folder)
-    print(f"{textwrap.fill(bug.story, 90)}\n")
+    print(f"{textwrap.fill(bug.story, 90)}\n\nTwo runs at once, one to three minutes:")
     show_bug(bug)
     number = BUGS.index(bug) + 1
     print(f"\nOne line of the copy in {folder} is wrong: in a chapter, or in a file of appendix/.\n"
@@ -387,7 +403,7 @@ def figure(value):
 
 
 def check_bug(bug):
-    """Is the bug repaired? Runs the test that knows it, in the reader's copy -> True or False.
+    """Is the bug repaired? Runs the test that knows it, with the reader's copy -> True or False.
 
     What the test is about would give the bug away, so a failure says no more than that.
     """
@@ -398,7 +414,11 @@ def check_bug(bug):
     except SyntaxError as e:
         raise DataError(f"{path}, line {e.lineno}: {e.msg}") from None
     print("running the test that knows this bug ...", flush=True)
-    if first_failure(folder, bug.tests):
+    with tempfile.TemporaryDirectory() as whole:        # the project, and over it the reader's copy
+        shutil.copytree(ROOT, whole, ignore=left_out, dirs_exist_ok=True)
+        shutil.copytree(folder, whole, ignore=left_out, dirs_exist_ok=True)
+        failure = first_failure(whole, bug.tests)
+    if failure:
         print("Not yet: the test still fails. For a hint: python -m appendix.exercises hint "
               f"bug{BUGS.index(bug) + 1}")
         return False
@@ -457,6 +477,8 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.what == "list":
         return show_list()
+    if not args.which:
+        raise DataError(f"{args.what} needs an exercise or a bug, such as 3 or bug3; see list")
     thing = find(args.which)
     is_bug = thing in BUGS
     actions = BUG_ACTIONS if is_bug else EXERCISE_ACTIONS

@@ -100,7 +100,8 @@ def select(root, exploration):
     """Walk down by UCT to a node from which nothing was tried yet; None if there is none left.
 
     A node whose children are all closed is closed too, and the walk begins again. (The original
-    goes back to such a node for ever, and spends most simulations on answers it knows.)
+    goes back to such a node for ever, and spends most simulations on answers it knows.) The root
+    may be closed without any children: then every step from it was rejected.
     """
     node = root
     while node.children and not root.closed:

@@ -83,6 +83,14 @@ def test_uct_by_hand():
         close(tree_search.uct(child, 2.0), want, 1e-4)
     assert tree_search.select(root, 2.0) is c and tree_search.select(root, 4.0) is d
     assert tree_search.select(root, 0.0) is c                                     # the best mean, greedily
+
+def test_nothing_is_left():
+    """Claim: a closed node is passed by; where nothing is left below a node, it is closed and the walk takes another branch; where
+    nothing is left at all, the result is None."""
+    root = node(visits=9)
+    a, b = node(root, 5, 0.5), node(root, 4, 0.75)
+    e = node(a, 5, 0.5)
+    c, d = node(b, 3, 1.0), node(b, 1, 0.0)
     c.closed = True
     assert tree_search.select(root, 2.0) is d
     d.closed = True
@@ -469,7 +477,7 @@ def test_search_finds_traces_from_the_base(shipped, task, n, least):
 MUTATIONS = [  # where, old code, new code, the test that must fail, its arguments
     ("appendix.tree_search:uct", "math.log(node.parent.visits + 1) / (node.visits + 1)", "math.log(node.parent.visits + 1) / (node.parent.visits + 1)", test_uct_by_hand, {}),
     ("appendix.tree_search:uct", "node.value + exploration * math.sqrt(rarity)", "exploration * math.sqrt(rarity)", test_uct_by_hand, {}),
-    ("appendix.tree_search:select", "[child for child in node.children if not child.closed]", "node.children", test_uct_by_hand, {}),
+    ("appendix.tree_search:select", "[child for child in node.children if not child.closed]", "node.children", test_nothing_is_left, {}),
     ("appendix.tree_search:Node.add_outcome", "self.value += (reward - self.value) / self.visits", "self.value += reward - self.value", test_backup_by_hand, {}),
     ("appendix.tree_search:backup", "node = node.parent", "node = None", test_backup_by_hand, {}),
     ("appendix.chains:is_far", "math.dist(point, other) >= min_distance", "point != other", test_duplicates_are_rejected_by_distance, {}),

@@ -314,16 +314,19 @@ def test_crop_from_seen(vlm, monkeypatch):
 
 @pytest.mark.parametrize("size", [(448, 448), (500, 337), (81, 1000), (60, 40), (5, 700)])
 def test_crop_window(vlm, size):
-    """Bug: a window that is not around its point, leaves the image, is squashed at the border, or is fed at a size that is not in proportion."""
+    """Bug: a window that is not around its point, leaves the image, is squashed at the border, begins between two pixels or, away from the
+    far edge, not at a multiple of 4, or is fed at a size that is not in proportion."""
     view, want = vlm.view(Image.new("RGB", size)), [min(vlm.spec.window, side) for side in size]
     w, h = size
     for x, y in itertools.product((0, 1, w / 2, w - 1), (0, 1, h / 3, h - 1)):
         crop = zoom_rollout.crop(vlm, view, x, y)
         left, top, right, bottom = crop.box
+        assert all(isinstance(edge, int) for edge in crop.box)
         assert 0 <= left < right <= w and 0 <= top < bottom <= h and [right - left, bottom - top] == want
         assert left <= x < right and top <= y < bottom
         if vlm.spec.window / 2 < x < w - vlm.spec.window / 2:
-            assert abs((left + right) / 2 - x) < 4 and left % 4 == 0                # centered unless the border is in the way
+            assert left % 4 == 0
+            assert abs((left + right) / 2 - x) < 4                                  # centered unless the border is in the way
         for fed, side in zip(crop.fed, want):
             assert fed % vlm.factor == 0 and abs(fed - max(side * vlm.spec.crop_side / vlm.spec.window, vlm.factor)) <= vlm.factor / 2
 
@@ -595,6 +598,7 @@ MUTATIONS = [
     ("zoom_rollout:crop", 'crop_from == "seen"', 'crop_from != "seen"', test_crop_from_seen, {}),
     ("zoom_rollout:window_start", "min(start, side - length)", "start", test_crop_window, dict(size=(500, 337))),
     ("zoom_rollout:window_start", "round(center - length / 2)", "round(center)", test_crop_window, dict(size=(448, 448))),
+    ("zoom_rollout:crop", "window_start(y, height, source.height)", "window_start(x, height, source.height)", test_crop_window, dict(size=(448, 448))),
     ("zoom_rollout:crop", "min(vlm.spec.window, source.height)", "vlm.spec.window", test_crop_window, dict(size=(60, 40))),
     ("zoom_rollout:crop", "fed_length(vlm, height)", "fed_length(vlm, width)", test_crop_window, dict(size=(5, 700))),
     ("zoom_rollout:read_call", "type(number) is not int or abs(number) >= 1e6", "type(number) is not int",
