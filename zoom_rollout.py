@@ -124,7 +124,8 @@ class RolloutConfig:
 
         TEMPLATE stands in for a warm start: MGPO (2507.05920) forces a call, then an answer.
         """
-        if self.zoom == "off" or self.style == "zoom" and number == self.zoom_limit:
+        must_answer = self.style == "zoom" or self.zoom == "off"
+        if must_answer and number == self.zoom_limit:
             return data.FORCE
         return TEMPLATE if self.template and number == 0 else ""
 
