@@ -352,10 +352,11 @@ def aggregate(per_token, mask, kind="token", denominator=None):
                                                                token limit of a row, a token counts
                                                                the same in every step
 
-    denominator: the divisor for the WHOLE step, over all micro-batches and ranks; None: count this
-    batch alone. If you give it, add up the gradients of the parts (do not average them): the sum is
-    exactly the gradient of the whole step. Rows without tokens count as rows and add 0. Where mask
-    (bool) is False, per_token may hold anything, nan included. Without any token the result is 0.
+    denominator: the divisor for the WHOLE update, over its micro-batches and ranks; None: count
+    this batch alone. If you give it, add up the gradients of the parts (do not average them): the
+    sum is exactly the gradient of the whole update. Rows without tokens count as rows and add 0.
+    Where mask (bool) is False, per_token may hold anything, nan included. Without any token the
+    result is 0.
     """
     assert kind in AGGREGATES, f"aggregate {kind!r}: expected one of {list(AGGREGATES)}"
     per_token = torch.where(mask, per_token, 0.0)

@@ -122,10 +122,11 @@ class RolloutConfig:
     def opening(self, number):
         """The given words that turn `number` (from 0) begins with; "" if the policy writes all.
 
-        TEMPLATE stands in for a warm start: MGPO (2507.05920) forces a call, then an answer.
+        data.FORCE asks for the answer where no zoom is left. TEMPLATE stands in for a warm start:
+        MGPO (2507.05920) forces a call, then an answer.
         """
-        must_answer = self.style == "zoom" or self.zoom == "off"
-        if must_answer and number == self.zoom_limit:
+        may_be_forced = self.style == "zoom" or self.zoom == "off"
+        if may_be_forced and number == self.zoom_limit:
             return data.FORCE
         return TEMPLATE if self.template and number == 0 else ""
 
@@ -183,9 +184,10 @@ def crop(vlm, view, x, y, crop_from="source", black=False):
 
 
 def window_start(center, length, side):
-    """The pixel at which a window of this length around `center` begins. side: of the image."""
-    start = max(round(center - length / 2), 0) // 4 * 4
-    return min(start, side - length)
+    """Where a window of this length around `center` begins: at a multiple of 4, rounded down."""
+    start = max(round(center - length / 2), 0)
+    start = start // 4 * 4
+    return min(start, side - length)                    # the window stays inside the image
 
 
 def fed_length(vlm, length):

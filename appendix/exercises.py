@@ -5,7 +5,7 @@
     python -m appendix.exercises check 1        # run the tests that guard the function
     python -m appendix.exercises solution 1     # the function as it is, and what its tests say
     python -m appendix.exercises start bug1     # a copy of the project with a bug, and its symptom
-    python -m appendix.exercises hint bug1      # the chapter; asked again, the function
+    python -m appendix.exercises hint bug1      # the file; asked again, the function
     python -m appendix.exercises show bug1      # run your copy again: is the symptom gone?
     python -m appendix.exercises check bug1     # is it repaired?
 
@@ -46,7 +46,7 @@ ANSWERS = ("exercise_list.py", "exercises.py", "tests")
 
 
 def left_out(folder, names):
-    """For shutil.copytree: what a copy of the project leaves out, such as Python environments."""
+    """For shutil.copytree: what a copy leaves out, such as texts and Python environments."""
     patterns = shutil.ignore_patterns(".*", "__pycache__", "runs", "exercises", "scenes", "*.md")
     environments = {name for name in names
                     if os.path.exists(os.path.join(folder, name, "pyvenv.cfg"))}
@@ -232,8 +232,9 @@ def first_failure(folder, tests):
         for case in cases_in(report.name):
             for problem in [*case.findall("failure"), *case.findall("error")]:
                 name = case.get("name").split("[")[0]
-                test = next((t for t in tests if t.split("::")[1] == name), tests[0])
-                return in_words(name, claim_of(test), problem.get("message") or "")
+                for test in tests:
+                    if test.split("::")[1] == name:
+                        return in_words(name, claim_of(test), problem.get("message") or "")
     return f"The tests could not run:\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
 
 
@@ -278,7 +279,7 @@ def start_bug(bug):
         raise DataError(f"{folder} is there already; remove it to begin again")
     shutil.copytree(ROOT, folder, ignore=left_out_of_a_hunt)
     plant(bug, folder)
-    print(f"{textwrap.fill(bug.story, 90)}\n\nTwo runs at once, one to three minutes:")
+    print(f"{textwrap.fill(bug.story, 90)}\n\nTwo runs at once, one to two minutes:")
     show_bug(bug)
     number = BUGS.index(bug) + 1
     print(f"\nOne line of the copy in {folder} is wrong: in a chapter, or in a file of appendix/.\n"
