@@ -167,7 +167,7 @@ def test_cards_carry_what_the_menus_filter_by(tmp_path):
     assert [(a["data-id"], a["data-category"], a["data-zooms"], a["tabindex"]) for a in p.all("article")] == [("two", "web\nicon", "1", "-1"), ("p", "web\nicon", "0", "-1")]
     assert not p.all("select") and not p.all("button")                         # the script makes them: without it nothing is dead
 
-
+@pytest.mark.slow
 def test_five_hundred_episodes_are_light(tmp_path):
     """500 noisy pictures would be 60 MB; shared ones cost nothing, and every section gets its share of the room."""
     shared = [Image.effect_noise((448, 448), 90).convert("RGB") for _ in range(3)]

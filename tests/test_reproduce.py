@@ -156,7 +156,8 @@ def run_commands(script, tmp_path, monkeypatch, titles):
 
 SECTIONS = [("SAT-2 and BLINK",), ("V*Bench", "Eight GPUs"), ("ScreenSpot",), ("VisualWebArena",), ("MIG-Bench and the zero-shot sets",)]
 
-@pytest.mark.parametrize("titles", [SECTIONS[0], *(pytest.param(s, marks=pytest.mark.slow) for s in SECTIONS[1:])], ids=" ".join)
+@pytest.mark.slow
+@pytest.mark.parametrize("titles", SECTIONS, ids=" ".join)
 def test_the_commands_run(script, tmp_path, monkeypatch, titles):
     """Claim: from the published files to the comparison of before and after, without a step that is missing."""
     outputs = run_commands(script, tmp_path, monkeypatch, titles)

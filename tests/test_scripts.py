@@ -333,7 +333,8 @@ def test_resume_after_a_kill(whole, tmp_path):
 RESUMED = {"kl, minibatches": "--kl-coef 0.5 --num-minibatches 2 --aggregate sequence --difficulty-weight exp",
            "bf16, own data": "--dtype bfloat16 --data {files}/questions.jsonl --traces {files}/traces.jsonl --lr 1e-3"}
 
-@pytest.mark.parametrize("flags", [RESUMED["kl, minibatches"], pytest.param(RESUMED["bf16, own data"], marks=pytest.mark.slow)], ids=RESUMED)
+@pytest.mark.slow                                           # test_resume_equals_unbroken is the quick one
+@pytest.mark.parametrize("flags", RESUMED.values(), ids=RESUMED)
 def test_resume_is_bit_exact(files, script, flags):
     """Bug: after a resume the KL reference is the trained policy, the fp32 masters are the rounded weights, the order of the file's
     rows begins again."""
