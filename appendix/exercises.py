@@ -54,7 +54,7 @@ def left_out(folder, names):
 
 
 def left_out_of_a_hunt(folder, names):
-    return left_out(folder, names) | {name for name in names if name in ANSWERS}
+    return left_out(folder, names) | set(ANSWERS)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -69,7 +69,8 @@ def parse(argv=None):
     parser.add_argument("--target", type=float, default=0.9, help="accuracy to reach (default 0.9)")
     parser.add_argument("--every", type=int, default=5,
                         help="RL steps between measurements (default 5)")
-    parser.add_argument("--seeds", default="0,1,2", help="random seeds (default 0,1,2)")
+    parser.add_argument("--seeds", default=sweep.SEEDS,
+                        help=f"random seeds (default {sweep.SEEDS})")
     return parser.parse_known_args(argv)
 
 

@@ -42,6 +42,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 WARM = ("model", "seed", "task", "also", "difficulty", "data", "images", "recipe", "max_pixels",
         "traces", "sft_target", "sft_corrected", "sft_n", "sft_epochs", "sft_batch", "sft_lr",
         "max_zooms", "dtype")
+SEEDS = "0,1,2"                 # unless --seeds says otherwise
 # Settings that the sweep itself decides.
 OURS = ("name", "seed", "resume", "fresh")
 # About how long a part takes on one core while the other is busy, too, in seconds.
@@ -363,7 +364,7 @@ def parse(argv=None):
     parser = run.Parser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False)
-    parser.add_argument("--seeds", default="", help="seeds (default: 0,1,2, or a study's own)")
+    parser.add_argument("--seeds", default="", help=f"seeds (default: {SEEDS}, or a study's own)")
     parser.add_argument("--name", default="", help="name of the sweep (default: from the fields)")
     parser.add_argument("--study", default="", help="run the study of this name")
     parser.add_argument("--list", action="store_true", help="print all studies")
@@ -402,7 +403,7 @@ def main(argv=None):
                         "or --study NAME (--list prints all)")
     swept = [axis.partition("=")[0] for axis in axes]
     name = args.name or "-".join(swept)
-    plan = Plan(name, arms_of(axes), seeds_of(args.seeds or "0,1,2"), shared)
+    plan = Plan(name, arms_of(axes), seeds_of(args.seeds or SEEDS), shared)
     sweep(plan, args.at_once or default_at_once(shared))
 
 

@@ -96,7 +96,7 @@ def test_every_arm_of_a_study_is_a_run():
     assert len(commands) >= 5
     for command in commands:
         args, axes, shared = sweep.parse(command.split())
-        plan = sweep.Plan("name", sweep.arms_of(axes), sweep.seeds_of(args.seeds or "0,1,2"), shared)
+        plan = sweep.Plan("name", sweep.arms_of(axes), sweep.seeds_of(args.seeds or sweep.SEEDS), shared)
         runs, _ = sweep.runs_of(plan)
         assert len(runs) == len(plan.arms) * len(plan.seeds) >= 4
 
