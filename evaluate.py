@@ -183,7 +183,8 @@ def summary_rows(episodes):
     (accuracy, wrong_format, ...). Some rows also have
       benchmark: its name
       zooms: number of crops
-      saw: did the crops show what the answer depends on (appendix/evidence.py)
+      saw: did the crops show what the answer depends on (appendix/evidence.py)? Only where the
+           policy might zoom, and crops were not black
       of: with --circular, the id of the question, which all its rotations share
       sample_of: with --samples, the same for the samples of a question
     """
@@ -196,10 +197,16 @@ def summary_rows(episodes):
         if e.ids:                                       # predictions have no tokens and no zooms
             row["zooms"] = sum(turn.crop is not None for turn in e.turns)
             seen = evidence.saw(e)
-            if seen is not None:
+            if seen is not None and could_see(e):
                 row["saw"] = seen
         rows.append(row | e.behaviour | e.reward_components)
     return rows
+
+
+def could_see(episode):
+    """Might an episode zoom, and would its crops show anything? See finish_episode."""
+    how = episode.shown_as
+    return how.get("zoom_limit", 0) > 0 and how.get("zoom") != "black"
 
 
 def summarise(rows):
@@ -366,7 +373,8 @@ def finish_episode(vlm, e, config, options, keep_tokens):
     """Score an episode, store what the report shows of it, and drop its large encoded images."""
     e.reward_components = rewards.score(
         e.sample, e.text, e.turns, options.recipe, e.frames, config.max_zooms)
-    e.shown_as = {"zoom": config.zoom, "crop_from": config.crop_from, "fed": e.views[0].fed}
+    e.shown_as = {"zoom": config.zoom, "zoom_limit": config.zoom_limit,
+                  "crop_from": config.crop_from, "fed": e.views[0].fed}
     if keep_tokens:
         e.token_texts = token_texts(vlm, e)
     if not options.views:

@@ -8,10 +8,12 @@ import math
 
 def saw(episode):
     """Did the crops of an episode show all of the evidence? -> bool; None if it is not known."""
-    boxes = episode.sample.meta.get("evidence")
-    if not isinstance(boxes, list) or not boxes:
+    targets = episode.sample.meta.get("evidence")
+    if not isinstance(targets, list) or not targets:
         return None
-    for target in boxes:
+    if not all(isinstance(target, dict) and "box" in target for target in targets):
+        return None                                     # something else of this name, in own data
+    for target in targets:
         x1, y1, x2, y2 = target["box"]
         if not is_shown((x1 + x2) / 2, (y1 + y2) / 2, episode.turns):
             return False
@@ -46,10 +48,10 @@ def elsewhere(sample, x, y, size):
 def right_and_saw(rows, is_right):
     """Rows of evaluate.summary_rows -> shares of the rows whose evidence is known.
 
-    {} where none is known, or where no row has a crop: without a zoom tool nothing can be seen.
+    {} where none is known, and without a zoom tool. An episode that did not zoom saw nothing.
     """
     known = [r for r in rows if "saw" in r]
-    if not any(r["zooms"] for r in known):
+    if not known:
         return {}
     counts = {"saw": 0, "right_and_saw": 0, "right_not_saw": 0, "wrong_though_saw": 0}
     for r in known:

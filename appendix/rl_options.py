@@ -47,6 +47,11 @@ def check_options(cfg, episode_limit):
                      "expected 0, or --recipe vigorl-zoom")
     if cfg.template and not (can_zoom and cfg.max_zooms):
         run.fail("--template opens a tool call; expected a recipe and --max-zooms that allow one")
+    for name in ("tool_bonus", "curiosity", "overlong", "evidence_bonus", "zoom_cost",
+                 "reward_parts"):
+        if cfg.control and getattr(cfg, name):
+            run.fail(f"{run.flag_of(name)} would do nothing: --control replaces the whole reward; "
+                     "expected one of the two")
     if cfg.overlong > episode_limit:
         run.fail(f"--overlong is {cfg.overlong}; expected at most the {episode_limit} tokens that "
                  "an episode may sample")
@@ -73,9 +78,9 @@ def warn_of_long_turns(vlm, traces, max_new_tokens):
 
 
 def add_group_bonuses(episodes, cfg, episode_limit):
-    """Add the bonuses of --curiosity and --overlong to the rewards of whole groups, in place.
+    """Add --curiosity, --overlong, --evidence-bonus and --zoom-cost to the rewards, in place.
 
-    The same for --evidence-bonus and --zoom-cost. Each is a reward component of its own, too.
+    The episodes are whole groups. Each bonus is a reward component of its own, too.
     episode_limit: tokens that an episode may sample at most.
     """
     zooms = [float(sum(t.crop is not None for t in e.turns)) for e in episodes]

@@ -20,7 +20,6 @@ the smallest difference that matters:
     not decided by these seeds     anything else, or fewer than two seeds
 """
 import argparse
-import hashlib
 import math
 import operator
 import os
@@ -40,7 +39,6 @@ import grpo
 import train_sft
 from appendix import run, study_list, sweep, sweep_results
 from appendix.files import DataError
-from model import MODELS
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 RECORDS = os.path.join(ROOT, "appendix", "studies")
@@ -74,7 +72,7 @@ def plan_of(study, seeds=None, more=()):
     arms = []
     for label, text in study.arms.items():
         settings = settings_of(text)
-        # A flag of the trial wins over the arm's, but an arm without RL stays one.
+        # A flag of the trial wins over the arm's, but an arm with steps=0 keeps that.
         for name in fields_of(more) & settings.keys():
             if (name, settings[name]) != ("steps", "0"):
                 del settings[name]
@@ -231,14 +229,14 @@ def run_command(args, axes, more):
 
 def run_study(study, plan, args):
     """Run what is missing, print the verdicts, write record.json; with --record keep it."""
-    if not study.arms:
-        raise DataError(f"{study.name} cannot be posed here: {study.limits}")
     for claim in study.claims:
         print(f"claim: {claim.says}")
     at_once = args.at_once or sweep.default_at_once(plan.shared)
     done, failed = sweep.sweep(plan, at_once)
     evaluations = evaluations_of(study, done)
-    for evaluation, message in sweep.Pool(at_once).run_all(evaluations, "evaluations"):
+    unfinished = sweep.Pool(at_once).run_all(evaluations, "evaluations")
+    if unfinished:
+        evaluation, message = unfinished[0]
         raise DataError(f"an evaluation failed ({message}): {sweep.log_path(evaluation)}")
     record = record_of(study, plan, done, failed, evaluations)
     folder = os.path.join("runs", "sweeps", plan.name)
@@ -262,7 +260,7 @@ def record_of(study, plan, done, failed, evaluations):
     return {
         "name": study.name,
         "command": command_of(study),
-        "base": digest_of_base(),
+        "base": sweep.digest_of_base(),
         "seeds": plan.seeds,
         "shared": plan.shared,
         "arms": study.arms,
@@ -278,12 +276,6 @@ def duration(evaluation):
     """Seconds that an evaluation took: it writes its settings first and its summary last."""
     first = os.path.getmtime(os.path.join(evaluation.folder, "config.json"))
     return os.path.getmtime(os.path.join(evaluation.folder, "summary.json")) - first
-
-
-def digest_of_base():
-    """The first characters of the SHA-256 of the shipped weights, from which the runs began."""
-    with open(os.path.join(MODELS["tiny"].path, "model.safetensors"), "rb") as f:
-        return hashlib.sha256(f.read()).hexdigest()[:12]
 
 
 def command_of(study):
@@ -308,9 +300,6 @@ def print_list():
     """Every study: its claim, its size, about how long it takes, and its verdict if it was run."""
     for number, study in enumerate(study_list.STUDIES, 1):
         print(f"{number:2d}  {study.name:18s}{study.claim}")
-        if not study.arms:
-            print(f"    {'':18s}not posed here")
-            continue
         plan = plan_of(study)
         runs, warm_starts = sweep.runs_of(plan)
         seconds = estimated_seconds(study, plan, runs, warm_starts)
@@ -332,8 +321,9 @@ def estimated_seconds(study, plan, runs, warm_starts):
 
 def print_verdicts(study, record):
     print(f"\n{study.name}: {record['minutes']} minutes on two cores")
-    for claim in record["claims"]:
-        print(f"  {claim['says']}\n    {difference_in_words(claim)}: {claim['verdict']}")
+    for claim, found in zip(study.claims, record["claims"]):
+        print(f"  {claim.says}\n    {compared(claim)}\n    {difference_in_words(found)}: "
+              f"{found['verdict']}")
     kept = read_record(study)
     if kept:
         print(f"  kept in {os.path.relpath(record_path(study), ROOT)}: "
@@ -378,29 +368,30 @@ def with_table(text, table):
 
 
 def readme_table(records):
-    """One line per study: its main claim, the verdict, the minutes."""
-    lines = ["| claim | verdict | minutes |", "|---|---|---|"]
+    """One line per study: its claim, the verdict on the first of its claims, how many hold."""
+    lines = ["| claim | verdict | of all its claims hold | minutes |", "|---|---|---|---|"]
     for study in study_list.STUDIES:
         record = records[study.name]
         verdict = "not run yet"
+        holding = ""
         minutes = ""
         if record:
-            verdict = record["claims"][0]["verdict"]
+            verdicts = [claim["verdict"] for claim in record["claims"]]
+            verdict = verdicts[0]
+            holding = f"{verdicts.count(HOLDS)} of {len(verdicts)}"
             minutes = f"{record['minutes']:.0f}"
-        elif not study.arms:
-            verdict = "cannot be posed here"
         link = f"[{study.claim}](appendix/studies.md#{study.name})"
-        lines.append(f"| {link} | {verdict} | {minutes} |")
+        lines.append(f"| {link} | {verdict} | {holding} | {minutes} |")
     return "\n".join(lines)
 
 
 INTRODUCTION = """# Studies
 
 Claims of ViGoRL, of UniVG-R1, and of those who doubt or extend them, each put to the test on the
-toy world with the tiny model. A verdict speaks of this world and this model, as its words say; it
-neither proves nor refutes a paper about models of 3B and more. [study_list.py](study_list.py)
-says what was claimed, what was run, and which difference would be large enough. It was written
-before the runs.
+toy world with the tiny model. A verdict speaks of this world and this model; it neither proves nor
+refutes a paper about models of 3B and more. [study_list.py](study_list.py) says what is claimed,
+what is run, and which difference matters. Claims, arms and these differences were written before
+the runs; limits were added to afterwards, where a reader of the results found another one.
 
 **The rule.** Each difference is taken seed by seed; the arms that a claim compares answer the same
 held-out questions, and arms that begin alike share a warm start. Over the seeds it has a mean and a
@@ -412,8 +403,10 @@ by these seeds*: anything else.
     python -m appendix.sweep --study NAME           # run one; compares with what is recorded here
     python -m appendix.studies                      # write this page from the records
 
-Three seeds give wide intervals: an effect of a few points is often not decided. Where nothing is
-true, one claim in forty still comes out as *holds here*, so of all that follow one or two may.
+Three seeds give wide intervals: an effect of a few points is often not decided. Where they left
+the first claim of a study open, two more seeds were run, once. If no claim were true, about one in
+forty would still come out as *holds here* (a few more where seeds were added), so expect one or two
+false ones on this page.
 Differences of shares are shares, too: 0.05 is five points. Minutes are those of the runs' own
 clocks, divided by two cores; the start of each process comes on top.
 """
@@ -435,9 +428,8 @@ def section(number, study, record):
     """The section of one study, in Markdown."""
     lines = [f"### {study.name}", "", f"**{number}. {study.claim}**", "",
              f"*Claimed by:* {study.source}", ""]
-    if study.arms:
-        lines += [f"    {command_of(study)}", ""]
-        lines += [f"All runs: `{study.shared}`.", ""]
+    lines += [f"    {command_of(study)}", ""]
+    lines += [f"All runs: `{study.shared}`.", ""]
     lines += claims_table(study, record)
     if record:
         lines += ["", *figures_table(study, record), ""]
@@ -465,7 +457,7 @@ def claims_table(study, record):
                 difference += f" [{found['low']:+.3f}, {found['high']:+.3f}]"
         lines.append(f"| {claim.says} | {compared(claim)} | {difference} | {claim.least:g} | "
                      f"{found['verdict']} |")
-    return lines if study.claims else []
+    return lines
 
 
 def compared(claim):
@@ -474,9 +466,9 @@ def compared(claim):
     if claim.than:
         words += f" against *{claim.than}*"
     if claim.falls:
-        words += ", lower is more"
+        words += "; a fall counts as above 0"
     if claim.handicap:
-        words += f", {claim.handicap:g} added"
+        words += f"; {claim.handicap:g} added"
     return words
 
 

@@ -26,7 +26,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stdout
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from io import StringIO
 
 import torch
@@ -36,6 +36,7 @@ import train_rl
 import train_sft
 from appendix import recipes, run, sweep_results
 from appendix.files import DataError
+from model import MODELS
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 # What determines a warm start. Runs that agree in all of these share one.
@@ -110,9 +111,12 @@ class Run(Job):
 def arms_of(axes):
     """["kl_coef=0,0.01", "lr=1e-4"] -> list[Arm], every combination. Raises DataError."""
     known = {f.name for f in fields(train_rl.Config)}
+    names = [axis.partition("=")[0] for axis in axes]
     choices = []                                        # for each axis: [(field, value)]
     for axis in axes:
         name, _, values = axis.partition("=")
+        if names.count(name) > 1:
+            raise DataError(f"{name} is named twice; expected all of its values after one {name}=")
         if name not in known or name in OURS:
             raise DataError(f"{axis!r} sweeps no setting of train_rl.py; expected FIELD=V1,V2 "
                             "with a FIELD such as kl_coef (train_rl.py --help lists all)")
@@ -176,7 +180,8 @@ def warm_start_of(plan, argv, cfg):
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:8]
     questions = [] if cfg.data else ["--eval-n=1"]
     name = f"sweeps/{plan.name}/warm-{digest}-seed{cfg.seed}"
-    return Run("warm start", cfg.seed, name, [*argv, "--steps=0", *questions], cfg)
+    argv = [*argv, "--steps=0", *questions]
+    return Run("warm start", cfg.seed, name, argv, replace(cfg, steps=0))
 
 
 def slug(label):
@@ -247,7 +252,8 @@ class Pool:
 
     def run_one(self, r):
         """Run one -> "" if it came to its end, else the last line that it said."""
-        wait_for_owner(r.folder)
+        while is_worked_in(r.folder) and not self.stopping.is_set():
+            time.sleep(1)
         if self.stopping.is_set():
             return "stopped"
         if r.is_done:
@@ -274,14 +280,13 @@ class Pool:
             process.send_signal(signal.SIGINT)
 
 
-def wait_for_owner(folder):
-    """Wait while a process works in the folder: a run that outlived a sweep that was killed."""
-    path = os.path.join(folder, "lock")
-    while os.path.exists(path):
-        owner = run.read_json(path, "process")["process"]
-        if not run.is_running(owner):
-            return
-        time.sleep(1)
+def is_worked_in(folder):
+    """Does a process work in the folder? A run may outlive a sweep that was killed."""
+    try:
+        with open(os.path.join(folder, "lock"), encoding="utf-8") as f:
+            return run.is_running(json.load(f)["process"])
+    except (FileNotFoundError, ValueError):             # none, or it is just being written
+        return False
 
 
 def log_path(r):
@@ -341,9 +346,13 @@ def sweep(plan, at_once):
 def check_same_sweep(folder, plan):
     """Refuse to mix runs of other settings under one name. Arms and seeds may be added."""
     path = os.path.join(folder, "sweep.json")
-    now = {"shared": plan.shared, "arms": {arm.label: arm.flags for arm in plan.arms}}
+    arms = {arm.label: arm.flags for arm in plan.arms}
+    now = {"shared": plan.shared, "arms": arms, "base": digest_of_base()}
     if os.path.exists(path):
-        there = run.read_json(path, "shared", "arms")
+        there = run.read_json(path, "shared", "arms", "base")
+        if there["base"] != now["base"]:
+            raise DataError(f"{folder} holds runs of another shipped checkpoint; take another "
+                            "--name, or remove that folder")
         common = there["arms"].keys() & now["arms"].keys()
         same_arms = all(there["arms"][label] == now["arms"][label] for label in common)
         if there["shared"] != now["shared"] or not same_arms:
@@ -352,6 +361,12 @@ def check_same_sweep(folder, plan):
                             "remove that folder")
         now["arms"] = there["arms"] | now["arms"]
     run.write_json(path, now)
+
+
+def digest_of_base():
+    """The first characters of the SHA-256 of the shipped weights, from which the runs began."""
+    with open(os.path.join(MODELS["tiny"].path, "model.safetensors"), "rb") as f:
+        return hashlib.sha256(f.read()).hexdigest()[:12]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -398,6 +413,8 @@ def main(argv=None):
         from appendix import studies
         studies.run_command(args, axes, shared)
         return
+    if args.record:
+        raise DataError("--record keeps the results of a study; name one with --study")
     if not axes:
         raise DataError("nothing to sweep; expected FIELD=V1,V2 such as kl_coef=0,0.01, "
                         "or --study NAME (--list prints all)")

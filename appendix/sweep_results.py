@@ -1,8 +1,8 @@
 """From the runs of a sweep to its table: means over seeds, differences between arms, curves.
 
 An arm's interval is that of its mean over seeds, by Student's t. The difference between two arms is
-taken seed by seed, over the same held-out questions and, before RL, the same warm start; what is
-left is what the training itself scatters. With one seed the interval is that of the questions.
+taken seed by seed, over the same held-out questions; arms that begin alike share a warm start, too.
+So what such arms have in common drops out. With one seed the interval is that of the questions.
 """
 import json
 import math
@@ -33,7 +33,7 @@ def student_t(df):
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean and its 95 % interval. low and high are nan where one value has no spread."""
+    """A mean and its 95 % interval. low and high are nan if there was one value only."""
     mean: float
     low: float
     high: float
@@ -123,6 +123,8 @@ def table_lines(plan, runs, failed):
     note = "Mean over seeds with its 95 % interval (Student's t), in percent; differences in points"
     if len(plan.seeds) == 1:
         note = "One seed: the interval of a difference is that of the questions alone"
+    elif failed:
+        note += "; of an arm that has one seed in common with the first, that of the questions"
     lines += ["", f"{note}. Seeds: {', '.join(map(str, plan.seeds))}."]
     if failed:
         lines.append(f"{len(failed)} runs failed and are left out.")

@@ -328,7 +328,7 @@ The Qwen2.5-VL architecture with {parameters:,} parameters ({sizes}), bf16, and 
 byte-level BPE of {vocabulary} tokens. Made from nothing, seed {seed}, in three stages of {steps}, \
 {second_steps} and {third_steps} steps, in {minutes:.0f} minutes on {machine}, by
 
-    python -m appendix.tiny
+    python -m appendix.tiny                 # replaces this folder
 
 What it can do, greedily, on 200 held-out toy scenes each (`python -m appendix.skills`; no warm \
 start, no tool, plain questions):
@@ -339,8 +339,8 @@ It knows nothing but the toy world of `data.py`. It can write a tool call when i
 zoom, by numbers or by a name, and read the crop. It has never seen the questions of the tasks, \
 nor been told what zooming is good for (`appendix/lessons.py` is all that it was taught).
 
-Loss, mean of the first hundred steps, and of the hundred before each further thousand: {losses}. \
-`vlm.json` holds every hundred.
+Training loss: the mean of the first hundred steps, then of the hundred before steps 1000, 2000 \
+and so on: {losses}. It jumps where a stage begins. `vlm.json` holds every hundred.
 """
 
 
@@ -354,7 +354,7 @@ def ship(vlm, folder, cfg, losses, minutes):
     shown = losses[:1] + losses[9::10]
     card = CARD.format(
         parameters=sum(p.numel() for p in vlm.model.parameters()),
-        sizes=", ".join(f"{name} {size}" for name, size in TINY.items()),
+        sizes=", ".join(f"{name} {size}" for name, size in TINY.items() if name != "vocab"),
         vocabulary=len(vlm.tokenizer), seed=cfg.seed, minutes=minutes, machine=machine(vlm),
         **steps,
         skills="\n".join(f"- {skill}: {rate:.1%}" for skill, rate in measured.items()),

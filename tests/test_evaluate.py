@@ -243,7 +243,7 @@ def test_run_scores_in_order_and_keeps_memory_small(monkeypatch):
     assert calls[0][3] == config == RolloutConfig(style="zoom", zoom="black", temperature=0.0, max_zooms=3, max_new_tokens=9, seed=7) and calls[0][4] == 0
     assert all(e.views == [] for e in episodes) and [e for batch in saved for e in batch] == episodes
     assert [bool(e.token_texts) for e in episodes] == [True, True, False, False, False]
-    assert episodes[4].shown_as == {"zoom": "black", "crop_from": "source", "fed": (100, 25)}
+    assert episodes[4].shown_as == {"zoom": "black", "zoom_limit": 3, "crop_from": "source", "fed": (100, 25)}
     calls.clear()
     episodes = run_episodes(samples, batch=2, views=[[i] for i in range(5)])
     assert [views for _, _, views, *_ in calls] == [[[0], [1]], [[2], [3]], [[4]]]

@@ -30,6 +30,13 @@ def test_bad_axes_are_refused(axis, said):
     with pytest.raises(DataError, match=said):
         sweep.arms_of([axis])
 
+def test_words_that_would_be_ignored_are_refused():
+    """Bug: one setting named twice made an arm whose label is not what ran; --record without a study kept nothing."""
+    with pytest.raises(DataError, match="named twice"):
+        sweep.arms_of(["lr=1e-4", "lr=1e-3"])
+    with pytest.raises(DataError, match="--study"):
+        sweep.main(["lr=1e-4", "--record"])
+
 def test_bad_values_are_refused_before_anything_runs(tmp_path, monkeypatch, capsys):
     """Claim: a flag or value that train_rl.py refuses ends the sweep in one line, and no folder is made."""
     monkeypatch.chdir(tmp_path)
@@ -49,7 +56,7 @@ def test_warm_starts_are_shared():
     assert len(runs) == 8 and len(warm) == 2
     for r in runs:
         assert f"--model={[w for w in warm if w.seed == r.seed][0].folder}/checkpoint" in r.argv and "--traces=" in r.argv
-    assert "--steps=0" in warm[0].argv
+    assert "--steps=0" in warm[0].argv and warm[0].steps == 1
     runs, warm = sweep.runs_of(plan_of(["sft_n=10,20"], seeds=(0, 1)))
     assert len(warm) == 4
     runs, warm = sweep.runs_of(plan_of(["traces=,oracle"]))
@@ -94,7 +101,7 @@ def test_table(pretend, capsys):
     svg = open("runs/sweeps/s/curves.svg").read()
     assert svg.count("<polyline") == 2 and "kl_coef=0.01" in svg
 
-def test_what_is_done_is_not_run_again(pretend, capsys):
+def test_what_is_done_is_not_run_again(pretend, monkeypatch, capsys):
     """Claim: the same command goes on; more seeds and arms may be added; other flags under the same name are refused."""
     sweep.sweep(plan_of(["kl_coef=0"]), 1)
     pretend.clear()
@@ -103,6 +110,9 @@ def test_what_is_done_is_not_run_again(pretend, capsys):
                                *[n for n in pretend if "warm" in n]] and sum("warm" in n for n in pretend) == 1
     with pytest.raises(DataError, match="other flags"):
         sweep.sweep(plan_of(["kl_coef=0"], shared=["--lr=1e-3"]), 1)
+    monkeypatch.setattr(sweep, "digest_of_base", lambda: "another")
+    with pytest.raises(DataError, match="another shipped checkpoint"):
+        sweep.sweep(plan_of(["kl_coef=0,0.01"], seeds=(0, 1)), 1)
 
 def test_a_failed_run_is_said_and_left_out(pretend, monkeypatch, capsys):
     healthy = sweep.Pool.run_one
@@ -128,8 +138,11 @@ def test_run_one(tmp_path, monkeypatch):
     monkeypatch.setattr(time, "sleep", lambda s: (waited.append(s), os.remove(f"{r.folder}/lock")))
     pool.run_one(r)
     assert waited == [1]
-    pool.stopping.set()
-    assert pool.run_one(r) == "stopped"
+    (tmp_path / f"{r.folder}/lock").write_text("")                        # it is just being written
+    assert not sweep.is_worked_in(r.folder)
+    run.write_json(f"{r.folder}/lock", {"process": os.getppid(), "host": "here"})
+    pool.stopping.set()                                                     # Ctrl-C, while it waits
+    assert pool.run_one(r) == "stopped" and waited == [1]
 
 # -----------------------------------------------------------------------------
 # numbers

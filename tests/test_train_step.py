@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-import data, grpo, model, rewards, train_rl, train_sft, zoom_rollout
+import data, evaluate, grpo, model, rewards, train_rl, train_sft, zoom_rollout
 from appendix import metrics as step_metrics
 from appendix import averages, evidence, group_view, prefix, recipes, report, rl_options, rl_run, run, split
 from conftest import check_mutation, close, names
@@ -261,7 +261,25 @@ def test_evidence(vlm):
     assert metrics["saw"] == 0.5 and metrics["evidence"] == pytest.approx(0.15)
     rows = [{"saw": saw, "zooms": 1, "right": right} for saw, right in ((True, True), (True, False), (False, True), (False, False))]
     assert set(evidence.right_and_saw([*rows, {"right": True}], lambda r, _: r["right"]).values()) == {0.5, 0.25}
-    assert evidence.right_and_saw([{**r, "zooms": 0} for r in rows], lambda r, _: r["right"]) == {}
+    assert evidence.right_and_saw([{"right": True}], lambda r, _: r["right"]) == {}
+    odd = [replace(s, meta={"evidence": value}) for value in ([], "text", ["text"], [{"image": 0}])]
+    assert [evidence.saw(replace(episodes[0], sample=sample)) for sample in odd] == [None] * 4
+
+@pytest.mark.parametrize("how, seen", [(dict(zoom="on"), True), (dict(zoom="off"), False), (dict(zoom="black"), False),
+                                       (dict(style="grounded"), False)], ids=str)
+def test_who_could_see(vlm, how, seen):
+    """Bug: a policy that never zooms has no `saw`, so its seeds drop out of a mean; a black crop, or a prompt without a tool, counts as
+    a look."""
+    s = SAMPLES[0]
+    x1, y1, x2, y2 = s.meta["evidence"][0]["box"]
+    x, y = vlm.view(s.images[0]).from_source((x1 + x2) / 2, (y1 + y2) / 2)
+    answer = f"<think> It is at (50, 50). </think>\n<answer> {s.options[s.answer]} </answer>"
+    call = f"<think> It may be at ({x}, {y}). </think>\n{data.tool_call(x, y)}"
+    for turns, expected in (([call, answer], 1.0), ([answer], 0.0)):
+        e = zoom_rollout.replay(vlm, s, turns)
+        evaluate.finish_episode(vlm, e, zoom_rollout.RolloutConfig(**how), evaluate.RunOptions(), False)
+        summary = evaluate.summary_of([e])
+        assert (summary.get("saw"), summary.get("right_and_saw")) == ((expected, expected) if seen else (None, None))
 
 def test_every_turn_is_scored(vlm):
     """Bug: the answer is looked for in the first turn alone, so that an episode that zooms is never right."""
@@ -271,6 +289,13 @@ def test_every_turn_is_scored(vlm):
     episodes = [zoom_rollout.replay(vlm, s, turns) for turns in ([answer], [call, answer], [call, call, answer])]
     train_rl.score_episodes(episodes, train_rl.Config(recipe="vigorl-zoom", group_size=3))
     assert [e.reward_components["reward"] for e in episodes] == [1, 1, 1]
+
+def test_a_control_has_no_bonus():
+    """Bug: --control with --zoom-cost dropped the cost without a word."""
+    for flags in (dict(zoom_cost=0.1), dict(evidence_bonus=0.1), dict(overlong=5), dict(reward_parts="format")):
+        rl_options.check_options(train_rl.Config(recipe="vigorl-zoom", **flags), 99)
+        with pytest.raises(SystemExit):
+            rl_options.check_options(train_rl.Config(recipe="vigorl-zoom", control="random", **flags), 99)
 
 def test_control_rewards(vlm):
     """Claim: the reward of a control is a coin that the seed decides, the form alone, or 1 for a well-formed wrong answer."""
