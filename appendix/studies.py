@@ -293,6 +293,17 @@ def read_record(study):
     return run.read_json(record_path(study), "claims", "rows", "minutes")
 
 
+def check_is_of_study(record, study):
+    """Raises DataError if a record was made before the study's arms or claims were changed."""
+    if record is None:
+        return
+    recorded = [claim["says"] for claim in record["claims"]]
+    written = [claim.says for claim in study.claims]
+    if record["arms"] != study.arms or recorded != written:
+        raise DataError(f"{record_path(study)} is of another version of the study; run it again "
+                        f"({command_of(study)} --record), or remove the file")
+
+
 # --------------------------------------------------------------------------------------------------
 # on the screen
 
@@ -346,6 +357,8 @@ def difference_in_words(claim):
 def write_pages():
     """Write appendix/studies.md, its pictures, and the README's table."""
     records = {study.name: read_record(study) for study in study_list.STUDIES}
+    for study in study_list.STUDIES:
+        check_is_of_study(records[study.name], study)
     os.makedirs(RECORDS, exist_ok=True)
     run.write_text(PAGE, page_text(records))
     run.write_text(os.path.join(RECORDS, "weights.svg"), weights_picture())
@@ -406,9 +419,10 @@ by these seeds*: anything else.
 Three seeds give wide intervals: an effect of a few points is often not decided. Where they left
 the first claim of a study open, two more seeds were run, once. If no claim were true, about one in
 forty would still come out as *holds here* (a few more where seeds were added), so expect one or two
-false ones on this page.
-Differences of shares are shares, too: 0.05 is five points. Minutes are those of the runs' own
-clocks, divided by two cores; the start of each process comes on top.
+false ones on this page. An interval of a share that reaches below 0 or above 1 is no mistake: its
+seeds fell apart, and their mean says little; so the accuracy of each seed is shown. Differences of
+shares are shares, too: 0.05 is five points. Minutes are those of the runs' own clocks, divided by
+two cores; the start of each process comes on top.
 """
 
 
@@ -473,16 +487,20 @@ def compared(claim):
 
 
 def figures_table(study, record):
-    """The figures of each arm: mean over seeds and its interval."""
+    """The figures of each arm: mean over seeds and its interval; of one figure every seed's."""
     formulas = [f for f in formulas_of(study) if any(f in r["figures"] for r in record["rows"])]
-    lines = ["| arm | " + " | ".join(f"`{f}`" for f in formulas) + " |",
-             "|---" * (len(formulas) + 1) + "|"]
+    titles = [f"`{formula}`" for formula in formulas]
+    titles.append("`accuracy_after` of each seed")
+    lines = ["| arm | " + " | ".join(titles) + " |", "|---" * (len(titles) + 1) + "|"]
     for label, settings in study.arms.items():
         cells = []
         for formula in formulas:
             values = [row["figures"][formula] for row in record["rows"]
                       if row["arm"] == label and formula in row["figures"]]
             cells.append(mean_and_interval(values))
+        of_seeds = [f"{row['figures']['accuracy_after']:.2f}" for row in record["rows"]
+                    if row["arm"] == label]
+        cells.append(", ".join(of_seeds))
         lines.append(f"| {label} (`{settings or 'as shared'}`) | " + " | ".join(cells) + " |")
     return lines
 

@@ -155,10 +155,12 @@ def test_a_study_from_end_to_end(pretend, capsys):
     assert len(pretend) == 9 + 3 + 6 and record["minutes"] == pytest.approx(12 * 60 / 120, abs=0.2) and len(record["base"]) == 12
     assert record["rows"][0] == {"arm": "less", "seed": 0, "figures": {"accuracy_before": 0.4, "accuracy_after": 0.5, "other.accuracy": 0.5}}
     page, readme = open("studies.md").read(), open("README.md").read()
-    assert "| less (`lr=1e-4`) | 0.400 ± 0.000 | 0.510 ± 0.025 | 0.500 ± 0.000 |" in page and "| none (`steps=0`) | 0.400 ± 0.000 | 0.410 ± 0.025 |  |" in page and "+0.200 [+0.200, +0.200] | 0.05 | holds here" in page
+    assert "| less (`lr=1e-4`) | 0.400 ± 0.000 | 0.510 ± 0.025 | 0.500 ± 0.000 | 0.50, 0.51, 0.52 |" in page and "| none (`steps=0`) | 0.400 ± 0.000 | 0.410 ± 0.025 |  | 0.40, 0.41, 0.42 |" in page and "+0.200 [+0.200, +0.200] | 0.05 | holds here" in page
     assert "studies/small.svg" in page and os.path.exists("kept/small.svg") and "6 minutes on two cores" in page
     assert readme == f"before\n{studies.BEGIN}\n{studies.readme_table({'small': record})}\n{studies.END}\nafter\n"
     assert "| [More is better.](appendix/studies.md#small) | holds here | 1 of 2 | 6 |" in readme
+    with pytest.raises(DataError, match="another version of the study"):             # a claim was added since
+        studies.check_is_of_study(record, dataclasses.replace(SMALL, claims=(*SMALL.claims, Claim("More.", "more", "none"))))
     pretend.clear()
     sweep.main(["--study", "small", "--at-once", "1"])
     assert pretend == [] and capsys.readouterr().out.count(studies.HOLDS) == 2        # beside what is kept
