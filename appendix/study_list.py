@@ -183,7 +183,7 @@ STUDIES = [
             "after RL": "steps=60",
         },
         shared="--task relation --recipe vigorl --traces mcts --sft-n 400 --sft-corrected 1 "
-               "--loss grpo --kl-coef 0 --group-size 8 --max-new-tokens 144",
+               "--sft-epochs 8 --loss grpo --kl-coef 0 --group-size 8 --max-new-tokens 144",
         claims=(
             Claim("More regions are named.", "after RL", "warm start",
                   figure="behaviour.regions", least=0.2),
@@ -197,8 +197,9 @@ STUDIES = [
         limits="Behaviours are counted by rules on words and points (`appendix/analysis.py`), and "
                "the tiny model knows few words: of correction one phrase, of subgoals none, so "
                "there is no claim about those. Corrected chains of the warm start bring the "
-               "backtracking. (A first run, not shown, cut them off after 48 tokens, and there was "
-               "none.) The paper compares with GRPO without grounding, this study with its own "
+               "backtracking; it takes the tiny model eight passes to learn to spell their words. "
+               "(Two trials with one pass, not shown, had no backtracking before or after RL.) "
+               "The paper compares with GRPO without grounding, this study with its own "
                "warm start.",
         read="`analysis.behaviour`; `appendix/chains.py` on corrected chains."),
 

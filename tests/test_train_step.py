@@ -266,7 +266,7 @@ def test_evidence(vlm):
     assert [evidence.saw(replace(episodes[0], sample=sample)) for sample in odd] == [None] * 4
 
 @pytest.mark.parametrize("how, seen", [(dict(zoom="on"), True), (dict(zoom="off"), False), (dict(zoom="black"), False),
-                                       (dict(style="grounded"), False)], ids=str)
+                                       (dict(style="think"), False)], ids=str)
 def test_who_could_see(vlm, how, seen):
     """Bug: a policy that never zooms has no `saw`, so its seeds drop out of a mean; a black crop, or a prompt without a tool, counts as
     a look."""
