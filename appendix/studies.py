@@ -409,20 +409,29 @@ the runs; limits were added to afterwards, where a reader of the results found a
 **The rule.** Each difference is taken seed by seed; the arms that a claim compares answer the same
 held-out questions, and arms that begin alike share a warm start. Over the seeds it has a mean and a
 95 % interval (Student's t). *Holds here*: the interval lies above 0 and the mean reaches the
-smallest difference that matters. *Does not hold here*: the interval lies below that. *Not decided
-by these seeds*: anything else.
+smallest difference that matters. *Does not hold here*: the whole interval lies below the smallest
+difference that matters. *Not decided by these seeds*: anything else. Numbers are rounded here, not
+in the rule.
+
+**The figures.** `accuracy_before` and `accuracy_after` RL: of 200 held-out questions (100 in
+`pass-at-k`), for boxes the share with an IoU of 0.5 or more; an arm with `steps=0` has no RL, so
+both are the same. `saw`: the share of episodes whose crops showed what the answer depends on.
+`at_once.accuracy`: the policy must answer without a thought. `logp_gap_max`: the largest gap
+between the log-probabilities of sampler and trainer. `levels`: a part of the questions, by
+difficulty or task.
 
     python -m appendix.sweep --list                 # all studies
     python -m appendix.sweep --study NAME           # run one; compares with what is recorded here
     python -m appendix.studies                      # write this page from the records
 
-Three seeds give wide intervals: an effect of a few points is often not decided. Where they left
-the first claim of a study open, two more seeds were run, once. If no claim were true, about one in
-forty would still come out as *holds here* (a few more where seeds were added), so expect one or two
-false ones on this page. An interval of a share that reaches below 0 or above 1 is no mistake: its
-seeds fell apart, and their mean says little; so the accuracy of each seed is shown. Differences of
-shares are shares, too: 0.05 is five points. Minutes are those of the runs' own clocks, divided by
-two cores; the start of each process comes on top.
+Three seeds give wide intervals: an effect of a few points is often not decided. Where three leave
+the first claim of a study open, two more are run, once; sections that name seeds 0 to 2 still wait
+for them, or were decided by three. If no claim were true, about one in forty would still come out
+as *holds here* (a few more where seeds were added), so expect one or two false ones on this page.
+Student's t does not know that shares end at 0 and 1; where an interval is wide, look at the seeds.
+Differences of shares are shares, too: 0.05 is five points. Equal arms of different studies are
+equal runs, so their errors are not independent. Minutes are those of the runs' own clocks, divided
+by two cores; the start of each process comes on top.
 """
 
 
@@ -482,7 +491,7 @@ def compared(claim):
     if claim.falls:
         words += "; a fall counts as above 0"
     if claim.handicap:
-        words += f"; {claim.handicap:g} added"
+        words += f"; {claim.handicap:g} is already added to the difference"
     return words
 
 

@@ -84,11 +84,13 @@ STUDIES = [
         evaluate={"at_once": "--zoom=off"},
         show=("at_once.accuracy",),
         limits="The tiny base was taught to point by its pretraining, and its reasoning has no "
-               "words but names and places. Told to answer at once it loses the whole thought, "
-               "not only the points; and a drill of the pretraining (`lessons.zoom_drill`) put "
-               "random options after that very sentence, so a part of what it loses was taught. "
-               "The prompt asks for points in all arms. A click is a point itself, so on `point` "
-               "the reasoning has little to add.",
+               "words but names and places. Told to answer at once it loses the whole thought, not "
+               "only the points; and a drill of the pretraining (`lessons.zoom_drill`) put random "
+               "options after that very sentence, so a part of what it loses was taught. The "
+               "prompt asks for points in all arms. A click is a point itself, so on `point` the "
+               "reasoning has little to add. `relation` has two options: without points the policy "
+               "stays at chance, and told to answer at once it falls below, so most of those "
+               "answers are not even guesses.",
         read="`rewards.vigorl` and `rewards.vigorl_ungrounded`; `trace_tools.retarget`; "
              "`zoom_rollout.RolloutConfig.opening`."),
     Study(
@@ -146,8 +148,9 @@ STUDIES = [
                "honestly: the arm `larger overview` sees the scene at twice the size, 64 tokens, "
                "as many as an overview and three crops, but the eyes of the tiny base are frozen "
                "in RL and have never seen a pattern at that size. So its row stands in the table "
-               "without a claim. The warm start of the arm with crops of the fed copy showed "
-               "crops of the stored image, as that of the other arms.",
+               "without a claim. The warm start of the arm with crops of the fed copy showed crops "
+               "of the stored image, as that of the other arms. After RL this arm no longer zooms, "
+               "so its controls compare equal episodes.",
         read="`zoom_rollout.crop` and `env_step`; `evidence.elsewhere`; `evaluate.MODES`."),
     Study(
         "distinct-points", VIGORL,
@@ -171,7 +174,9 @@ STUDIES = [
         limits="No question of this world needs two zooms: one look at the right place answers it, "
                "and only a policy that looked at the wrong place first gains by a second look. So "
                "that the policy looks again can be tested here; what that is worth on V*, whose "
-               "second kind of question compares two things, cannot.",
+               "second kind of question compares two things, cannot. Where the policy learns, it "
+               "ends at one zoom with the bonus and without; in seed 2 it learns neither way: one "
+               "policy stops zooming, the other zooms for the bonus.",
         read="`rewards.distinct_bonus`, and the table of bounds in `rewards.vigorl_zoom`."),
     Study(
         "behaviours", VIGORL,
@@ -198,9 +203,8 @@ STUDIES = [
                "the tiny model knows few words: of correction one phrase, of subgoals none, so "
                "there is no claim about those. Corrected chains of the warm start bring the "
                "backtracking; it takes the tiny model eight passes to learn to spell their words. "
-               "(Two trials with one pass, not shown, had no backtracking before or after RL.) "
-               "The paper compares with GRPO without grounding, this study with its own "
-               "warm start.",
+               "(Two trials with one pass, not shown, had no backtracking before or after RL.) The "
+               "paper compares with GRPO without grounding, this study with its own warm start.",
         read="`analysis.behaviour`; `appendix/chains.py` on corrected chains."),
 
     Study(
@@ -224,7 +228,8 @@ STUDIES = [
                "purpose, where the paper has a teacher's reasoning. The KL term and the weight "
                "`exp` are on, as in the paper. Fine-tuning alone gets no more traces or epochs in "
                "place of RL. A run of RL alone ends if no episode of its first step has any "
-               "success; then the comparison stays open.",
+               "success; then the comparison stays open. Half of the traces are guesses, so the "
+               "warm start makes the base worse than it was: the first claim compares with that.",
         read="`appendix/recipes.py`; `train_sft.oracle_of_boxes`; "
              "`rl_run.stop_if_nothing_succeeds`."),
     Study(
@@ -348,7 +353,7 @@ STUDIES = [
         limits="Boxes in hard scenes, because with four options one of 64 guesses is almost surely "
                "right. `Before` is the policy after the warm start, which is what RL begins with. "
                "A box that covers half of the right one can also be hit by chance; 64 tries find "
-               "some.",
+               "some. Before RL 64 tries solve nearly all questions, so there is little to gain.",
         read="`evaluate.pass_at_k`."),
     Study(
         "cold-start", FIELD,
@@ -373,7 +378,8 @@ STUDIES = [
                "instruction-tuned models have. All arms have the same number of RL steps, so the "
                "warm start comes on top. The policy of the template is measured with it, too. The "
                "template takes the place of the whole thought, and so of the words with which the "
-               "warm start names the thing that it looks for.",
+               "warm start names the thing that it looks for: it calls nearly always, and seldom "
+               "for the right place. Without either, two seeds end at 0 and one at the top.",
         read="`zoom_rollout.TEMPLATE` and `RolloutConfig.opening`."),
     Study(
         "spurious-rewards", FIELD,
@@ -435,10 +441,10 @@ STUDIES = [
         ),
         show=("levels.search.zooms", "levels.relation.zooms", "levels.search.accuracy_after",
               "levels.relation.accuracy_after"),
-        limits="A right answer pays 0.6 and a crop costs 0.1, so a policy that zooms once where "
-               "it must earns more than one that never does: if zooming dies here, it is a trap "
-               "of the path, not of the optimum. All arms have the questions that need no zoom; "
-               "their share is not varied. The evidence of `relation` counts for the bonus, too.",
+        limits="A right answer pays 0.6 and a crop costs 0.1, so a policy that zooms once where it "
+               "must earns more than one that never does: if zooming dies here, it is a trap of "
+               "the path, not of the optimum. All arms have the questions that need no zoom; their "
+               "share is not varied. The evidence of `relation` counts for the bonus, too.",
         read="`appendix/mixture.py`; `rl_options.add_group_bonuses`; `rewards.vigorl_zoom`."),
     Study(
         "losses", FIELD,
@@ -480,7 +486,8 @@ STUDIES = [
                "diverges ends early: the page lists it, and its seed is missing where arms are "
                "compared, which is kind to a loss that diverges. Each of 16 updates has four "
                "episodes. The clips of GSPO are its paper's, for long answers. All learn at the "
-               "same rate; a loss that takes smaller steps might like another.",
+               "same rate; a loss that takes smaller steps might like another. No run diverged in "
+               "the sense of ending early: policies that fell apart count as they are.",
         read="`grpo.LOSSES`; `tests/test_grpo.py` compares each with its paper."),
     Study(
         "details", FIELD,
@@ -510,7 +517,9 @@ STUDIES = [
         ),
         limits="All of these are small effects in long runs of large models; 40 steps of a tiny "
                "one may not reach where they differ. Episodes here are short, so the aggregates "
-               "differ little.",
+               "differ little. All six claims share the arm `base`. With four updates per batch it "
+               "scatters: `losses` has the same arm ten steps earlier, and its seed 2 was better "
+               "then.",
         read="`grpo.group_advantages`, `grpo.aggregate`, `grpo.kl_penalty`."),
     Study(
         "positives", FIELD,
@@ -527,7 +536,8 @@ STUDIES = [
                   "positives alone", "all", handicap=0.03, least=0.0),
         ),
         limits="Positive are the episodes above the mean of their group, which is GRPO with its "
-               "advantages cut at 0; RAFT takes all right ones with equal weight.",
+               "advantages cut at 0; RAFT takes all right ones with equal weight. Both arms end "
+               "near the top.",
         read="`rl_options.mask_advantages`."),
     Study(
         "precision", FIELD,
@@ -553,7 +563,8 @@ STUDIES = [
         show=("logp_gap_max",),
         limits="In the paper the mismatch builds up over thousands of steps of models of 1.5B and "
                "more, and comes from other kernels, too. Forty steps of a tiny model may be too "
-               "few to see harm. bf16 is slow on CPUs without its own instructions.",
+               "few to see harm. No gap reached the logarithm of the cap (2), so no weight was "
+               "truncated. bf16 is slow on CPUs without its own instructions.",
         read="`grpo.importance_weights`; `rl_options.sampler`; `logp_gap` in metrics.jsonl."),
     Study(
         "sampling-budget", FIELD,
@@ -574,7 +585,7 @@ STUDIES = [
         limits="Few groups of this world are without a signal until the task is nearly solved, so "
                "there is little to replace before it is too late to matter. The arm with dynamic "
                "sampling takes fewer steps, by as much as it replaces; its last step may go past "
-               "the limit.",
+               "the limit. The limit ends all arms before 40 steps.",
         read="`train_rl.dynamic_sampling`; `--max-episodes`."),
     Study(
         "perception", FIELD,
@@ -593,8 +604,9 @@ STUDIES = [
             Claim("The accuracy itself is higher.", "papo", "grpo", least=0.02),
         ),
         show=("accuracy_black_crop", "accuracy_wrong_crop"),
-        limits="Without its crops the policy is at chance here anyhow, so the drop can only grow "
-               "with the accuracy. PAPO's guard, which lowers both entropies, is left out.",
+        limits="The drop can grow in two ways: the accuracy rises, or without crops the policy "
+               "falls below chance, as it does with the term; the second is no better use of the "
+               "image. PAPO's guard, which lowers both entropies, is left out.",
         read="`grpo.perception`; `rl_options.blindfold`."),
     Study(
         "right-reason", FIELD,
