@@ -229,12 +229,13 @@ def first_failure(folder, tests):
                     "does the function loop for ever?")
         if done.returncode == 0:
             return ""
+        tests_by_name = {test.split("::")[1]: test for test in tests}
         for case in cases_in(report.name):
             for problem in [*case.findall("failure"), *case.findall("error")]:
                 name = case.get("name").split("[")[0]
-                for test in tests:
-                    if test.split("::")[1] == name:
-                        return in_words(name, claim_of(test), problem.get("message") or "")
+                if name in tests_by_name:
+                    claim = claim_of(tests_by_name[name])
+                    return in_words(name, claim, problem.get("message") or "")
     return f"The tests could not run:\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
 
 

@@ -33,6 +33,8 @@ REWARD_PARTS = {
 # ratio: they are the denominator of its ratio, which is clipped. ignore: the trainer's own take
 # their place, as if both agreed. truncate: the same, times a weight (grpo.importance_weights).
 MISMATCH = ("ratio", "ignore", "truncate")
+# Bonuses and prices that depend on what the zooms of an episode led to.
+ZOOM_BONUSES = ("tool_bonus", "curiosity", "evidence_bonus", "zoom_cost")
 
 
 def check_options(cfg, episode_limit):
@@ -41,14 +43,13 @@ def check_options(cfg, episode_limit):
     episode_limit: tokens that an episode may sample at most.
     """
     can_zoom = data.PROMPT_STYLES[cfg.recipe] == "zoom"
-    for name in ("distinct_bonus", "tool_bonus", "curiosity", "evidence_bonus", "zoom_cost"):
+    for name in ("distinct_bonus", *ZOOM_BONUSES):
         if getattr(cfg, name) and not can_zoom:
             run.fail(f"{run.flag_of(name)} depends on zooms, and the recipe {cfg.recipe} has none; "
                      "expected 0, or --recipe vigorl-zoom")
     if cfg.template and not (can_zoom and cfg.max_zooms):
         run.fail("--template opens a tool call; expected a recipe and --max-zooms that allow one")
-    for name in ("tool_bonus", "curiosity", "overlong", "evidence_bonus", "zoom_cost",
-                 "reward_parts"):
+    for name in (*ZOOM_BONUSES, "overlong", "reward_parts"):    # a recipe may set distinct_bonus
         if cfg.control and getattr(cfg, name):
             run.fail(f"{run.flag_of(name)} would do nothing: --control replaces the whole reward; "
                      "expected one of the two")

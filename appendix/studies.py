@@ -345,10 +345,16 @@ def difference_in_words(claim):
     """"+0.12 [+0.05, +0.19], at least 0.03 matters"."""
     if claim["mean"] is None:
         return "no run has this figure"
-    interval = ""
-    if claim["low"] is not None:
-        interval = f" [{claim['low']:+.3f}, {claim['high']:+.3f}]"
-    return f"difference {claim['mean']:+.3f}{interval}, at least {claim['least']:g} matters"
+    return f"difference {signed(claim)}, at least {claim['least']:g} matters"
+
+
+def signed(claim):
+    """"+0.120 [+0.050, +0.190]"; without the interval if one seed has no spread; "" if none."""
+    if claim["mean"] is None:
+        return ""
+    if claim["low"] is None:
+        return f"{claim['mean']:+.3f}"
+    return f"{claim['mean']:+.3f} [{claim['low']:+.3f}, {claim['high']:+.3f}]"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -473,12 +479,7 @@ def claims_table(study, record):
     lines = ["| claim | compared | difference | matters from | verdict |", "|---|---|---|---|---|"]
     for i, claim in enumerate(study.claims):
         found = record["claims"][i] if record else {"mean": None, "verdict": "not run yet"}
-        difference = ""
-        if found["mean"] is not None:
-            difference = f"{found['mean']:+.3f}"
-            if found["low"] is not None:
-                difference += f" [{found['low']:+.3f}, {found['high']:+.3f}]"
-        lines.append(f"| {claim.says} | {compared(claim)} | {difference} | {claim.least:g} | "
+        lines.append(f"| {claim.says} | {compared(claim)} | {signed(found)} | {claim.least:g} | "
                      f"{found['verdict']} |")
     return lines
 

@@ -8,7 +8,7 @@ where a control should take away what the policy learned.
 """
 from dataclasses import dataclass, field
 
-# The seeds: three. Where these left the first claim of a study open, two more were run, once.
+# The seeds: three. Where these leave the first claim of a study open, two more are run, once.
 THREE = (0, 1, 2)
 FIVE = (0, 1, 2, 3, 4)
 

@@ -282,11 +282,12 @@ class Pool:
 
 def is_worked_in(folder):
     """Does a process work in the folder? A run may outlive a sweep that was killed."""
+    text = run.text_of_lock(os.path.join(folder, "lock"))
     try:
-        with open(os.path.join(folder, "lock"), encoding="utf-8") as f:
-            return run.is_running(json.load(f)["process"])
-    except (FileNotFoundError, ValueError):             # none, or it is just being written
+        owner = json.loads(text)
+    except ValueError:                                  # no lock, or it is just being written
         return False
+    return run.is_running(owner["process"])
 
 
 def log_path(r):
