@@ -444,7 +444,9 @@ STUDIES = [
         limits="A right answer pays 0.6 and a crop costs 0.1, so a policy that zooms once where it "
                "must earns more than one that never does: if zooming dies here, it is a trap of "
                "the path, not of the optimum. All arms have the questions that need no zoom; their "
-               "share is not varied. The evidence of `relation` counts for the bonus, too.",
+               "share is not varied. The evidence of `relation` counts for the bonus, too. The "
+               "traces of the warm start zoom on `search` and never on `relation`, so when to zoom "
+               "is known before RL begins, and no arm has to unlearn anything.",
         read="`appendix/mixture.py`; `rl_options.add_group_bonuses`; `rewards.vigorl_zoom`."),
     Study(
         "losses", FIELD,
@@ -487,7 +489,8 @@ STUDIES = [
                "compared, which is kind to a loss that diverges. Each of 16 updates has four "
                "episodes. The clips of GSPO are its paper's, for long answers. All learn at the "
                "same rate; a loss that takes smaller steps might like another. No run diverged in "
-               "the sense of ending early: policies that fell apart count as they are.",
+               "the sense of ending early: policies that fell apart count as they are. Five seeds "
+               "would take longer than the half hour that a study may take.",
         read="`grpo.LOSSES`; `tests/test_grpo.py` compares each with its paper."),
     Study(
         "details", FIELD,

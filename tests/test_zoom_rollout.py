@@ -388,7 +388,10 @@ def oblige(vlm, monkeypatch):
     monkeypatch.setattr(zoom_rollout, "env_step", obliging)
     monkeypatch.setattr(zoom_rollout, "sample_tokens", brief)
 
-@pytest.mark.parametrize("plain", [True, False], ids=["plain", "prefix"])
+# The quick test of the other cache is test_prefix.py::test_rollouts_are_the_same: it equals the plain one.
+PREFIX = pytest.param(False, marks=pytest.mark.slow, id="prefix")
+
+@pytest.mark.parametrize("plain", [pytest.param(True, id="plain"), PREFIX])
 @torch.no_grad()
 def test_rollout_equals_naive(vlm64, float64, plain, monkeypatch):
     """Bug: a cached token that differs from the recomputed one, in any turn: prompts shared by groups that shrink, rows of
