@@ -22,7 +22,7 @@ Shapes:  P prompts   G episodes per prompt (the group)   B episodes of a micro-b
 import os
 import random
 import time
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import appendix                     # before torch: Ctrl-C is one line from here on

@@ -23,7 +23,6 @@ import json
 import math
 import os
 import random
-import re
 import time
 from dataclasses import asdict, dataclass, replace
 from typing import Literal

@@ -2,7 +2,6 @@
 import shlex
 import textwrap
 
-import data
 import evaluate
 from appendix import ranks
 from model import is_tiny

@@ -1,13 +1,14 @@
-"""A pretend GPU: tensors that say they are on a device "gpu", compute on the CPU, and refuse to mix.
+"""A pretend GPU: tensors that say they are on a device "gpu", compute on the CPU, and
+refuse to mix.
 
     python tests/pretend_gpu.py rl | univg | search | sft | evaluate
 
 runs one activity of the tiny model in bf16 on it, and prints as JSON which attention kernel an A100
-(sm80) and an H100 (sm90) would choose at each call, by line, and where the host waits for the GPU. A
-GPU would stop where a tensor of the CPU meets one of its own; here this is an error, too.
+(sm80) and an H100 (sm90) would choose at each call, by line, and where the host waits for the GPU.
+A GPU would stop where a tensor of the CPU meets one of its own; here this is an error, too.
 
-The project calls its device "cuda". A build of torch without CUDA cannot even name tensors there, so
-here "cuda" means the device "gpu", which torch lets Python code define.
+The project calls its device "cuda". A build of torch without CUDA cannot even name tensors there,
+so here "cuda" means the device "gpu", which torch lets Python code define.
 """
 import collections
 import contextlib

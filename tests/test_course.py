@@ -1,6 +1,6 @@
-"""
-The course's texts against the code: equations name functions that exist and that name the equation, the table of symptoms names
-flags and metrics that exist, every stop of the course is whole, the notebook's cells run.
+"""The course's texts against the code: equations name functions that exist and that name the
+equation, the table of symptoms names flags and metrics that exist, every stop of the course is
+whole, the notebook's cells run.
 """
 import ast, contextlib, dataclasses, importlib, io, json, os, re, sys
 
@@ -9,7 +9,7 @@ from PIL import Image
 
 import data, evaluate, train_rl, train_sft
 from appendix import exercises, metrics, run, sweep
-from appendix.exercise_list import BUGS, EXERCISES
+from appendix.exercise_list import EXERCISES
 from conftest import ROOT
 
 def rows(name):
@@ -25,16 +25,20 @@ def text_of(name):
     if function.isupper():
         first, last = exercises.span_of_definition(source, function)
         return "\n".join(source.split("\n")[first - 1:last])
-    return ast.get_docstring(exercises.find_function(source, function)) + ast.get_docstring(ast.parse(source))
+    return (ast.get_docstring(exercises.find_function(source, function))
+            + ast.get_docstring(ast.parse(source)))
 
-@pytest.mark.parametrize("paper, equation, what, function", rows("equations.md"), ids=lambda cell: cell.strip("`")[:30])
+@pytest.mark.parametrize("paper, equation, what, function", rows("equations.md"),
+                         ids=lambda cell: cell.strip("`")[:30])
 def test_equations_lead_to_functions(paper, equation, what, function):
-    """Claim: the function exists, its docstring (or its file's) names the paper, and the equation by number."""
+    """Claim: the function exists, its docstring (or its file's) names the paper, and the equation
+    by number."""
     name = function.strip("`")
     text = " ".join(text_of(name).split())
     assert hasattr(importlib.import_module(name.rpartition(".")[0]), name.rpartition(".")[2])
     paper_name, _, number = re.sub(r"\[(.*?)\]\(.*?\)", r"\1", paper).rpartition(", ")
-    assert number in text or re.search(rf"\b{re.escape(paper_name)}\b", text), f"{name} does not name {paper}"
+    assert (number in text
+            or re.search(rf"\b{re.escape(paper_name)}\b", text)), f"{name} does not name {paper}"
     if re.match(r"eq\.|p\.|figure", equation):
         assert equation in text, f"{name} does not name {equation}"
 
@@ -51,19 +55,21 @@ def open_course():
         return f.read()
 
 def test_every_stop_is_whole():
-    """Claim: twelve stops, each with something to read, a command, something to look at and to see, and two questions whose answers are
-    folded away."""
+    """Claim: twelve stops, each with something to read, a command, something to look at and to see,
+    and two questions whose answers are folded away."""
     assert [number for number, _ in stops()] == list(range(1, 13))
     for number, text in stops():
         for part in ("**Read** ", "\n    python ", "**Look at** ", "**You should see** "):
             assert text.count(part) >= 1, (number, part)
-        questions = re.findall(r"<details>\n<summary>(.+?)</summary>\n\n(.+?)\n</details>", text, re.S)
+        questions = re.findall(r"<details>\n<summary>(.+?)</summary>\n\n(.+?)\n</details>", text,
+                               re.S)
         assert len(questions) == text.count("<details>") == 2, number
-        assert all(question.endswith("?") or "?" in question for question, _ in questions), number
+        assert all("?" in question for question, _ in questions), number
 
 def test_the_chapters_come_in_order():
     """Claim: stop n reads chapter n; the last four are studies, which run sweeps."""
-    chapters = ("data", "rewards", "grpo", "model", "zoom_rollout", "train_sft", "train_rl", "evaluate")
+    chapters = ("data", "rewards", "grpo", "model", "zoom_rollout", "train_sft", "train_rl",
+                "evaluate")
     for (number, text), chapter in zip(stops(), chapters):
         assert f"`{chapter}." in text.split("**Read** ")[1].split("\n\n")[0], number
     for number, text in stops()[8:]:
@@ -71,15 +77,20 @@ def test_the_chapters_come_in_order():
 
 def test_the_lecture_takes_ninety_minutes():
     """Claim: the last column adds up, and names the stops that have a line for it."""
-    minutes = {int(number): int(lecture) if lecture.strip() else 0 for number, lecture in re.findall(
-        r"^\| \[(\d+)\]\(#.*?\) \|.*?\| *\d+ *\|([\d ]*)\|$", open_course(), re.M)}
+    minutes = {int(number): int(lecture) if lecture.strip() else 0
+               for number, lecture in re.findall(
+                   r"^\| \[(\d+)\]\(#.*?\) \|.*?\| *\d+ *\|([\d ]*)\|$", open_course(), re.M)}
     assert sorted(minutes) == list(range(1, 13)) and sum(minutes.values()) == 90
-    assert [number for number, text in stops() if "*Lecture.*" in text] == [number for number, n in minutes.items() if n]
+    assert ([number for number, text in stops() if "*Lecture.*" in text]
+            == [number for number, n in minutes.items() if n])
 
 def test_exercises_of_the_course():
     """Claim: a stop's exercises exist and are about what it reads; no exercise is left out."""
     names = {e.name: e for e in EXERCISES}
-    named = [name for _, text in stops() for part in re.findall(r"\*\*Practise\*\* with the exercises? (.+?)\.(?:\n\n| This)", text, re.S)
+    named = [name
+             for _, text in stops()
+             for part in re.findall(
+                 r"\*\*Practise\*\* with the exercises? (.+?)\.(?:\n\n| This)", text, re.S)
              for name in re.findall(r"`([\w-]+)`", part)]
     assert sorted(named) == sorted(names)
 
@@ -96,7 +107,8 @@ def test_every_arm_of_a_study_is_a_run():
     assert len(commands) >= 5
     for command in commands:
         args, axes, shared = sweep.parse(command.split())
-        plan = sweep.Plan("name", sweep.arms_of(axes), sweep.seeds_of(args.seeds or sweep.SEEDS), shared)
+        plan = sweep.Plan("name", sweep.arms_of(axes),
+                          sweep.seeds_of(args.seeds or sweep.SEEDS), shared)
         runs, _ = sweep.runs_of(plan)
         assert len(runs) == len(plan.arms) * len(plan.seeds) >= 4
 
@@ -113,8 +125,8 @@ def run_cell(source, names):
     return last and eval(compile(ast.Expression(last.value), "cell", "eval"), names)
 
 def test_the_notebook_runs(tmp_path, monkeypatch, capsys):
-    """Claim: the cells run in order without Jupyter; they show pictures, an episode, a group with its advantages and a curve; no output is
-    stored, and nothing is written beside the notebook."""
+    """Claim: the cells run in order without Jupyter; they show pictures, an episode, a group with
+    its advantages and a curve; no output is stored, and nothing is written beside the notebook."""
     with open(os.path.join(ROOT, "appendix", "course.ipynb"), encoding="utf-8") as f:
         cells = json.load(f)["cells"]
     assert all(cell["cell_type"] != "code" or not cell["outputs"] for cell in cells)
@@ -129,24 +141,33 @@ def test_the_notebook_runs(tmp_path, monkeypatch, capsys):
                 assert set(SHORT) <= set(names)
                 names |= SHORT
     out = capsys.readouterr().out
-    assert out.count("advantage ") == 8 and "<think>" in out and len(re.findall(r"^step +\d", out, re.M)) == 2
+    assert (out.count("advantage ") == 8 and "<think>" in out
+            and len(re.findall(r"^step +\d", out, re.M)) == 2)
     drawings = [x for x in shown if hasattr(x, "_repr_svg_")]
     images = [x for x in shown if isinstance(x, Image.Image)]
-    assert len(drawings) == 2 and all(d._repr_svg_().startswith("<svg") for d in drawings) and len(images) == 3
+    assert (len(drawings) == 2 and all(d._repr_svg_().startswith("<svg") for d in drawings)
+            and len(images) == 3)
     assert images[0].size == (data.SIDE, data.SIDE) and images[1].size == names["view"].fed
     assert out.count("95 % interval") == 2 * len(evaluate.MODES) and not os.listdir(tmp_path)
 
 def test_the_notebook_is_short():
-    """Claim: thin: no cell has more than twenty lines, no line more than 100 columns, and no library but the repository's is imported."""
+    """Claim: thin: no cell has more than twenty lines, no line more than 100 columns, and no
+    library but the repository's is imported."""
     with open(os.path.join(ROOT, "appendix", "course.ipynb"), encoding="utf-8") as f:
         cells = [("".join(c["source"]), c["cell_type"]) for c in json.load(f)["cells"]]
     for source, kind in cells:
         assert max(map(len, source.split("\n"))) <= 100
         if kind == "code":
             assert source.count("\n") < 20
-            modules = {node.module or "" for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ImportFrom)}
-            modules |= {a.name for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Import) for a in node.names}
-            known = {"data", "train_sft", "train_rl", "zoom_rollout", "evaluate", "appendix", "appendix.optimizer"}
+            modules = {node.module or ""
+                       for node in ast.walk(ast.parse(source))
+                       if isinstance(node, ast.ImportFrom)}
+            modules |= {a.name
+                        for node in ast.walk(ast.parse(source))
+                        if isinstance(node, ast.Import)
+                        for a in node.names}
+            known = {"data", "train_sft", "train_rl", "zoom_rollout", "evaluate", "appendix",
+                     "appendix.optimizer"}
             assert modules <= known | set(sys.stdlib_module_names)
 
 # -----------------------------------------------------------------------------
@@ -163,15 +184,18 @@ def takes(config, words):
     value = words[1:] or ([] if field.type is bool else [str(field.default)])
     try:
         with contextlib.redirect_stderr(io.StringIO()):
-            run.make_parser(config, "").parse_args([f"{words[0]}={value[0]}" if value else words[0]])
+            run.make_parser(config, "").parse_args(
+                [f"{words[0]}={value[0]}" if value else words[0]])
     except SystemExit:
         return False
     return True
 
-@pytest.mark.parametrize("symptom, look_at, cause, what_to_do", rows("troubleshooting.md"), ids=lambda cell: cell[:40])
+@pytest.mark.parametrize("symptom, look_at, cause, what_to_do", rows("troubleshooting.md"),
+                         ids=lambda cell: cell[:40])
 def test_symptoms_lead_to_metrics_and_flags(symptom, look_at, cause, what_to_do):
     """Bug: the table sends a reader to a metric or a flag that was renamed."""
-    keys = set(metrics.GLOSSARY) | set(metrics.SUMMARY_GLOSSARY) | set(metrics.FAITHFULNESS) | {"held_out"}
+    keys = (set(metrics.GLOSSARY) | set(metrics.SUMMARY_GLOSSARY) | set(metrics.FAITHFULNESS)
+            | {"held_out"})
     files = {"metrics.jsonl", "config.json", "summary.json", "evaluate.py"}
     for quoted in re.findall(r"`([^`]+)`", " ".join((symptom, look_at, cause, what_to_do))):
         if "--" in quoted:
@@ -184,7 +208,8 @@ def test_symptoms_lead_to_metrics_and_flags(symptom, look_at, cause, what_to_do)
     assert "`" in look_at or re.search(r"report|plan|prompt", look_at), "nothing to look at"
 
 def test_symptoms_are_those_that_people_report():
-    """Claim: at least eighteen symptoms, none twice; most name the threads in which people reported them."""
+    """Claim: at least eighteen symptoms, none twice; most name the threads in which people
+    reported them."""
     symptoms = [row[0] for row in rows("troubleshooting.md")]
     assert len(set(symptoms)) == len(symptoms) >= 18
     assert sum(bool(re.search(r"\([A-Za-z].* \d+", symptom)) for symptom in symptoms) >= 8

@@ -1,6 +1,7 @@
 """
-The memory plan against fake tensors. The code itself runs on tensors that have a shape and a storage but no numbers, and each storage
-is counted until it dies, so the plan cannot drift from the code.
+The memory plan against fake tensors. The code itself runs on tensors that have a shape and a
+storage but no numbers, and each storage is counted until it dies, so the plan cannot drift from the
+code.
 """
 import gc, random, weakref
 from dataclasses import replace
@@ -21,9 +22,11 @@ from test_train_step import in_a_new_folder, main_of
 # tensors without numbers
 
 class Counted(TorchDispatchMode):
-    """Within it, tensors of floating numbers are fake; lengths, tokens and masks are real. `now` and `peak` count bytes.
+    """Within it, tensors of floating numbers are fake; lengths, tokens and masks are real. `now`
+    and `peak` count bytes.
 
-    What has a fake tensor among its arguments becomes fake. Bytes of images and float64 are not counted, because they live on the host."""
+    What has a fake tensor among its arguments becomes fake. Bytes of images and float64 are not
+    counted, because they live on the host."""
     def __init__(self):
         super().__init__()
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
@@ -72,9 +75,10 @@ class Flash(torch.autograd.Function):
     def backward(ctx, _):
         q, k, v, *_ = ctx.saved_tensors
         grads = [torch.empty_like(x) for x in (q, k, v)]
-        scratch = [torch.empty_like(q, dtype=torch.float32)]                            # of the gradient of q
+        scratch = [torch.empty_like(q, dtype=torch.float32)]            # of the gradient of q
         if q.shape[1] > k.shape[1]:
-            scratch += [x.new_empty(len(x), q.shape[1], *x.shape[2:]) for x in (k, v)]  # before shared heads are added up
+            # before shared heads are added up
+            scratch += [x.new_empty(len(x), q.shape[1], *x.shape[2:]) for x in (k, v)]
         return tuple(grads)
 
 class Norm(torch.autograd.Function):
@@ -90,29 +94,34 @@ class Norm(torch.autograd.Function):
         return torch.empty_like(x), torch.empty_like(weight)
 
 def flash(q, k, v, attn_mask=None, **_):
-    bias = q.new_empty(attn_mask.shape) if torch.is_tensor(attn_mask) else None         # of a mask, what is added to the scores
+    # of a mask, what is added to the scores
+    bias = q.new_empty(attn_mask.shape) if torch.is_tensor(attn_mask) else None
     return Flash.apply(q, k, v)
 
 def without_numbers(vlm):
-    """The parameters of a model on the meta device become fake ones that have a storage; call it within Counted."""
-    made = {}                                                                           # tied weights stay tied
+    """The parameters of a model on the meta device become fake ones that have a storage; call it
+    within Counted."""
+    made = {}                                                           # tied weights stay tied
     for module in vlm.model.modules():
         for name, p in module._parameters.items():
             if p is not None:
-                made.setdefault(p, torch.nn.Parameter(torch.empty(p.shape, dtype=p.dtype), p.requires_grad))
+                made.setdefault(p, torch.nn.Parameter(torch.empty(p.shape, dtype=p.dtype),
+                                                      p.requires_grad))
                 module._parameters[name] = made[p]
         for name, x in module._buffers.items():
             if x is not None:
                 module._buffers[name] = torch.arange(x.numel()).view(x.shape).to(x.dtype)
     vlm.device = torch.device("cpu")
     vlm.never_sampled = torch.tensor([vlm.image_token, vlm.vision_start, vlm.vision_end])
-    vlm.axes = model.rope_axes(vlm.model.config.text_config.rope_parameters["mrope_section"], vlm.qwen3)
+    vlm.axes = model.rope_axes(
+        vlm.model.config.text_config.rope_parameters["mrope_section"], vlm.qwen3)
     return vlm
 
 class Script:
-    """What the policy says in a rollout whose logits have no numbers: `said` tokens a turn, a call in all but the last turn."""
-    def __init__(self, patch, said, every_step=True):
-        self.said, self.every_step, self.longest_cache = said, every_step, 0
+    """What the policy says in a rollout whose logits have no numbers: `said` tokens a turn, a call
+    in all but the last turn."""
+    def __init__(self, patch, said):
+        self.said = said
         self.real_tokens, self.real_rows = zoom_rollout.sample_tokens, zoom_rollout.sample_rows
         self.real_step = prefix.PrefixVLM.decode_step
         patch.setattr(zoom_rollout, "sample_tokens", self.sample_tokens)
@@ -130,7 +139,8 @@ class Script:
 
     def sample_rows(self, vlm, running, config):
         self.left = [self.turn(vlm, row, config)[row.written:] for row in running.rows]
-        self.t, self.steps, self.logits = 0, min(max(map(len, self.left)), running.round_tokens), None
+        self.t, self.steps, self.logits = (
+            0, min(max(map(len, self.left)), running.round_tokens), None)
         return self.real_rows(vlm, running, config)
 
     def sample_tokens(self, logits, u, temperature):
@@ -139,12 +149,14 @@ class Script:
         return torch.tensor([ids[min(self.t, len(ids)) - 1] for ids in self.left]), logprobs
 
     def first_of_each(self, values, lengths):
-        return [values[b, :n].tolist() if not isinstance(values, FakeTensor) else [0.0] * n for b, n in enumerate(lengths)]
+        return [values[b, :n].tolist() if not isinstance(values, FakeTensor) else [0.0] * n
+                for b, n in enumerate(lengths)]
 
     @torch.no_grad()
     def decode_step(self, vlm, cache, tokens, positions, live):
-        """Of a long turn only the first and the last two steps run: those between take the same memory."""
-        if self.t <= 2 or self.t >= self.steps - 2 or self.every_step:
+        """Of a long turn only the first and the last two steps run: those between take the same
+        memory."""
+        if self.t <= 2 or self.t >= self.steps - 2:
             self.logits = None
             self.logits = self.real_step.__wrapped__(vlm, cache, tokens, positions, live)
         else:
@@ -154,7 +166,9 @@ class Script:
 
 class Silent:
     """In place of metrics.StepLog, which reads numbers."""
-    def lap(self, *_): pass
+    def lap(self, *_):
+        pass
+
     add = add_gap = add_micro_batch = lap
 
 # -----------------------------------------------------------------------------
@@ -168,39 +182,48 @@ def no_numbers(monkeypatch):
     monkeypatch.setattr(F, "rms_norm", lambda x, shape, weight, eps: Norm.apply(x, weight))
     monkeypatch.setattr(vision.View, "pixels", lambda self: None)
     monkeypatch.setattr(vision, "patchify", lambda vlm, view, _: view.set_patches(
-        torch.zeros(view.grid[1] * view.grid[2], 3 * vlm.processor.patch_size ** 2, dtype=torch.float16).to(torch.uint8)))
+        torch.zeros(view.grid[1] * view.grid[2], 3 * vlm.processor.patch_size ** 2,
+                    dtype=torch.float16).to(torch.uint8)))
     return monkeypatch
 
 def random_shape(patch, seed):
-    """A VLM of a size that is drawn, larger than the tiny one and smaller than a released one, on the meta device."""
+    """A VLM of a size that is drawn, larger than the tiny one and smaller than a released one, on
+    the meta device."""
     rng = random.Random(seed)
     heads = rng.choice([4, 8, 12])
     tied = rng.random() < 0.5
-    text = dict(hidden_size=128 * heads, intermediate_size=128 * rng.randint(2 * heads, 5 * heads), num_hidden_layers=rng.randint(4, 10),
-                num_attention_heads=heads, num_key_value_heads=rng.choice([1, 2, heads // 2]), vocab_size=rng.randint(2000, 80_000), tie_word_embeddings=tied)
+    text = dict(hidden_size=128 * heads,
+                intermediate_size=128 * rng.randint(2 * heads, 5 * heads),
+                num_hidden_layers=rng.randint(4, 10), num_attention_heads=heads,
+                num_key_value_heads=rng.choice([1, 2, heads // 2]),
+                vocab_size=rng.randint(2000, 80_000), tie_word_embeddings=tied)
     patch.setitem(speed_setup.TEXT_SIZES, "random", text)
-    tower = dict(depth=2, hidden_size=64 * rng.randint(5, 16), intermediate_size=rng.randint(1000, 3000), fullatt_block_indexes=[1])
+    tower = dict(depth=2, hidden_size=64 * rng.randint(5, 16),
+                 intermediate_size=rng.randint(1000, 3000), fullatt_block_indexes=[1])
     patch.setattr(speed_setup, "VISION_SIZE", speed_setup.VISION_SIZE | tower)
     vlm = speed_setup.random_weights("random", "meta")
-    vlm.spec = replace(vlm.spec, max_pixels=rng.randint(700, 1200) ** 2, crop_side=28 * rng.randint(14, 26), window=112)
+    vlm.spec = replace(vlm.spec, max_pixels=rng.randint(700, 1200) ** 2,
+                       crop_side=28 * rng.randint(14, 26), window=112)
     return vlm
 
 def questions(n, images=1, size=(1400, 1200)):
-    return [data.Sample(str(i), [Image.new("RGB", size) for _ in range(images)], "where is it?", "point", targets=[{"image": 0, "box": [1, 1, 50, 50]}])
+    return [data.Sample(str(i), [Image.new("RGB", size) for _ in range(images)], "where is it?",
+                        "point", targets=[{"image": 0, "box": [1, 1, 50, 50]}])
             for i in range(n)]
 
 def peaks_of_a_step(vlm, cfg, samples, counted, patch, said):
-    """-> bytes at the peak of the rollout, of the update, beside what is always there: weights and optimizer."""
+    """-> bytes at the peak of the rollout, of the update, beside what is always there: weights and
+    optimizer."""
     without_numbers(vlm)
     vlm.recompute = cfg.recompute
-    Script(patch, said, every_step=False)
+    Script(patch, said)
     before = counted.now
     config = rl_run.rollout_config(cfg, 0)
     counted.peak = before
     episodes = zoom_rollout.rollout(vlm, samples, cfg.group_size, config)
     rollout = counted.peak - before
     for p in vlm.parameters():
-        p.grad_dtype = torch.float32                                                    # as AdamW says
+        p.grad_dtype = torch.float32                                    # as AdamW says
     for e in episodes:
         e.advantage = 1.0
     counted.peak = counted.now
@@ -210,13 +233,23 @@ def peaks_of_a_step(vlm, cfg, samples, counted, patch, said):
         del loss
     return rollout, counted.peak - before, episodes
 
-SETTINGS = {"zooms": dict(recipe="vigorl-zoom", num_prompts=2, group_size=4, max_new_tokens=200, max_zooms=2, micro_tokens=8192),
-            "recomputed": dict(recipe="vigorl-zoom", num_prompts=3, group_size=4, max_new_tokens=200, max_zooms=1, micro_tokens=6144, recompute=True),
-            "one turn": dict(recipe="vigorl", task="point", num_prompts=6, group_size=8, max_new_tokens=300, micro_tokens=8192),
-            "several images": dict(recipe="univg-r1", task="boxes", num_prompts=4, group_size=4, max_new_tokens=400, micro_tokens=6400, recompute=True)}
+SETTINGS = {
+    "zooms": dict(
+        recipe="vigorl-zoom", num_prompts=2, group_size=4, max_new_tokens=200, max_zooms=2,
+        micro_tokens=8192),
+    "recomputed": dict(
+        recipe="vigorl-zoom", num_prompts=3, group_size=4, max_new_tokens=200, max_zooms=1,
+        micro_tokens=6144, recompute=True),
+    "one turn": dict(
+        recipe="vigorl", task="point", num_prompts=6, group_size=8, max_new_tokens=300,
+        micro_tokens=8192),
+    "several images": dict(
+        recipe="univg-r1", task="boxes", num_prompts=4, group_size=4, max_new_tokens=400,
+        micro_tokens=6400, recompute=True)}
 
 def measured_and_planned(patch, seed, images=1, **flags):
-    """-> {"rollout", "update": (measured bytes, planned bytes)}, both beside weights and optimizer, and the bytes of these."""
+    """-> {"rollout", "update": (measured bytes, planned bytes)}, both beside weights and optimizer,
+    and the bytes of these."""
     vlm = random_shape(patch, seed)
     cfg = train_rl.Config(blind_prompts=0, **flags)
     samples = questions(cfg.num_prompts, images)
@@ -226,7 +259,8 @@ def measured_and_planned(patch, seed, images=1, **flags):
     counted = Counted()
     with counted:
         rollout, update, _ = peaks_of_a_step(vlm, cfg, samples, counted, patch, cfg.max_new_tokens)
-    return {"rollout": (rollout, plan["rollout"] - always), "update": (update, plan["update"] - always)}, always
+    return {"rollout": (rollout, plan["rollout"] - always),
+            "update": (update, plan["update"] - always)}, always
 
 # -----------------------------------------------------------------------------
 # the plan is what the code takes
@@ -234,19 +268,24 @@ def measured_and_planned(patch, seed, images=1, **flags):
 @pytest.mark.slow
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_the_plan_is_what_a_step_takes(no_numbers, setting):
-    """Claim: rollout and update of a step hold what the plan says, within a tenth; within 15 % without weights and optimizer."""
-    moments, always = measured_and_planned(no_numbers, 1, 3 if setting == "several images" else 1, **SETTINGS[setting])
+    """Claim: rollout and update of a step hold what the plan says, within a tenth; within 15 %
+    without weights and optimizer."""
+    moments, always = measured_and_planned(
+        no_numbers, 1, 3 if setting == "several images" else 1, **SETTINGS[setting])
     for moment, (measured, planned) in moments.items():
         assert 0.9 < (measured + always) / (planned + always) < 1.1, moment
         assert 0.85 < measured / planned < 1.15, (moment, measured, planned)
 
 def test_evaluation_needs_no_optimizer():
     vlm = speed_setup.random_weights("qwen2.5-vl-3b", "meta")
-    plan = memory.memory_plan(vlm, evaluation_run.memory_options(vlm, replace(evaluate.Config(max_new_tokens=512), style="zoom"), 3700))
-    assert plan["optimizer"] == plan["gradients"] == plan["activations"] == plan["update"] == 0 < plan["rollout"] == plan["peak"] < 30e9
+    plan = memory.memory_plan(vlm, evaluation_run.memory_options(
+        vlm, replace(evaluate.Config(max_new_tokens=512), style="zoom"), 3700))
+    assert (plan["optimizer"] == plan["gradients"] == plan["activations"] == plan["update"] == 0
+            < plan["rollout"] == plan["peak"] < 30e9)
 
 def test_features_go_before_the_next_rollout(monkeypatch, models):
-    """Bug: the features of a step's images are alive while the next step is rolled out: 11.5 GB at the size of the papers."""
+    """Bug: the features of a step's images are alive while the next step is rolled out: 11.5 GB at
+    the size of the papers."""
     old, alive = [], []
     def train_step(*args, real=train_rl.train_step):
         gc.collect()
@@ -261,8 +300,10 @@ def test_features_go_before_the_next_rollout(monkeypatch, models):
     assert len(old) > 3 and alive == [0, 0, 0]
 
 def test_long_prompts_are_warned_of(capsys):
-    """Claim: where a prompt is longer than --micro-tokens, it runs once per episode; the run says so, and what to change."""
-    options = memory.MemoryOptions(1000, 1000, 900, 100, 50, 0, 0, 4, group_size=8, micro_tokens=800)
+    """Claim: where a prompt is longer than --micro-tokens, it runs once per episode; the run says
+    so, and what to change."""
+    options = memory.MemoryOptions(1000, 1000, 900, 100, 50, 0, 0, 4, group_size=8,
+                                   micro_tokens=800)
     rl_run.warn_of_long_prompts(options)
     out = capsys.readouterr().out
     assert "900 tokens" in out and "--micro-tokens 800" in out and "--max-pixels" in out

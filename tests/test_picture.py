@@ -1,7 +1,7 @@
+"""The pictures: the algorithm as SVG from a group of episodes, the moving image of two episodes,
+and the figures for slides. The episodes are written by hand, so every number in a picture is known.
 """
-The pictures: the algorithm as SVG from a group of episodes, the moving image of two episodes, and the figures for slides. The
-episodes are written by hand, so every number in a picture is known.
-"""
+import math
 import re
 import xml.etree.ElementTree as xml
 
@@ -24,19 +24,22 @@ def turns_of(sample, answer, vlm, well_formed=True):
 
 @pytest.fixture(scope="module")
 def group(models):
-    """Eight tries of a question: four right, two wrong, one right and one wrong in a broken form."""
+    """Eight tries of a question: four right, two wrong, one right and one wrong
+    in a broken form."""
     vlm = models["qwen2.5"]
     sample = data.toy("search", "train", 1, "picture")[0]
     right = sample.options[sample.answer]
     wrong = sample.options[sample.answer - 1]
     tries = [(wrong, True), *[(right, True)] * 4, (wrong, True), (right, False), (wrong, False)]
-    episodes = [zoom_rollout.replay(vlm, sample, turns_of(sample, answer, vlm, form)) for answer, form in tries]
+    episodes = [zoom_rollout.replay(vlm, sample, turns_of(sample, answer, vlm, form))
+                for answer, form in tries]
     for n, e in enumerate(episodes):
         e.logprobs = [-0.25 * (n + 1) * chosen for chosen in e.completion_mask]
     return picture.score(episodes)
 
 def test_the_group_is_scored_as_in_training(group):
-    """Claim: rewards and advantages are those of the recipe and of grpo; the try that is drawn is the first right one that looked."""
+    """Claim: rewards and advantages are those of the recipe and of grpo; the try that is drawn is
+    the first right one that looked."""
     assert [round(r, 6) for r in group.rewards] == [0.4, 1, 1, 1, 1, 0.4, 0.6, 0]
     close(group.advantages, grpo.group_advantages(torch.tensor([group.rewards]))[0], 1e-6)
     assert group.shown == 1
@@ -48,14 +51,16 @@ def test_pieces_are_the_episode(models, group):
     chosen = [p for p in pieces if p.logprob is not None]
     assert len(chosen) == sum(e.completion_mask) and all(p.logprob == -0.5 for p in chosen)
     given = [p for p in pieces if p.logprob is None]
-    assert len(given) == 1 and given[0].tokens + len(chosen) + e.completion_mask.index(True) == len(e.ids)
+    assert (len(given) == 1
+            and given[0].tokens + len(chosen) + e.completion_mask.index(True) == len(e.ids))
     call = "".join(p.text for p in pieces if p.in_call)
-    assert call.startswith("<tool_call>") and call.endswith("</tool_call>") and re.search(r"\[\d+,\d+\]", call)
+    assert (call.startswith("<tool_call>") and call.endswith("</tool_call>")
+            and re.search(r"\[\d+,\d+\]", call))
 
 @pytest.mark.parametrize("variant", picture.VARIANTS)
 def test_the_picture_holds_the_numbers(models, group, variant):
-    """Claim: valid SVG without anything from outside; every text lies inside; all rewards and advantages stand in it, and a mask of 1 for
-    each token that the policy chose."""
+    """Claim: valid SVG without anything from outside; every text lies inside; all rewards and
+    advantages stand in it, and a mask of 1 for each token that the policy chose."""
     root = xml.fromstring(picture.draw(models["qwen2.5"], group, picture.VARIANTS[variant]))
     assert not re.search(r'(?:href|src)="(?!data:|#)', xml.tostring(root).decode())
     width, height = [float(n) for n in root.get("viewBox").split()[2:]]
@@ -66,15 +71,22 @@ def test_the_picture_holds_the_numbers(models, group, variant):
     said = [text.text for text in texts]
     for advantage, reward in zip(group.advantages, group.rewards):
         assert f"{advantage:+.2f}" in said and f"r = {reward:.1f}" in said
-    assert said.count("1") - sum(p.text == "1" for p in picture.pieces_of(models["qwen2.5"], group.episodes[1])) == sum(group.episodes[1].completion_mask)
+    assert (said.count("1")
+            - sum(p.text == "1"
+                  for p in picture.pieces_of(models["qwen2.5"], group.episodes[1]))
+            == sum(group.episodes[1].completion_mask))
     assert group.sample.question in said
 
 def test_any_group_can_be_drawn(models):
     """Bug: a group in which nobody zoomed, or whose first try called in vain, ends in an error."""
     vlm, sample = models["qwen2.5"], data.toy("search", "train", 1, "picture")[0]
-    blind = zoom_rollout.replay(vlm, sample, ["<think> I guess. </think>\n<answer> lined </answer>"])
-    outside = zoom_rollout.replay(vlm, sample, [f"<think> There. </think>\n{data.tool_call(900, 900)}", *turns_of(sample, "lined", vlm)])
-    for episodes, observations in (([blind, blind], []), ([outside, blind], ["an error", "a crop"])):
+    blind = zoom_rollout.replay(
+        vlm, sample, ["<think> I guess. </think>\n<answer> lined </answer>"])
+    outside = zoom_rollout.replay(
+        vlm, sample, [f"<think> There. </think>\n{data.tool_call(900, 900)}",
+                      *turns_of(sample, "lined", vlm)])
+    for episodes, observations in (([blind, blind], []),
+                                   ([outside, blind], ["an error", "a crop"])):
         svg = picture.draw(vlm, picture.score(episodes), picture.LIGHT)
         xml.fromstring(svg)
         assert re.findall(r"tokens: (an error|a crop)", svg) == observations
@@ -108,12 +120,14 @@ def test_a_policy_without_a_warm_start_is_refused(models, monkeypatch):
 # the moving image
 
 def test_moments_unfold_in_step(group):
-    """Claim: words come one by one, a zoom shows after its words, both sides go on at once, and the time of the frames is that of the
-    longer side."""
+    """Claim: words come one by one, a zoom shows after its words, both sides go on at once, and the
+    time of the frames is that of the longer side."""
     e = group.episodes[1]
     moments = moving.moments_of(e)
-    assert [m.zooms for m in moments] == sorted(m.zooms for m in moments) and moments[-1].zooms == 1
-    assert moments[0].text.strip() == "It" and moments[-1].is_over and "answer: " in moments[-1].text
+    assert ([m.zooms for m in moments] == sorted(m.zooms for m in moments)
+            and moments[-1].zooms == 1)
+    assert (moments[0].text.strip() == "It" and moments[-1].is_over
+            and "answer: " in moments[-1].text)
     short = moments[:3] + [moments[-1]]
     frames = moving.in_step(moments, short)
     assert frames[-1][:2] == (moments[-1], short[-1])
@@ -131,12 +145,15 @@ def test_the_moving_image_moves(group, tmp_path):
         last = image.convert("RGB")
         assert 0.5 * moving.END <= image.info["duration"]
     assert first.tobytes() != last.tobytes()
-    verdicts = [last.crop((n * moving.PANEL + moving.SCENE + 20, 250, (n + 1) * moving.PANEL, 300)) for n in range(2)]
-    red, green = [sum(c[0] - c[1] for _, c in v.getcolors(10 ** 6) if max(c) - min(c) > 60) for v in verdicts]
+    verdicts = [last.crop((n * moving.PANEL + moving.SCENE + 20, 250, (n + 1) * moving.PANEL, 300))
+                for n in range(2)]
+    red, green = [sum(c[0] - c[1] for _, c in v.getcolors(10 ** 6) if max(c) - min(c) > 60)
+                  for v in verdicts]
     assert red > 0 > green
 
 def test_before_and_after_differ(models, group, monkeypatch):
-    """Claim: the question is one that changes from a wrong option to the right one; without such a question the command says so."""
+    """Claim: the question is one that changes from a wrong option to the right one; without such a
+    question the command says so."""
     wrong, right = group.episodes[0], group.episodes[1]
     monkeypatch.setattr(moving.data, "toy", lambda *_: [group.sample])
     answers = {"before": [wrong], "after": [right]}
@@ -149,24 +166,34 @@ def test_before_and_after_differ(models, group, monkeypatch):
 # slides
 
 def test_slides_are_the_formulas():
-    """Claim: the lines are what the chapters compute: the four corners of the clip, the push of each loss, the weights."""
-    assert slides.token_loss(2.0, 1.0) == pytest.approx((-1.28, 0)) and slides.token_loss(0.5, 1.0) == pytest.approx((-0.5, 0.5))
-    assert slides.token_loss(0.5, -1.0) == pytest.approx((0.8, 0)) and slides.token_loss(2.0, -1.0) == pytest.approx((2, -2))
-    assert set(slides.push().lines) == set(grpo.LOSSES) and set(slides.weights().lines) == set(grpo.WEIGHTS)
+    """Claim: the lines are what the chapters compute: the four corners of the clip, the push of
+    each loss, the weights."""
+    assert (slides.token_loss(2.0, 1.0) == pytest.approx((-1.28, 0))
+            and slides.token_loss(0.5, 1.0) == pytest.approx((-0.5, 0.5)))
+    assert (slides.token_loss(0.5, -1.0) == pytest.approx((0.8, 0))
+            and slides.token_loss(2.0, -1.0) == pytest.approx((2, -2)))
+    assert (set(slides.push().lines) == set(grpo.LOSSES)
+            and set(slides.weights().lines) == set(grpo.WEIGHTS))
     assert dict(slides.push().lines["reinforce"])[0.2] == pytest.approx(1)
     right = dict(slides.advantages().lines["right, scale none"])
     assert right[1] == pytest.approx(7 / 8) and right[7] == pytest.approx(1 / 8)
 
 def test_slides_are_written(tmp_path, capsys):
-    """Claim: each figure is valid SVG whose lines lie inside it; a run adds its curves; a folder that is no run is refused."""
+    """Claim: each figure is valid SVG whose lines lie inside it; a run adds its curves; a folder
+    that is no run is refused."""
     run_folder = tmp_path / "run"
     run_folder.mkdir()
-    (run_folder / "metrics.jsonl").write_text('{"step": 0, "accuracy": 0.5}\n{"step": 1, "accuracy": 0.7}\n')
+    (run_folder / "metrics.jsonl").write_text('{"step": 0, "accuracy": 0.5}\n'
+                                              '{"step": 1, "accuracy": 0.7}\n')
     slides.main([str(run_folder), "--out", str(tmp_path / "out")])
     for name in [*slides.FIGURES, "run"]:
         root = xml.parse(tmp_path / "out" / f"{name}.svg").getroot()
         lines = list(root.iter(f"{SVG}polyline"))
-        assert lines and all("nan" not in line.get("points") for line in lines)
+        numbers = [float(v) for line in lines for v in re.split("[, ]", line.get("points"))]
+        assert numbers and all(map(math.isfinite, numbers))
+        # the weight 1/m has no highest value
+        assert all(line.get("clip-path") == "url(#inside)" for line in lines)
+        assert root.find(f"{SVG}clipPath").get("id") == "inside"
     assert len(lines) == 1
     with pytest.raises(SystemExit):
         slides.main([str(tmp_path)])

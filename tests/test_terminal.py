@@ -12,18 +12,22 @@ import zoom_rollout
 from appendix import run, speedrun, terminal
 
 def episodes_that_say(vlm, *answers):
-    """One zoom into a place, then an answer, for one question per answer; "right" and "wrong" are replaced by options."""
+    """One zoom into a place, then an answer, for one question per answer; "right" and "wrong" are
+    replaced by options."""
     out = []
     for s, answer in zip(data.toy("search", "test", len(answers)), answers):
         option = s.options[s.answer if answer == "right" else s.answer - 1]
-        texts = [f"<think> The red square may be at (20, 30). </think>\n{data.tool_call(20, 30)}", f"<think> This is it. </think>\n<answer> {option} </answer>"]
+        texts = [f"<think> The red square may be at (20, 30). </think>\n{data.tool_call(20, 30)}",
+                 f"<think> This is it. </think>\n<answer> {option} </answer>"]
         e = zoom_rollout.replay(vlm, s, texts)
-        evaluate.finish_episode(vlm, e, zoom_rollout.RolloutConfig(), evaluate.RunOptions(recipe="vigorl-zoom"), False)
+        evaluate.finish_episode(vlm, e, zoom_rollout.RolloutConfig(),
+                                evaluate.RunOptions(recipe="vigorl-zoom"), False)
         out.append(e)
     return out
 
 def test_the_same_question_before_and_after(vlm, capsys):
-    """Bug: an example that was right already, or another question after RL; a crop or the answer is missing."""
+    """Bug: an example that was right already, or another question after RL;
+    a crop or the answer is missing."""
     before = episodes_that_say(vlm, "right", "wrong", "wrong")
     sample_id = terminal.wrong_one(before)
     assert sample_id == before[1].sample.id
@@ -31,8 +35,10 @@ def test_the_same_question_before_and_after(vlm, capsys):
     said = capsys.readouterr().out
     s = before[1].sample
     assert f"before RL: {s.question} (right: {s.options[s.answer]})" in said and "  wrong\n" in said
-    assert "The red square may be at (20, 30)" in said and "zoom into (20, 30)" in said and "This is it." in said
-    assert f"answer: {s.options[s.answer - 1]}\n" in said and "<" not in said and max(len(line) for line in said.splitlines()) < 100
+    assert ("The red square may be at (20, 30)" in said and "zoom into (20, 30)" in said
+            and "This is it." in said)
+    assert (f"answer: {s.options[s.answer - 1]}\n" in said and "<" not in said
+            and max(len(line) for line in said.splitlines()) < 100)
     terminal.print_example(episodes_that_say(vlm, "right", "right", "wrong"), "after RL", sample_id)
     said = capsys.readouterr().out
     assert s.question in said and "  right\n" in said
@@ -57,7 +63,9 @@ def test_next_commands_are_valid(capsys):
     """Bug: a command that the scripts refuse, or that repeats the run."""
     for task in data.TASKS:
         terminal.print_next(train_rl.Config(name="a b", task=task))
-        commands = [shlex.split(line) for line in capsys.readouterr().out.splitlines() if line.startswith("  python")]
+        commands = [shlex.split(line)
+                    for line in capsys.readouterr().out.splitlines()
+                    if line.startswith("  python")]
         scripts = {"evaluate.py": evaluate, "train_rl.py": train_rl}
         seen = set()
         for _, script, *args in commands:
@@ -75,7 +83,8 @@ def test_next_commands_are_valid(capsys):
 
 @pytest.fixture
 def fake_run(monkeypatch):
-    """A run whose held-out accuracy is 0.5 + 0.1 per measurement; every part of it takes a second of a false clock."""
+    """A run whose held-out accuracy is 0.5 + 0.1 per measurement; every part of it takes a second
+    of a false clock."""
     now, calls = [0.0], []
     monkeypatch.setattr(speedrun.time, "perf_counter", lambda: now[0])
 
@@ -88,7 +97,8 @@ def fake_run(monkeypatch):
                 return {"on": types.SimpleNamespace(summary=summary)}
             return types.SimpleNamespace(toy_side=448, parameters=lambda: [])
         return part
-    for module, names in ((speedrun.rl_run, ("load_policy", "fine_tune_on_traces", "measure")), (train_rl, ("train_step",)),
+    for module, names in ((speedrun.rl_run, ("load_policy", "fine_tune_on_traces", "measure")),
+                          (train_rl, ("train_step",)),
                           (speedrun, ("AdamW",))):
         for name in names:
             monkeypatch.setattr(module, name, does(name))
@@ -96,10 +106,11 @@ def fake_run(monkeypatch):
     return calls
 
 def test_the_clock_runs_while_something_is_learned(fake_run):
-    """Bug: seconds of loading or measuring count; a run that never gets there is given a time; steps past the mark."""
+    """Bug: seconds of loading or measuring count; a run that never gets there is given a time;
+    steps past the mark."""
     seconds, steps, accuracy = speedrun.speedrun(train_rl.Config(steps=60), target=0.69, every=5)
     assert steps == 10 and abs(accuracy - 0.7) < 1e-9 and fake_run.count("train_step") == 10
-    assert seconds == 2 + 10                                                    # warm start, optimizer; ten steps
+    assert seconds == 2 + 10                    # warm start, optimizer; ten steps
     fake_run.clear()
     assert speedrun.speedrun(train_rl.Config(steps=8), target=0.99, every=4)[:2] == (None, 8)
     assert fake_run.count("train_step") == 8 and fake_run.count("measure") == 3
@@ -107,13 +118,15 @@ def test_the_clock_runs_while_something_is_learned(fake_run):
 def test_the_settings_are_those_of_a_run(monkeypatch, fake_run):
     """Bug: the recipe stayed empty, as on the command line, and the first measurement failed."""
     asked = []
-    monkeypatch.setattr(speedrun, "speedrun", lambda cfg, *flags: asked.append(cfg) or (1.0, 5, 0.9))
+    monkeypatch.setattr(speedrun, "speedrun",
+                        lambda cfg, *flags: asked.append(cfg) or (1.0, 5, 0.9))
     monkeypatch.setattr(sys, "argv", ["speedrun", "--seeds", "3", "--task", "relation"])
     speedrun.main()
     assert [(cfg.recipe, cfg.seed) for cfg in asked] == [("vigorl", 3)]
 
-@pytest.mark.parametrize("flags, says", [("--target 1.5", "--target"), ("--every 0", "--every"), ("--seeds 1,1", "--seeds"),
-                                         ("--kl-coef 0.1", "--kl-coef"), ("--lr fast", "--lr")])
+@pytest.mark.parametrize("flags, says", [
+    ("--target 1.5", "--target"), ("--every 0", "--every"), ("--seeds 1,1", "--seeds"),
+    ("--kl-coef 0.1", "--kl-coef"), ("--lr fast", "--lr")])
 def test_bad_flags_of_the_speedrun(monkeypatch, capsys, flags, says):
     monkeypatch.setattr(sys, "argv", ["speedrun", *flags.split()])
     with pytest.raises(SystemExit):
