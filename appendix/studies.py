@@ -430,14 +430,14 @@ difficulty or task.
     python -m appendix.sweep --study NAME           # run one; compares with what is recorded here
     python -m appendix.studies                      # write this page from the records
 
-Three seeds give wide intervals: an effect of a few points is often not decided. Where three leave
-the first claim of a study open, two more are run, once; sections that name seeds 0 to 2 still wait
-for them, or were decided by three. If no claim were true, about one in forty would still come out
-as *holds here* (a few more where seeds were added), so expect one or two false ones on this page.
-Student's t does not know that shares end at 0 and 1; where an interval is wide, look at the seeds.
-Differences of shares are shares, too: 0.05 is five points. Equal arms of different studies are
-equal runs, so their errors are not independent. Minutes are those of the runs' own clocks, divided
-by two cores; the start of each process comes on top.
+Three seeds give wide intervals: an effect of a few points is often not decided. Where three left
+the first claim of a study open, two more were run, once (not for `losses`, which would have taken
+too long). If no claim were true, about one in forty would still come out as *holds here* (a few
+more where seeds were added), so expect one or two false ones on this page. Student's t does not
+know that shares end at 0 and 1; where an interval is wide, look at the seeds. Differences of shares
+are shares, too: 0.05 is five points. Equal arms of different studies are equal runs, so their
+errors are not independent. Minutes are those of the runs' own clocks, divided by two cores; the
+start of each process comes on top.
 """
 
 
