@@ -410,7 +410,9 @@ Claims of ViGoRL, of UniVG-R1, and of those who doubt or extend them, each put t
 toy world with the tiny model. A verdict speaks of this world and this model; it neither proves nor
 refutes a paper about models of 3B and more. [study_list.py](study_list.py) says what is claimed,
 what is run, and which difference matters. Claims, arms and these differences were written before
-the runs; limits were added to afterwards, where a reader of the results found another one.
+the runs that they are judged by; after a first run `spurious-rewards` gained an arm, and
+`behaviours` a longer warm start. Limits were added to afterwards, where a reader of the results
+found another one.
 
 **The rule.** Each difference is taken seed by seed; the arms that a claim compares answer the same
 held-out questions, and arms that begin alike share a warm start. Over the seeds it has a mean and a
@@ -422,7 +424,7 @@ in the rule.
 **The figures.** `accuracy_before` and `accuracy_after` RL: of 200 held-out questions (100 in
 `pass-at-k`), for boxes the share with an IoU of 0.5 or more; an arm with `steps=0` has no RL, so
 both are the same. `saw`: the share of episodes whose crops showed what the answer depends on.
-`at_once.accuracy`: the policy must answer without a thought. `logp_gap_max`: the largest gap
+`at_once.accuracy`: the policy is told to answer without a thought. `logp_gap_max`: the largest gap
 between the log-probabilities of sampler and trainer. `levels`: a part of the questions, by
 difficulty or task.
 
@@ -430,10 +432,10 @@ difficulty or task.
     python -m appendix.sweep --study NAME           # run one; compares with what is recorded here
     python -m appendix.studies                      # write this page from the records
 
-Three seeds give wide intervals: an effect of a few points is often not decided. Where three left
-the first claim of a study open, two more were run, once (not for `losses`, which would have taken
-too long). If no claim were true, about one in forty would still come out as *holds here* (a few
-more where seeds were added), so expect one or two false ones on this page. Student's t does not
+Three to five seeds give wide intervals: an effect of a few points is often not decided. Where three
+left the first claim of a study open, two more were run, once (not for `losses`, which would have
+taken too long). If no claim were true, about one in forty would still come out as *holds here* (a
+few more where seeds were added), so expect one or two false ones on this page. Student's t does not
 know that shares end at 0 and 1; where an interval is wide, look at the seeds. Differences of shares
 are shares, too: 0.05 is five points. Equal arms of different studies are equal runs, so their
 errors are not independent. Minutes are those of the runs' own clocks, divided by two cores; the
@@ -487,6 +489,8 @@ def claims_table(study, record):
 def compared(claim):
     """In words: which arm, with which, in what."""
     words = f"`{claim.figure}` of *{claim.arm}*"
+    if claim.falls and not claim.than:
+        return f"by how much {words} is below {claim.handicap:g}"
     if claim.than:
         words += f" against *{claim.than}*"
     if claim.falls:

@@ -1,10 +1,11 @@
 """The studies of appendix/studies.py: what each claims, what it runs, which difference matters.
 
-Claims, arms and smallest differences were written before the runs, and no study is tuned until it
-agrees with its paper. Limits were added to afterwards. The settings are those of train_rl.py. The
-smallest difference that matters (`least`) is a share unless the figure is a count; it is five
-points where a paper reports a large effect, two or three where it reports a small one, and twenty
-where a control should take away what the policy learned.
+Claims, arms and smallest differences were written before the runs that they are judged by, and no
+study is tuned until it agrees with its paper. After a first run `spurious-rewards` gained an arm,
+and `behaviours` a longer warm start. Limits were added to afterwards. The settings are those of
+train_rl.py. The smallest difference that matters (`least`) is a share unless the figure is a count;
+it is five points where a paper reports a large effect, two or three where it reports a small one,
+and twenty where a control should take away what the policy learned.
 """
 from dataclasses import dataclass, field
 
@@ -84,13 +85,14 @@ STUDIES = [
         evaluate={"at_once": "--zoom=off"},
         show=("at_once.accuracy",),
         limits="The tiny base was taught to point by its pretraining, and its reasoning has no "
-               "words but names and places. Told to answer at once it loses the whole thought, not "
-               "only the points; and a drill of the pretraining (`lessons.zoom_drill`) put random "
-               "options after that very sentence, so a part of what it loses was taught. The "
-               "prompt asks for points in all arms. A click is a point itself, so on `point` the "
-               "reasoning has little to add. `relation` has two options: without points the policy "
-               "stays at chance, and told to answer at once it falls below, so most of those "
-               "answers are not even guesses.",
+               "words but names and places. Told to answer at once (its turn is opened with "
+               "`data.FORCE`) it loses the whole thought, not only the points; and a drill of the "
+               "pretraining (`lessons.zoom_drill`) put random options after that very sentence, "
+               "so a part of what it loses was taught. The prompt asks for points in all arms. A "
+               "click is a point itself, so on `point` points in the reasoning have little to "
+               "add. `relation` has two options: without points the policy stays at chance, and "
+               "told to answer at once it falls below, so most of those answers are not even "
+               "guesses; some policies write their thought inside the answer.",
         read="`rewards.vigorl` and `rewards.vigorl_ungrounded`; `trace_tools.retarget`; "
              "`zoom_rollout.RolloutConfig.opening`."),
     Study(
@@ -116,7 +118,8 @@ STUDIES = [
         limits="The teacher is the tiny base itself, not a model of 72B, and there are equally "
                "many traces in all arms: what search costs, and that it solves more questions, "
                "does not count here (`python -m appendix.speed search` measures that). A policy "
-               "that learned answers alone hardly earns the format part of the reward at first.",
+               "that learned answers alone wrote no thought in 40 steps, so the format part of "
+               "its reward stayed 0.",
         read="`appendix/tree_search.py`; `train_sft.find_traces`; `trace_tools.retarget`."),
     Study(
         "zoom", VIGORL,
@@ -148,9 +151,10 @@ STUDIES = [
                "honestly: the arm `larger overview` sees the scene at twice the size, 64 tokens, "
                "as many as an overview and three crops, but the eyes of the tiny base are frozen "
                "in RL and have never seen a pattern at that size. So its row stands in the table "
-               "without a claim. The warm start of the arm with crops of the fed copy showed crops "
-               "of the stored image, as that of the other arms. After RL this arm no longer zooms, "
-               "so its controls compare equal episodes.",
+               "without a claim. Its traces have no crops and guess the option. The warm start of "
+               "the arm with crops of the fed copy showed crops of the stored image, as that of "
+               "`zoom`. After RL this arm no longer zooms, so its controls with black and wrong "
+               "crops compare equal episodes.",
         read="`zoom_rollout.crop` and `env_step`; `evidence.elsewhere`; `evaluate.MODES`."),
     Study(
         "distinct-points", VIGORL,
@@ -204,13 +208,15 @@ STUDIES = [
                "the tiny model knows few words: of correction one phrase, of subgoals none, so "
                "there is no claim about those. Corrected chains of the warm start bring the "
                "backtracking; it takes the tiny model eight passes to learn to spell their words. "
-               "(Two trials with one pass, not shown, had no backtracking before or after RL.) The "
-               "paper compares with GRPO without grounding, this study with its own warm start.",
+               "(Two trials with one pass, not shown, had no backtracking before or after RL.) "
+               "The paper compares with GRPO without grounding, this study with its own warm "
+               "start. A question about a relation names two things, and RL settles on two "
+               "regions; more could not be expected.",
         read="`analysis.behaviour`; `appendix/chains.py` on corrected chains."),
 
     Study(
         "both-stages", UNIVG,
-        "Fine-tuning and RL together are better than either alone.",
+        "RL after fine-tuning is better than fine-tuning alone (and than RL alone).",
         "UniVG-R1 (2505.14231), table 4: 69.00 after fine-tuning alone, 72.64 after both "
         "(MIG-Bench, Acc@0.5).",
         arms={
@@ -237,7 +243,7 @@ STUDIES = [
         "difficulty", UNIVG,
         "Prompts that are solved less often should count more.",
         "UniVG-R1, table 4: 70.65 without and 72.64 with the weight `exp`; it finds that all "
-        "variants help. MaxRL (2602.02710) weights by 1/m in the limit.",
+        "variants help. MaxRL (2602.02710) comes to 1/m. (m: the mean IoU of the group.)",
         arms={
             "none": "difficulty_weight=none",
             "exp": "difficulty_weight=exp",
@@ -263,10 +269,10 @@ STUDIES = [
         picture="weights.svg",
         picture_shows="each weight over the mean accuracy of the group, as a share of its largest",
         limits="In the paper the weight is worth two points. A few seeds of a tiny model scatter "
-               "by more than that, so an open verdict is likely. The paper has a KL term beside "
-               "the weights; here there is none, because a larger weight would also make that term "
-               "smaller in proportion. Adam divides by the size of the gradient, so a factor on "
-               "all advantages alone changes little.",
+               "by more than that, so open verdicts are likely. The paper has a KL term beside "
+               "the weights; here there is none, because a larger weight would also make that "
+               "term smaller in proportion. Adam divides by the size of the gradient, so a factor "
+               "on all advantages alone should change little.",
         read="`grpo.difficulty_weights`; `train_rl.prompt_weights`."),
     Study(
         "soft-iou", UNIVG,
@@ -291,13 +297,14 @@ STUDIES = [
                   "IoU + format", "hit + format", figure="mean_iou_after", least=0.02),
         ),
         show=("mean_iou_after", "levels.hard.accuracy_after"),
-        limits="The first three claims are judged by Acc@0.5, which is the hit itself. The warm "
-               "start writes nearly all answers in the right form, so the format part has little "
-               "left to teach.",
+        limits="The first three claims are judged by Acc@0.5, which is the hit itself. The fourth "
+               "is judged by the mean IoU, which is the very reward of the arm that it favours. "
+               "The warm start writes nearly all answers in the right form, so the format part "
+               "has little left to teach.",
         read="`rewards.univg_r1`; `rl_options.choose_parts`."),
     Study(
         "transfer", UNIVG,
-        "What RL taught on one kind of question helps on kinds that were never trained on.",
+        "What RL taught on boxes helps on frames of a video (and three more such pairs).",
         "UniVG-R1 reports zero-shot gains on four other benchmarks; 2603.15432 (Gym-V) finds that "
         "narrow training transfers badly.",
         arms={
@@ -323,10 +330,12 @@ STUDIES = [
         ),
         evaluate={name: f"--task={name}" for name in ("boxes", "video", "search", "relation")},
         limits="`find` is left out: its answers must name an image, a form that no other task "
-               "teaches, so every arm would stay at 0. A policy keeps the prompt it was trained "
-               "with (`search` and `relation`: with the zoom tool). Patterns and sides are other "
-               "words, so between `search` and `relation` both policies may stay near 0, and "
-               "nothing can be seen to transfer. The pretraining has taught boxes, in frames too, "
+               "teaches, so little could be read from it. A policy keeps the prompt it was "
+               "trained with (`search` and `relation`: with the zoom tool). Patterns and sides "
+               "are other words: the policy for relations answers nearly no question of `search`, "
+               "before RL or after, and RL on `search` takes away most of what its warm start "
+               "could do on relations. What boxes bring on frames is small beside RL on frames "
+               "themselves (the arm `video`). The pretraining has taught boxes, in frames too, "
                "though not by these questions: the base is no stranger to what RL was not trained "
                "on. A part of what transfers may be the form of the answer.",
         read="`data.ASK`; `appendix/mixture.py` for training on two kinds at a time."),
@@ -354,10 +363,11 @@ STUDIES = [
         show=tuple(f"many.pass_at.{2 ** i}" for i in range(7)),
         picture="pass-at-k-curve.svg",
         picture_shows="pass@k before and after RL, by k on a logarithmic axis",
-        limits="Boxes in hard scenes, because with four options one of 64 guesses is almost surely "
-               "right. `Before` is the policy after the warm start, which is what RL begins with. "
-               "A box that covers half of the right one can also be hit by chance; 64 tries find "
-               "some. Before RL 64 tries solve nearly all questions, so there is little to gain.",
+        limits="Boxes in hard scenes, because with four options one of 64 guesses is almost "
+               "surely right. `Before` is the policy after the warm start, which is what RL "
+               "begins with. A box that covers half of the right one can also be hit by chance; "
+               "64 tries find some. Before RL 64 tries solve nearly all questions, so RL could "
+               "gain little more there than the difference that matters.",
         read="`evaluate.pass_at_k`."),
     Study(
         "cold-start", FIELD,
@@ -411,7 +421,8 @@ STUDIES = [
         limits="The paper explains the gains by what pretraining left behind and the clip "
                "amplifies. With one update per batch nothing is clipped; one arm has four. The "
                "tiny base has the skills that the task needs (it points, and reads a crop), but "
-               "has not put them together.",
+               "has not put them together. Inverted rewards pay well-formed answers that are not "
+               "right, where the paper pays those that agree with a wrong label.",
         read="`rl_options.replace_by_control`."),
     Study(
         "tool-use", FIELD,
@@ -445,12 +456,14 @@ STUDIES = [
         ),
         show=("levels.search.zooms", "levels.relation.zooms", "levels.search.accuracy_after",
               "levels.relation.accuracy_after"),
-        limits="A right answer pays 0.6 and a crop costs 0.1, so a policy that zooms once where it "
-               "must earns more than one that never does: if zooming dies here, it is a trap of "
-               "the path, not of the optimum. All arms have the questions that need no zoom; their "
-               "share is not varied. The evidence of `relation` counts for the bonus, too. The "
-               "traces of the warm start zoom on `search` and never on `relation`, so when to zoom "
-               "is known before RL begins, and no arm has to unlearn anything.",
+        limits="Nothing died, so there was nothing to cure: `cost` ends so close to the top on "
+               "`search` that no cure could add five points. A right answer pays 0.6 and a crop "
+               "costs 0.1, so to zoom once where one must pays; had zooming died, it would have "
+               "been a trap of the path, not the optimum. All arms have the questions that need "
+               "no zoom; their share is not varied. The evidence of `relation` counts for the "
+               "bonus, too. The traces of the warm start zoom on `search` and never on "
+               "`relation`, so when to zoom is largely known before RL begins. Blind prompts are "
+               "those that must be answered at once.",
         read="`appendix/mixture.py`; `rl_options.add_group_bonuses`; `rewards.vigorl_zoom`."),
     Study(
         "losses", FIELD,
@@ -524,10 +537,10 @@ STUDIES = [
             Claim("A constant in place of the token count is better.", "constant", "base"),
         ),
         limits="All of these are small effects in long runs of large models; 40 steps of a tiny "
-               "one may not reach where they differ. Episodes here are short, so the aggregates "
-               "differ little. All six claims share the arm `base`. With four updates per batch it "
-               "scatters: `losses` has the same arm ten steps earlier, and its seed 2 was better "
-               "then.",
+               "one may not reach where they differ. All six claims share the arm `base`, which "
+               "ends lowest of the seven, so a part of every difference is its own. With four "
+               "updates per batch it scatters: `losses` has the same arm ten steps earlier, and "
+               "its seed 2 was better then.",
         read="`grpo.group_advantages`, `grpo.aggregate`, `grpo.kl_penalty`."),
     Study(
         "positives", FIELD,
@@ -574,7 +587,9 @@ STUDIES = [
         limits="In the paper the mismatch builds up over thousands of steps of models of 1.5B and "
                "more, and comes from other kernels, too. Forty steps of a tiny model may be too "
                "few to see harm. No gap reached the logarithm of the cap (2), so no weight was "
-               "truncated. bf16 is slow on CPUs without its own instructions.",
+               "truncated: that arm is one of plain importance weights. The arm `bf16, in the "
+               "ratio` divides by the sampler's probability, not the trainer's own, in GRPO's "
+               "clipped ratio. bf16 is slow on CPUs without its own instructions.",
         read="`grpo.importance_weights`; `rl_options.sampler`; `logp_gap` in metrics.jsonl."),
     Study(
         "sampling-budget", FIELD,
@@ -593,10 +608,10 @@ STUDIES = [
             Claim("Dynamic sampling is better than none.", "16 x 8, dynamic", "16 x 8"),
             Claim("Groups of 16 are better than groups of 4.", "8 x 16", "32 x 4"),
         ),
-        limits="Few groups of this world are without a signal until the task is nearly solved, so "
-               "there is little to replace before it is too late to matter. The arm with dynamic "
-               "sampling takes fewer steps, by as much as it replaces; its last step may go past "
-               "the limit. The limit ends all arms before 40 steps.",
+        limits="A fifth to a third of the groups are without a signal, most of them late, when "
+               "the task is nearly solved and there is little left to learn from others. The arm "
+               "with dynamic sampling takes fewer steps, by as much as it replaces; its last step "
+               "may go past the limit. The limit ends all arms before 40 steps.",
         read="`train_rl.dynamic_sampling`; `--max-episodes`."),
     Study(
         "perception", FIELD,
@@ -616,8 +631,8 @@ STUDIES = [
             Claim("The accuracy itself is higher.", "papo", "grpo", least=0.02),
         ),
         show=("accuracy_black_crop", "accuracy_wrong_crop"),
-        limits="The drop can grow in two ways: the accuracy rises, or without crops the policy "
-               "falls below chance, as it does with the term; the second is no better use of the "
+        limits="The drop compares two accuracies. With the term both fall by as much, so it stays "
+               "what it was; to fall below chance without the crops is no better use of the "
                "image. PAPO's guard, which lowers both entropies, is left out.",
         read="`grpo.perception`; `rl_options.blindfold`."),
     Study(
