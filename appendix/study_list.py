@@ -243,7 +243,7 @@ STUDIES = [
         "difficulty", UNIVG,
         "Prompts that are solved less often should count more.",
         "UniVG-R1, table 4: 70.65 without and 72.64 with the weight `exp`; it finds that all "
-        "variants help. MaxRL (2602.02710) comes to 1/m. (m: the mean IoU of the group.)",
+        "variants help. MaxRL (2602.02710) weights by 1/m in the limit; m: the group's mean IoU.",
         arms={
             "none": "difficulty_weight=none",
             "exp": "difficulty_weight=exp",
@@ -608,8 +608,8 @@ STUDIES = [
             Claim("Dynamic sampling is better than none.", "16 x 8, dynamic", "16 x 8"),
             Claim("Groups of 16 are better than groups of 4.", "8 x 16", "32 x 4"),
         ),
-        limits="A fifth to a third of the groups are without a signal, most of them late, when "
-               "the task is nearly solved and there is little left to learn from others. The arm "
+        limits="About a quarter of the groups are without a signal, most of them late, when the "
+               "task is nearly solved and there is little left to learn from others. The arm "
                "with dynamic sampling takes fewer steps, by as much as it replaces; its last step "
                "may go past the limit. The limit ends all arms before 40 steps.",
         read="`train_rl.dynamic_sampling`; `--max-episodes`."),

@@ -136,9 +136,7 @@ def test_files_exist(where):
     text, folder = text_of(where), os.path.dirname(where)
     named = [q.split(" ")[0] for q in quoted(text)]
     sources = {n for n in named if n.endswith(".py") and n != "FILE.py"}
-    known = (set(FILES) | {f"{m}.py" for m in APPENDIX}
-             | {f"tests/{os.path.basename(f)}"
-                for f in glob.glob(os.path.join(ROOT, "tests", "*.py"))})
+    known = set(FILES) | {f"{m}.py" for m in APPENDIX} | set(TESTS)
     assert sources and not sources - known
     links = {link for link in re.findall(r'\]\(([^)\s]+)\)', text) if "://" not in link}
     links |= set(re.findall(r'(?:src|srcset)="([^"]+)"', text))
